@@ -1,0 +1,41 @@
+"""The errors that this package raises on purpose.
+
+Every message says what happened, with both numbers where two disagree, in which case and stage, and what to change.
+Each class carries the exit code that the command line returns for it.
+"""
+
+from __future__ import annotations
+
+
+class LowMemError(Exception):
+    """Base of all errors raised on purpose; anything else is a bug or comes from nnU-Net, torch or the system."""
+
+    exit_code = 1
+
+
+class UsageError(LowMemError):
+    """The request cannot be carried out as it stands: a wrong flag, a missing folder, an unusable device."""
+
+    exit_code = 2
+
+
+class BudgetError(LowMemError):
+    """The planned peak does not fit the budget; raised before any work starts."""
+
+    exit_code = 3
+
+
+class ModelError(UsageError):
+    """The model folder is incomplete or contradicts itself."""
+
+
+class NonFiniteLogitsError(LowMemError, RuntimeError):
+    """The accumulated logits hold infinity or NaN; stock nnU-Net raises RuntimeError for infinity, too."""
+
+
+class WorkerError(LowMemError):
+    """A worker process failed, died or stalled."""
+
+
+class WriteError(LowMemError, OSError):
+    """An output file could not be written whole; nothing is left under its final name."""
