@@ -1,0 +1,50 @@
+"""Cases waiting to be predicted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_lowmem.types import PreprocessedCase
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to predict.
+
+    Attributes
+    ----------
+    name : str
+    output : str or None
+        Where to write, without the file ending; None returns the arrays.
+    load : callable
+        Returns the preprocessed case.
+    """
+
+    name: str
+    output: str | None
+    load: Callable[[], PreprocessedCase]
+
+
+def job_of_item(item: dict[str, Any]) -> Job:
+    """Make a job of an item of one of stock's data iterators: 'data', 'ofile', 'data_properties'.
+
+    The data may be the path of a .npy file, which is removed once it has been read.
+    """
+
+    def load() -> PreprocessedCase:
+        data = item["data"]
+        if isinstance(data, str):
+            path, data = Path(data), np.load(data)
+            path.unlink()
+        image = data.cpu().numpy() if isinstance(data, torch.Tensor) else data
+        return PreprocessedCase(image, None, item["data_properties"])
+
+    output = item["ofile"]
+    return Job(os.path.basename(output) if output else "array", output, load)

@@ -1,0 +1,233 @@
+"""The commands. Nothing heavy is imported before the arguments are known to make sense."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nnunet_lowmem import __version__
+from nnunet_lowmem.errors import LowMemError, UsageError
+
+CITATION = (
+    "Please cite nnU-Net when you use it: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. "
+    "(2021). nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature Methods, "
+    "18(2), 203-211."
+)
+INTERRUPTED = 130
+
+
+def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
+    """Run ``nnUNetv2_predict_lowmem``."""
+    parser = predict_parser()
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _predict(options), options.verbose)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``nnunet-lowmem``."""
+    parser = argparse.ArgumentParser(prog="nnunet-lowmem", description="nnU-Net v2 prediction in bounded memory.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="predict the bundled CT with the bundled 118-class model")
+    demo.add_argument("-o", default="nnunet_lowmem_demo", metavar="DIR", help="output folder (default: %(default)s)")
+    demo.add_argument("-device", default=None, help="cuda, cuda:N, mps or cpu (default: the best there is)")
+    demo.add_argument("--verbose", action="store_true", help="say more, and show tracebacks")
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _demo(options), options.verbose)
+
+
+def _guarded(command: Callable[[], int], verbose: bool) -> int:
+    """Turn exceptions into one line and an exit code; the traceback is shown with --verbose."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        known = isinstance(error, LowMemError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        hint = "" if known or verbose else " (--verbose shows where)"
+        print(f"error: {text}{hint}", file=sys.stderr)
+        return error.exit_code if isinstance(error, LowMemError) else 1
+
+
+def predict_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``nnUNetv2_predict`` 2.8.1 with a few flags more.
+
+    Prefixes of long flags are used in scripts, so none of the additional ones may begin like one of stock's.
+    """
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_predict_lowmem",
+        description="nnUNetv2_predict in bounded memory: the same flags and the same labels.",
+    )
+    add = parser.add_argument
+    add("-i", required=True, metavar="FOLDER", help="input folder; files end in _0000 etc. as in training")
+    add("-o", required=True, metavar="FOLDER", help="output folder; made if it does not exist")
+    add("-m", metavar="FOLDER", help="trained model folder (holds fold_X); instead of -d, -p, -tr and -c")
+    add("-d", metavar="DATASET", help="dataset name or id of the model")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer class (default: %(default)s)")
+    add("-c", metavar="CONFIG", help="nnU-Net configuration, such as 3d_fullres")
+    add("-f", nargs="+", default=[0, 1, 2, 3, 4], type=_fold, metavar="FOLD", help="folds (default: 0 1 2 3 4)")
+    add("-step_size", type=float, default=0.5, help="tile step over patch size, in (0, 1] (default: %(default)s)")
+    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    add("--verbose", action="store_true", help="print the plan, the measured peak, and tracebacks")
+    add("--save_probabilities", action="store_true", help="write the probabilities of all classes, too")
+    add("--continue_prediction", action="store_true", help="skip cases that have been predicted")
+    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint name (default: %(default)s)")
+    for flag, variable, what in (("-npp", "nnUNet_npp", "preprocessing"), ("-nps", "nnUNet_nps", "export")):
+        add(flag, type=int, default=_from_environment(variable, 3), metavar="N", help=f"at most N {what} processes")
+    add("-prev_stage_predictions", metavar="FOLDER", help="predictions of the previous stage of a cascade")
+    add("-num_parts", type=int, default=1, metavar="N", help="number of calls that share the work (default: 1)")
+    add("-part_id", type=int, default=0, metavar="K", help="which of them this one is, from 0 (default: 0)")
+    add("-device", metavar="DEVICE", help="cuda, cuda:N, mps or cpu (default: the first of these there is)")
+    add("--disable_progress_bar", action="store_true", help="no progress bar")
+    add("--not_on_device", action="store_true", help="keep the logits in RAM instead of on the device")
+    more = parser.add_argument_group("bounded memory")
+    more.add_argument("--max_ram", metavar="SIZE", help="RAM budget: 6G or 6GiB (2**30 bytes), 6GB (10**9), 80%%")
+    more.add_argument("--max_vram", metavar="SIZE", help="VRAM budget, likewise")
+    more.add_argument("--tmp_dir", metavar="DIR", help="where to spill (default: the system's temporary folder)")
+    more.add_argument(
+        "--worker_timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="time without progress after which a worker counts as stalled; 0: never (default: %(default)g)",
+    )
+    more.add_argument("--estimate", action="store_true", help="print the plan of every case and stop")
+    return parser
+
+
+def _fold(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def _from_environment(variable: str, default: int) -> int:
+    """Read a number as nnU-Net does: whatever is no number gives the default."""
+    try:
+        return int(os.environ.get(variable) or default)
+    except ValueError:
+        return default
+
+
+def _predict(options: argparse.Namespace) -> int:
+    model_folder = _check(options)
+    from nnunet_lowmem import console
+
+    print(CITATION)
+    device = console.choose_device(options.device)
+    print(f"device: {device}")
+    console.set_torch_threads(device)
+    from nnunet_lowmem.predictor import LowMemPredictor
+
+    predictor = LowMemPredictor(
+        tile_step_size=options.step_size,
+        use_mirroring=not options.disable_tta,
+        perform_everything_on_device=not options.not_on_device,
+        device=device,
+        verbose=options.verbose,
+        verbose_preprocessing=options.verbose,
+        allow_tqdm=not options.disable_progress_bar,
+        max_ram=options.max_ram,
+        max_vram=options.max_vram,
+        tmp_dir=options.tmp_dir,
+        on_plan=console.print_plan if options.verbose else None,
+        on_case=console.print_report if options.verbose else None,
+    )
+    predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
+    if options.estimate:
+        return console.print_estimates(predictor.estimate(options.i))
+    predictor.predict_from_files(
+        options.i,
+        options.o,
+        save_probabilities=options.save_probabilities,
+        overwrite=not options.continue_prediction,
+        num_processes_preprocessing=options.npp,
+        num_processes_segmentation_export=options.nps,
+        folder_with_segs_from_prev_stage=options.prev_stage_predictions,
+        num_parts=options.num_parts,
+        part_id=options.part_id,
+    )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from nnunet_lowmem.demo import run_demo
+
+    run_demo(Path(options.o), options.device)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Refuse what cannot work, by looking at arguments and folders only; return the model folder."""
+    from nnunet_lowmem import model_files
+
+    if not 0 < options.step_size <= 1:
+        raise UsageError(f"-step_size must be larger than 0 and at most 1, got {options.step_size}")
+    if not 0 <= options.part_id < options.num_parts:
+        raise UsageError(f"-part_id counts from 0 and must be below -num_parts {options.num_parts}: {options.part_id}")
+    for flag, number in (("-npp", options.npp), ("-nps", options.nps), ("--worker_timeout", options.worker_timeout)):
+        if number < 0:
+            raise UsageError(f"{flag} cannot be negative, got {number}")
+    _check_sizes(options)
+    if options.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", options.device):
+        raise UsageError(f"-device must be cpu, mps, cuda or cuda:N, got {options.device!r}")
+    _check_folder("-i", options.i)
+    if options.prev_stage_predictions is not None:
+        _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
+    if options.tmp_dir is not None:
+        _check_folder("--tmp_dir", options.tmp_dir)
+    model_folder = options.m or _model_of_dataset(options)
+    model_files.checkpoint_files(model_folder, options.f, options.chk)
+    if not options.estimate:
+        _check_writable(Path(options.o))
+    return str(model_folder)
+
+
+def _check_sizes(options: argparse.Namespace) -> None:
+    from nnunet_lowmem.memory import parse_size, total_ram_bytes
+
+    # without torch the size of the VRAM is not known; any total serves to see whether the text is a size
+    for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
+        if text is not None:
+            try:
+                parse_size(text, total_ram_bytes())
+            except UsageError as error:
+                raise UsageError(f"{flag}: {error}") from None
+
+
+def _check_folder(flag: str, folder: str) -> None:
+    if not os.path.isdir(folder):
+        reason = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise UsageError(f"{flag}: {folder} {reason}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"-o: {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"-o: {folder} is not writable")
+
+
+def _model_of_dataset(options: argparse.Namespace) -> str:
+    """Find the model folder of -d, -p, -tr and -c below nnUNet_results."""
+    if options.d is None or options.c is None:
+        raise UsageError("say which model: either -m FOLDER, or -d DATASET and -c CONFIG")
+    if not os.environ.get("nnUNet_results"):  # noqa: SIM112  # nnU-Net's spelling
+        raise UsageError("-d needs the environment variable nnUNet_results; or give the model's folder with -m")
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    try:
+        return str(get_output_folder(options.d, options.tr, options.p, options.c))
+    except (RuntimeError, ValueError) as error:
+        first_sentence = str(error).split(". ")[0]
+        raise UsageError(f"-d {options.d}: {first_sentence}") from None

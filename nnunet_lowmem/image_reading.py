@@ -1,0 +1,145 @@
+"""Reads the input images of a case in the type that their files store.
+
+nnU-Net's readers return float32 copies of everything. For the two plain readers and the formats that most people use,
+the functions below keep the file's own type (a CT takes half the bytes) and give values that become nnU-Net's when they
+are cast to float32, and nnU-Net's properties. Every other reader class, and every other format, is left to the model's
+own reader.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK
+from nibabel.volumeutils import apply_read_scaling
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from numpy.typing import NDArray
+
+from nnunet_lowmem.errors import UsageError
+
+Volume = NDArray[Any]
+"""One channel, shape (x, y, z) in nnU-Net's order of axes, of any real type."""
+
+_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
+_logger = logging.getLogger(__name__)
+
+
+def read_channels(reader: type[BaseReaderWriter], files: Sequence[str]) -> tuple[list[Volume], dict[str, Any]]:
+    """Read the channels of one case.
+
+    Parameters
+    ----------
+    reader : type
+        The model's reader class.
+    files : sequence of str
+        One file per channel, as a rule.
+
+    Returns
+    -------
+    channels : list of ndarray, each of shape (x, y, z)
+        Cast to float32 they equal the channels that `reader` returns.
+    properties : dict
+        Equal to those that `reader` returns.
+
+    Raises
+    ------
+    UsageError
+        If a file cannot be read as one scalar image, or the files do not lie on one grid.
+    """
+    if all(str(file).lower().endswith(_ENDINGS) for file in files):
+        if reader is SimpleITKIO:
+            return _read_with_simpleitk(files)
+        if reader is NibabelIO:
+            return _read_with_nibabel(files)
+    image, properties = reader().read_images(list(files))
+    return list(image), properties
+
+
+def _read_with_simpleitk(files: Sequence[str]) -> tuple[list[Volume], dict[str, Any]]:
+    arrays: list[Volume] = []
+    geometries: list[dict[str, tuple[float, ...]]] = []
+    for file in files:
+        image = _guarded(SimpleITK.ReadImage, file)
+        components = image.GetNumberOfComponentsPerPixel()
+        if components != 1:
+            raise UsageError(
+                f"{file} has {components} values per voxel, 1 is needed. Store every channel in a file of its own."
+            )
+        geometries.append(
+            {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
+        )
+        array = SimpleITK.GetArrayFromImage(image)
+        arrays.append(array[None] if array.ndim == 2 else array)
+    _check_grid(files, [array.shape for array in arrays], [geometry["spacing"] for geometry in geometries])
+    for name in ("origin", "direction"):
+        _warn_if_different(files, name, [geometry[name] for geometry in geometries])
+    channels = [channel for array in arrays for channel in (array if array.ndim == 4 else [array])]
+    return channels, {"sitk_stuff": geometries[0], "spacing": _spacing(geometries[0]["spacing"])}
+
+
+def _spacing(spacing: tuple[float, ...]) -> list[float]:
+    """Spacing in the order of the array's axes; a 2D image counts as one very thick slice, as in nnU-Net's reader."""
+    last_three = list(spacing)[::-1][-3:]
+    if len(spacing) == 2:
+        last_three = [max(spacing) * 999, *last_three]
+    return list(np.abs(last_three))
+
+
+def _read_with_nibabel(files: Sequence[str]) -> tuple[list[Volume], dict[str, Any]]:
+    channels, affines, spacings = [], [], []
+    for file in files:
+        image = _guarded(nibabel.load, file)
+        if image.ndim != 3:
+            raise UsageError(f"{file} has {image.ndim} dimensions, 3 are needed by the model's reader, NibabelIO.")
+        affines.append(image.affine)
+        spacings.append([float(step) for step in image.header.get_zooms()[::-1]])
+        channels.append(_guarded(_nibabel_voxels, image, file=file).transpose(2, 1, 0))
+    _check_grid(files, [channel.shape for channel in channels], spacings)
+    _warn_if_different(files, "affine", affines)
+    return channels, {"nibabel_stuff": {"original_affine": affines[0]}, "spacing": spacings[0]}
+
+
+def _nibabel_voxels(image: Any) -> Volume:
+    """Voxels as stored where float32 follows from them alone; else float32, by way of float64 as in ``get_fdata``."""
+    proxy = image.dataobj
+    stored = proxy.get_unscaled()
+    slope, intercept = np.float64(proxy.slope), np.float64(proxy.inter)
+    if (slope, intercept) == (1.0, 0.0) and (stored.dtype.kind == "f" or stored.dtype.itemsize <= 4):
+        return np.asarray(stored)
+    voxels = np.empty(stored.shape, np.float32, order="F")
+    for plane in range(stored.shape[2]):
+        voxels[..., plane] = apply_read_scaling(stored[..., plane], slope, intercept).astype(np.float64)
+    return voxels
+
+
+def _guarded(read: Callable[[Any], Any], source: Any, file: str | None = None) -> Any:
+    """Call ``read(source)`` and name the file if it fails."""
+    try:
+        return read(source)
+    except (RuntimeError, OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UsageError(f"{file or source} cannot be read: {reason[0]}") from error
+
+
+def _check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings: Sequence[Sequence[float]]) -> None:
+    """Refuse channels of different shape, or of different spacing by nnU-Net's tolerance."""
+    for name, values in (("shape", shapes), ("spacing", spacings)):
+        for file, value in zip(files, values, strict=True):
+            if len(value) != len(values[0]) or not BaseReaderWriter._check_all_same([values[0], value]):
+                raise UsageError(
+                    f"The channels of a case must lie on one grid: {files[0]} has {name} {tuple(values[0])}, "
+                    f"{file} has {tuple(value)}. Resample one onto the other."
+                )
+
+
+def _warn_if_different(files: Sequence[str], name: str, values: Sequence[Any]) -> None:
+    """Log what nnU-Net only warns about, too: the channels' grids lie in different places."""
+    for file, value in zip(files, values, strict=True):
+        if np.shape(value) != np.shape(values[0]) or not np.allclose(value, values[0]):
+            _logger.warning("%s and %s have a different %s: %s and %s", files[0], file, name, values[0], value)

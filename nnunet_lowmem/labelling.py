@@ -1,0 +1,186 @@
+"""Resample and decide in one step: slabs of logits in network space become labels in the cropped grid.
+
+Most of a volume lies in network-grid cells whose eight corners agree; linear interpolation is a convex combination, so
+every original voxel in such a cell has that label and no head is interpolated. Only boundary cells are, and only for
+heads that can win. Rounding to half can create a tie that a *lower* head would win; a cell counts as uniform only if at
+every corner the winner exceeds each lower head by more than one unit in the last place (`kernels.survey_heads`).
+
+CPU tensors go through the compiled kernels, all others through torch operations on their device; both give the bits of
+the slow twin in ``tests/reference.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nnunet_lowmem import device_labelling, kernels
+from nnunet_lowmem.resampling import AxisTable
+from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.types import Shape3
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How heads become label values.
+
+    Attributes
+    ----------
+    ranked : bool
+        True: the largest head wins, the lowest index on a tie. False: regions, the last one whose sigmoid exceeds 0.5.
+    values : uint16, shape (heads + 1,)
+        Label value of each winner; for regions entry 0 is the background.
+    dtype : numpy dtype
+        Of the label map; larger values wrap as in stock nnU-Net.
+    """
+
+    ranked: bool
+    values: NDArray[np.uint16]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class LogitsSlab:
+    """Final logits of some planes, as a box of a larger buffer that stays alive until the next slab is asked for.
+
+    Attributes
+    ----------
+    axis : int
+        The axis along which slabs follow each other.
+    start, stop : int
+        The planes that are new, in network space.
+    first : int
+        First plane that the box holds: `start`, or ``start - 1`` where the last plane of the slab before is kept.
+    buffer : half tensor, shape (heads, a, b, c), contiguous
+    origin : int, 3
+        Buffer position of (first plane, 0, 0) or its permutation for another `axis`.
+    shape : int, 3
+        Extent of the box, halo included.
+    """
+
+    axis: int
+    start: int
+    stop: int
+    first: int
+    buffer: torch.Tensor
+    origin: Shape3
+    shape: Shape3
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """View of the new planes without the halo, shape (heads, z, y, x)."""
+        view = self.buffer
+        for axis in range(3):
+            view = view.narrow(axis + 1, self.origin[axis], self.shape[axis])
+        return view.narrow(self.axis + 1, self.start - self.first, self.stop - self.start)
+
+
+class SlabLabeller:
+    """Turns slabs, in order, into a label map.
+
+    Parameters
+    ----------
+    tables : 3 AxisTable
+        From network space to the cropped grid.
+    rule : LabelRule
+    labels : uint8 or uint16, shape of the cropped grid, any strides
+        Written.
+    threads : RowThreads
+        For the compiled kernels.
+    block_bytes : int
+        Working memory of the torch path on a device.
+    """
+
+    def __init__(
+        self,
+        tables: tuple[AxisTable, ...],
+        rule: LabelRule,
+        labels: NDArray[Any],
+        threads: RowThreads,
+        block_bytes: int = 1 << 28,
+    ) -> None:
+        self._tables = tables
+        self._rule = rule
+        self._labels = labels
+        self._threads = threads
+        self._block_bytes = block_bytes
+        self._done = 0
+
+    def add(self, slab: LogitsSlab) -> None:
+        """Label every output plane whose neighbours are now final."""
+        table = self._tables[slab.axis]
+        ready = table.ready(slab.stop)
+        if ready == self._done:
+            return
+        first, last = int(table.low[self._done]), int(table.high[ready - 1])
+        origin = list(slab.origin)
+        origin[slab.axis] += first - slab.first
+        shape = list(slab.shape)
+        shape[slab.axis] = last + 1 - first
+        tables = list(self._tables)
+        tables[slab.axis] = table.part(self._done, ready, first)
+        chosen: list[slice] = [slice(None)] * 3
+        chosen[slab.axis] = slice(self._done, ready)
+        self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)])
+        self._done = ready
+
+    def finish(self) -> None:
+        """Check that every output plane was written."""
+        assert self._done in self._labels.shape, "slabs ended before the last plane"
+
+    def _label_box(
+        self,
+        buffer: torch.Tensor,
+        origin: tuple[int, ...],
+        shape: tuple[int, ...],
+        tables: tuple[AxisTable, ...],
+        labels: NDArray[Any],
+    ) -> None:
+        if buffer.device.type == "cpu":
+            self._label_on_cpu(buffer, origin, shape, tables, labels)
+            return
+        box = buffer
+        for axis in range(3):
+            box = box.narrow(axis + 1, origin[axis], shape[axis])
+        winners = device_labelling.winners(box, tables, self._rule.ranked, self._block_bytes)
+        labels[...] = self._rule.values[winners]
+
+    def _label_on_cpu(
+        self,
+        buffer: torch.Tensor,
+        origin: tuple[int, ...],
+        shape: tuple[int, ...],
+        tables: tuple[AxisTable, ...],
+        labels: NDArray[Any],
+    ) -> None:
+        bits = buffer.numpy().view(np.uint16)
+        winner = np.empty(shape, np.uint16)
+        gap = np.empty(shape, np.int8)
+        magnitude = np.empty(shape, np.int8)
+        rows = shape[0] * shape[1]
+        if self._rule.ranked:
+            self._threads.run(kernels.survey_heads, rows, bits, origin, winner, gap, magnitude)
+        else:
+            self._threads.run(kernels.survey_regions, rows, bits, origin, winner)
+        index = tuple(neighbour for table in tables for neighbour in (table.low, table.high))
+        weight = tuple(weights for table in tables for weights in (table.weight_low, table.weight_high))
+        self._threads.run(
+            kernels.label_rows,
+            labels.shape[0] * labels.shape[1],
+            bits,
+            origin,
+            winner,
+            gap,
+            magnitude,
+            index,
+            weight,
+            *tables[2].cells,
+            any(table.interpolates for table in tables),
+            self._rule.ranked,
+            self._rule.values,
+            labels,
+        )

@@ -1,0 +1,226 @@
+"""The part of the predictor that makes logits: model, weights, rolling window, folds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+from torch._dynamo import OptimizedModule
+from tqdm import tqdm
+
+from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.labelling import LogitsSlab
+from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, weight_bytes
+from nnunet_lowmem.planner import ModelFacts, Plan
+from nnunet_lowmem.reporting import CaseReport
+from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
+from nnunet_lowmem.spill import PlaneStore
+from nnunet_lowmem.threads import RowThreads, usable_cores
+from nnunet_lowmem.tiling import TileGrid, tile_grid
+from nnunet_lowmem.types import PreprocessedCase
+
+
+class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
+    """nnU-Net's predictor up to the final logits, which come as slabs and never as a whole.
+
+    Parameters
+    ----------
+    tile_step_size, use_gaussian, use_mirroring, perform_everything_on_device, device, verbose, verbose_preprocessing, \
+    allow_tqdm
+        As in nnU-Net. `perform_everything_on_device` says where the rolling window lives.
+    max_ram, max_vram : int or str, optional
+        Budgets in bytes or as text (``6G``, ``80%``); what the machine has free if not given.
+    tmp_dir : path, optional
+        Where arrays are spilled; the system's temporary folder if not given.
+    kernel_threads : int, optional
+        Threads of the compiled kernels (never the network's); all usable cores if not given.
+    on_plan : callable, optional
+        Called with the `Plan` of each case before it is predicted.
+    on_case : callable, optional
+        Called with the `CaseReport` of each case; memory is measured only if this is given.
+    """
+
+    network: Any
+
+    def __init__(
+        self,
+        tile_step_size: float = 0.5,
+        use_gaussian: bool = True,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  # stock's signature, read by tools that embed nnU-Net
+        verbose: bool = False,
+        verbose_preprocessing: bool = False,
+        allow_tqdm: bool = True,
+        *,
+        max_ram: int | str | None = None,
+        max_vram: int | str | None = None,
+        tmp_dir: str | os.PathLike[str] | None = None,
+        kernel_threads: int | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
+        on_case: Callable[[CaseReport], None] | None = None,
+    ) -> None:
+        super().__init__(
+            tile_step_size,
+            use_gaussian,
+            use_mirroring,
+            perform_everything_on_device and device.type == "cuda",
+            device,
+            verbose,
+            verbose_preprocessing,
+            allow_tqdm,
+        )
+        self.max_ram = max_ram
+        self.max_vram = max_vram
+        self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
+        self.kernel_threads = kernel_threads or usable_cores()
+        self.on_plan = on_plan
+        self.on_case = on_case
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | int | str | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """Build the network from a model folder; the weights of each fold are read when they are needed.
+
+        Raises
+        ------
+        ModelError
+            If a file is missing or unreadable, or the weights do not fit the network of the plans.
+        """
+        checkpoints = model_files.checkpoint_files(model_training_output_dir, use_folds, checkpoint_name)
+        try:
+            super().initialize_from_trained_model_folder(
+                model_training_output_dir, [model_files.fold_of(checkpoints[0])], checkpoint_name
+            )
+        except RuntimeError as error:
+            raise ModelError(f"the weights in {checkpoints[0]} do not fit the plans beside them: {error}") from error
+        self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints)
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        network.load_state_dict(weights)
+
+    def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
+        """Logits of one tile; autocast only on CUDA, as in stock."""
+        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+            return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
+
+    # -- logits ------------------------------------------------------------------------------------------------------
+
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the current weights, half, shape (heads, z, y, x): stock's method, stock's bits.
+
+        All heads on the whole grid are what the caller asks for here; `predict_from_files` never makes them.
+        """
+        assert isinstance(input_image, torch.Tensor)
+        assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
+        case = PreprocessedCase(input_image.cpu().numpy(), None, {})
+        grid = self._grid(case)
+        with RowThreads(self.kernel_threads) as threads, self._progress_bar(grid.tile_count) as on_tile:
+            window = self._window(grid, threads, self.perform_everything_on_device)
+            slabs = self._roll(case, grid, window, on_tile)
+            return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
+
+    def _grid(self, case: PreprocessedCase) -> TileGrid:
+        z, y, x = case.image.shape[1:]
+        return tile_grid((z, y, x), tuple(self.configuration_manager.patch_size), self.tile_step_size)
+
+    def _window(self, grid: TileGrid, threads: RowThreads, on_device: bool) -> RollingWindow:
+        device = self.device if on_device else torch.device("cpu")
+        if self.use_gaussian:
+            patch = tuple(self.configuration_manager.patch_size)
+            importance = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
+        else:
+            importance = torch.ones(tuple(self.configuration_manager.patch_size), dtype=torch.half, device=device)
+        return RollingWindow(
+            grid, self.label_manager.num_segmentation_heads, importance.reshape(grid.tile_shape), threads
+        )
+
+    def _roll(
+        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
+    ) -> Iterator[LogitsSlab]:
+        """Slabs of the final logits of the current weights."""
+        self.network = self.network.to(self.device)
+        self.network.eval()
+        empty_cache(self.device)
+        source = TileSource(case, grid, self.label_manager.foreground_labels)
+        return roll(self._network_tile, source, grid, window, self.device, on_tile)
+
+    @contextmanager
+    def _final_slabs(
+        self, case: PreprocessedCase, grid: TileGrid, plan: Plan, threads: RowThreads, folder: Path
+    ) -> Iterator[Iterator[LogitsSlab]]:
+        """Slabs of the mean over all folds; the running sum between folds lives where the plan says."""
+        folds = _fold_count(self.list_of_parameters)
+        heads = self.label_manager.num_segmentation_heads
+        with ExitStack() as stack:
+            on_tile = stack.enter_context(self._progress_bar(grid.tile_count * folds))
+            store = None
+            if folds > 1:
+                place = folder if plan.fold_sum_on_disk else None
+                store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
+            window = self._window(grid, threads, plan.window_on_device)
+            passes = self._fold_passes(case, grid, window, on_tile)
+            stack.enter_context(_network_threads())
+            yield stack.enter_context(closing(average_folds(passes, folds, store)))
+
+    def _fold_passes(
+        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
+    ) -> Iterator[Iterator[LogitsSlab]]:
+        if self.list_of_parameters is None:
+            yield self._roll(case, grid, window, on_tile)
+            return
+        for weights in self.list_of_parameters:
+            self._load_weights(weights)
+            del weights
+            yield self._roll(case, grid, window, on_tile)
+
+    @contextmanager
+    def _progress_bar(self, tiles: int) -> Iterator[Callable[[], object]]:
+        with tqdm(total=tiles, disable=not self.allow_tqdm, unit="tile") as bar:
+            yield bar.update
+
+    # -- one case ----------------------------------------------------------------------------------------------------
+
+    def _model_facts(self) -> ModelFacts:
+        channels = nnunet_adapter.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+        tile_bytes = activation_bytes(self.network, (1, channels, *self.configuration_manager.patch_size))
+        return ModelFacts(
+            heads=self.label_manager.num_segmentation_heads,
+            channels=channels,
+            folds=_fold_count(self.list_of_parameters),
+            weight_bytes=weight_bytes(self.network),
+            activation_bytes=int(tile_bytes * (CPU_SCRATCH_FACTOR if self.device.type == "cpu" else 1)),
+            mirrored=bool(self.use_mirroring and self.allowed_mirroring_axes),
+            label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
+        )
+
+
+def _fold_count(parameters: Sequence[Any] | None) -> int:
+    """Without a list of parameters the network is used with the weights it has."""
+    return 1 if parameters is None else len(parameters)
+
+
+@contextmanager
+def _network_threads() -> Iterator[None]:
+    """Run the network on stock's number of threads: its output on the CPU depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(default_num_processes, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,244 @@
+"""How much memory a process tree really holds, now and at its peak.
+
+Counted is what no one can take away and no one else pays for: anonymous pages and shared memory, each page divided by
+the number of processes that map it (the kernel's PSS). Files that are mapped or cached are not counted, and libraries
+are only with what they wrote. Without Linux' ``/proc`` the closest that psutil offers is taken (USS, else RSS).
+
+A `PeakSampler` samples: what comes and goes between two samples is missed, as is what happens while another thread
+keeps the interpreter's lock. Children that outlive their parent leave the tree. Swapped-out pages are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import cache
+from types import TracebackType
+
+import psutil
+
+# the pause after a round, and after an exact reading, is so many times what it cost: below 1 % of a core for each
+_PAUSE_PER_COST = 132
+_TIMELINE_POINTS = 2048
+
+
+def process_tree_bytes(pid: int | None = None) -> int:
+    """Return the bytes of anonymous and shared memory of a process and its descendants, shared pages counted once.
+
+    Parameters
+    ----------
+    pid : int, optional
+        Root of the tree; this process if not given.
+
+    Returns
+    -------
+    int
+        0 where the process does not exist (any more).
+    """
+    return sum(map(_proportional_bytes, _tree_pids(os.getpid() if pid is None else pid)))
+
+
+class PeakSampler:
+    """Watch the memory of a process tree from a thread, stage by stage.
+
+    A context manager: the thread starts on entering and is joined on leaving. Reading PSS walks page tables (up to 5 ms
+    per GiB), so each round first adds up the resident sizes, which the kernel keeps at hand and which are never less
+    than the PSS. The PSS is read where that sum passes the stage's peak, as long as that costs no more than 1 % of a
+    core, and whenever a process has come or gone, since a forked child at first shares all that its parent has.
+    Otherwise the sum less what the last reading found to be counted twice stands in for it.
+
+    Parameters
+    ----------
+    interval_s : float
+        Seconds between rounds; stretched where a round costs more than 1 % of it.
+    pid : int, optional
+        Root of the tree; this process if not given.
+    stage : str
+        Name of the first stage.
+
+    Attributes
+    ----------
+    cpu_s : float
+        CPU seconds that sampling has taken so far.
+    """
+
+    def __init__(self, interval_s: float = 0.05, *, pid: int | None = None, stage: str = "start") -> None:
+        self.cpu_s = 0.0
+        self._interval_s = interval_s
+        self._pid = os.getpid() if pid is None else pid
+        self._stage = stage
+        self._peaks: dict[str, int] = {stage: 0}
+        self._timeline = _Timeline()
+        self._counted_twice_bytes = 0
+        self._calibrated_pids: list[int] = []
+        self._next_exact_s = 0.0
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nnunet_lowmem peak sampler", daemon=True)
+
+    def __enter__(self) -> PeakSampler:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._sample()
+
+    def mark(self, stage: str) -> None:
+        """End the present stage and begin, or come back to, the stage of this name."""
+        self._sample()
+        with self._lock:
+            self._stage = stage
+            self._peaks.setdefault(stage, 0)
+        self._sample()
+
+    def peak_bytes(self, stage: str | None = None) -> int:
+        """Return the peak of one stage, or of all.
+
+        Raises
+        ------
+        KeyError
+            If no such stage was marked.
+        """
+        with self._lock:
+            return max(self._peaks.values()) if stage is None else self._peaks[stage]
+
+    def peaks_bytes(self) -> dict[str, int]:
+        """Return the peak of every stage, in the order in which they began."""
+        with self._lock:
+            return dict(self._peaks)
+
+    def timeline(self) -> list[tuple[float, int]]:
+        """Return (seconds since the epoch, bytes) over the run; where it is long, the higher of neighbours is kept."""
+        with self._lock:
+            return list(self._timeline.points)
+
+    def _run(self) -> None:
+        pause_s = self._interval_s
+        while not self._stopped.wait(pause_s):
+            pause_s = max(self._interval_s, _PAUSE_PER_COST * self._sample())
+
+    def _sample(self) -> float:
+        """Take one sample; return the CPU seconds of its cheap part."""
+        with self._lock:
+            start_s = time.thread_time()
+            pids = _tree_pids(self._pid)
+            resident_bytes = sum(map(_resident_bytes, pids))
+            cost_s = time.thread_time() - start_s
+            # kernels that count resident pages per CPU may show less than there is: then this is negative
+            upper_bytes = resident_bytes - min(0, self._counted_twice_bytes)
+            may_be_a_peak = upper_bytes > self._peaks[self._stage] and time.monotonic() >= self._next_exact_s
+            if may_be_a_peak or pids != self._calibrated_pids:
+                self._calibrate(pids, resident_bytes)
+            self._record(resident_bytes - self._counted_twice_bytes)
+            self.cpu_s += time.thread_time() - start_s
+            return cost_s
+
+    def _calibrate(self, pids: list[int], resident_bytes: int) -> None:
+        start_s = time.thread_time()
+        self._counted_twice_bytes = resident_bytes - sum(map(_proportional_bytes, pids))
+        self._calibrated_pids = pids
+        self._next_exact_s = time.monotonic() + _PAUSE_PER_COST * (time.thread_time() - start_s)
+
+    def _record(self, held_bytes: int) -> None:
+        self._peaks[self._stage] = max(self._peaks[self._stage], held_bytes)
+        self._timeline.add(time.time(), held_bytes)
+
+
+class _Timeline:
+    """Points in time of bounded number: when there are too many, each pair gives way to its higher member."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, int]] = []
+
+    def add(self, time_s: float, held_bytes: int) -> None:
+        self.points.append((time_s, held_bytes))
+        if len(self.points) == _TIMELINE_POINTS:  # an even number
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [max(pair, key=lambda point: point[1]) for pair in pairs]
+
+
+def _tree_pids(pid: int) -> list[int]:
+    """Return the process and its descendants, as far as they can be seen."""
+    if not _kernel_lists_children():
+        return [pid, *_psutil_descendants(pid)]
+    pids = [pid]
+    for parent in pids:  # grows while it is walked
+        pids.extend(child for child in _children(parent) if not _borrows_memory(child, parent))
+    return pids
+
+
+@cache
+def _kernel_lists_children() -> bool:
+    return os.path.exists("/proc/thread-self/children")
+
+
+def _children(pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            yield from map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+
+
+def _borrows_memory(child: int, parent: int) -> bool:
+    """Tell a child between ``vfork`` and ``exec``: until then it runs in its parent's address space.
+
+    It would be counted a second time in full. A child of ``fork`` differs in its mapped files, which are not copied.
+    """
+    before = _read(f"/proc/{child}/statm")
+    of_parent = _read(f"/proc/{parent}/statm")
+    return of_parent in (before, _read(f"/proc/{child}/statm"))
+
+
+def _psutil_descendants(pid: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Return the process's share of its anonymous and shared pages; resident size where that may not be read."""
+    if sys.platform != "linux":
+        return _psutil_bytes(pid, exact=True)
+    proportional_bytes = _sum_of_fields(f"/proc/{pid}/smaps_rollup", (b"Pss_Anon:", b"Pss_Shmem:"))
+    return _resident_bytes(pid) if proportional_bytes is None else proportional_bytes
+
+
+def _resident_bytes(pid: int) -> int:
+    """Return the process's anonymous and shared pages, each counted in full."""
+    if sys.platform != "linux":
+        return _psutil_bytes(pid, exact=False)
+    return _sum_of_fields(f"/proc/{pid}/status", (b"RssAnon:", b"RssShmem:")) or 0
+
+
+def _sum_of_fields(path: str, names: tuple[bytes, ...]) -> int | None:
+    """Add up lines like ``RssAnon:  1234 kB``; None where there are none: a dead process or an old kernel."""
+    fields = [int(line.split()[1]) for line in _read(path).splitlines() if line.startswith(names)]
+    return 1024 * sum(fields) if fields else None
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError:  # it ended, or is not ours to look into
+        return b""
+
+
+def _psutil_bytes(pid: int, *, exact: bool) -> int:
+    try:
+        process = psutil.Process(pid)
+        if exact:
+            with contextlib.suppress(psutil.AccessDenied, AttributeError):
+                return int(process.memory_full_info().uss)
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0

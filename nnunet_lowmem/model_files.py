@@ -1,0 +1,64 @@
+"""Files as nnU-Net lays them out: trained model folders and folders of cases. Imports neither torch nor nnU-Net."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_lowmem.errors import ModelError
+
+
+def list_cases(folder: str, file_ending: str) -> list[list[str]]:
+    """List the files of each case in a folder, channel after channel, as stock does (without its process pool)."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(file_ending))
+    names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    cases = sorted({name[: -(len(file_ending) + 5)] for name in names})
+    patterns = [(case, re.compile(re.escape(case) + r"_\d\d\d\d" + re.escape(file_ending))) for case in cases]
+    return [[os.path.join(folder, name) for name in names if pattern.fullmatch(name)] for _, pattern in patterns]
+
+
+def case_name(files: Sequence[str], file_ending: str) -> str:
+    """Name of a case: its first file without channel number and ending."""
+    return os.path.basename(files[0])[: -(len(file_ending) + 5)]
+
+
+def checkpoint_files(
+    model_folder: str, folds: Sequence[int | str] | int | str | None, checkpoint_name: str
+) -> list[Path]:
+    """Find the checkpoint of each fold; None takes every numbered fold that has one.
+
+    Raises
+    ------
+    ModelError
+        If the folder, its dataset.json or plans.json, or a checkpoint is missing.
+    """
+    folder = Path(model_folder)
+    for needed in (folder, folder / "dataset.json", folder / "plans.json"):
+        if not needed.exists():
+            raise ModelError(f"not a trained model folder: {needed} does not exist")
+    if folds is None:
+        found = sorted(folder.glob(f"fold_[0-9]*/{checkpoint_name}"))
+        if not found:
+            raise ModelError(f"no fold in {folder} has a checkpoint {checkpoint_name!r}")
+        return found
+    chosen = [folds] if isinstance(folds, (int, str)) else folds
+    files = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in chosen]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(
+                f"checkpoint {file} does not exist. {folder} holds {_folds_in_words(folder, checkpoint_name)}; "
+                "choose folds with -f and another checkpoint with -chk"
+            )
+    return files
+
+
+def fold_of(checkpoint: Path) -> str:
+    """Name of the fold that a checkpoint belongs to: its number, or "all"."""
+    return checkpoint.parent.name.removeprefix("fold_")
+
+
+def _folds_in_words(folder: Path, checkpoint_name: str) -> str:
+    folds = sorted(fold_of(file) for file in folder.glob(f"fold_*/{checkpoint_name}"))
+    return f"{checkpoint_name} for fold {', '.join(folds)}" if folds else f"no {checkpoint_name} at all"

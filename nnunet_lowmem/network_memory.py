@@ -1,0 +1,88 @@
+"""How much memory a network needs for one tile, found without computing anything.
+
+The network runs on torch's ``meta`` device, where tensors have shapes but no data, under a dispatch mode that counts
+the bytes of the tensors alive. What a backend takes beside its tensors (convolution scratch, reordered copies) is not
+seen and enters as a factor.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
+CPU_SCRATCH_FACTOR = 2.0
+
+
+class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Counts the bytes of tensors that are made inside the mode and still alive.
+
+    Attributes
+    ----------
+    live_bytes, peak_bytes : int
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.live_bytes = 0
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    self._count(tensor)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        size_bytes = tensor.numel() * tensor.element_size()
+        self.live_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(tensor, self._release, size_bytes).atexit = False
+
+    def _release(self, size_bytes: int) -> None:
+        self.live_bytes -= size_bytes
+
+
+def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Peak bytes of the tensors of one forward pass, output included, float32.
+
+    Parameters
+    ----------
+    network : Module
+        Not changed; its weights are not copied.
+    input_shape : int
+        (1, channels, *patch_size)
+    """
+    shadow = copy.deepcopy(network, _meta_parameters(network)).eval()
+    counter = LiveTensorBytes()
+    with torch.inference_mode(), counter:
+        shadow(torch.empty(input_shape, device="meta"))
+    return counter.peak_bytes
+
+
+def _meta_parameters(network: nn.Module) -> dict[int, Any]:
+    """Memo for deepcopy that replaces every parameter and buffer by an empty one on the meta device."""
+    make: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: torch.empty_like(tensor, device="meta")  # noqa: E731  # used twice
+    memo: dict[int, Any] = {id(p): nn.Parameter(make(p.data), requires_grad=False) for p in network.parameters()}
+    memo.update({id(buffer): make(buffer) for buffer in network.buffers()})
+    return memo
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of the parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))

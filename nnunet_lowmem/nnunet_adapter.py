@@ -1,0 +1,232 @@
+"""What this package needs to know of nnU-Net's objects, as plain data; the differences between versions live here.
+
+nnU-Net's managers are read and never changed. "Default" below means: nnU-Net's own class or function, whose rule this
+package reproduces. Anything else is called as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
+from nnunetv2.preprocessing.resampling.default_resampling import (
+    determine_do_sep_z_and_axis,
+    resample_data_or_seg_to_shape,
+)
+from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
+from nnunetv2.utilities.helpers import softmax_helper_dim0
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from numpy.typing import NDArray
+
+from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.labelling import LabelRule
+from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
+from nnunet_lowmem.types import Shape3
+
+#: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
+HEADS_PER_CALL = 8
+
+
+@dataclass(frozen=True)
+class CaseGeometry:
+    """Shapes of one case, axis order of the network.
+
+    Attributes
+    ----------
+    network_shape, cropped_shape, original_shape : int, 3
+    crop : 3 slices
+        Where the cropped box lies in the original grid.
+    """
+
+    network_shape: Shape3
+    cropped_shape: Shape3
+    original_shape: Shape3
+    crop: tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class LogitsResampling:
+    """How logits get from network space to the cropped grid.
+
+    Attributes
+    ----------
+    function : callable
+        nnU-Net's configured function: (logits, shape, current spacing, new spacing) -> logits.
+    arguments : tuple
+        Its arguments after the logits.
+    tables : 3 AxisTable, or None
+        The same as tables, where the function is the default one with order 1; None where it must be called.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    tables: tuple[AxisTable, ...] | None
+
+
+class LazyParameters(Sequence[dict[str, torch.Tensor]]):
+    """The weights of each fold, read from its checkpoint whenever they are asked for and not kept."""
+
+    def __init__(self, checkpoints: Sequence[Path]) -> None:
+        self.checkpoints = tuple(checkpoints)
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __getitem__(self, fold: Any) -> Any:
+        if isinstance(fold, slice):
+            return [self[i] for i in range(*fold.indices(len(self)))]
+        return load_checkpoint(self.checkpoints[fold])["network_weights"]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[fold] for fold in range(len(self)))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint as stock does, tensors on the CPU.
+
+    Raises
+    ------
+    ModelError
+        If the file cannot be read as a checkpoint.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ModelError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise ModelError(f"checkpoint {path} holds no 'network_weights': it was not written by an nnU-Net v2 trainer")
+    return checkpoint
+
+
+def label_rule(label_manager: LabelManager) -> LabelRule | None:
+    """Return how `label_manager` turns logits into labels, or None if it is not nnU-Net's own.
+
+    Rules from ``LabelManager.convert_logits_to_segmentation`` and ``export_prediction``: without regions the map holds
+    the index of the head; uint8 below 255 foreground labels, else uint16.
+    """
+    nonlin = torch.sigmoid if label_manager.has_regions else softmax_helper_dim0
+    if type(label_manager) is not LabelManager or label_manager.inference_nonlin is not nonlin:
+        return None
+    heads = label_manager.num_segmentation_heads
+    dtype = np.dtype(np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16)
+    if label_manager.has_regions:
+        values = np.array([0, *label_manager.regions_class_order], np.int64).astype(np.uint16)
+    else:
+        values = np.arange(heads + 1, dtype=np.uint16)
+    return LabelRule(ranked=not label_manager.has_regions, values=values, dtype=dtype)
+
+
+def input_channels(plans_manager: Any, configuration_manager: Any, dataset_json: dict[str, Any]) -> int:
+    """Return the number of channels the network takes, those of a previous stage included."""
+    return int(determine_num_input_channels(plans_manager, configuration_manager, dataset_json))
+
+
+def write_run_files(
+    target: str | list[str] | None, arguments: dict[str, Any], dataset_json: dict[str, Any], plans: dict[str, Any]
+) -> None:
+    """Write what stock writes beside the predictions: the arguments, dataset.json and plans.json."""
+    if target is None:
+        return
+    folder = Path(target if isinstance(target, str) else os.path.dirname(target[0]))
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = deepcopy(arguments)
+    recursive_fix_for_json_export(arguments)
+    save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
+    save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
+    save_json(plans, str(folder / "plans.json"), sort_keys=False)
+
+
+def write_segmentation(
+    segmentation: NDArray[Any], properties: dict[str, Any], path: str, plans_manager: PlansManager
+) -> None:
+    """Write through the model's own writer; the file appears under its name when it is complete."""
+    writer = plans_manager.image_reader_writer_class()
+    with atomic_output(Path(path)) as partial_file:
+        writer.write_seg(segmentation, str(partial_file), properties)
+
+
+def write_probabilities(probabilities: NDArray[Any], properties: dict[str, Any], output: str) -> None:
+    """Write stock's .npz and .pkl."""
+    with atomic_output(Path(output + ".npz")) as partial_file:
+        np.savez_compressed(partial_file, probabilities=probabilities)
+    with atomic_output(Path(output + ".pkl")) as partial_file:
+        save_pickle(properties, str(partial_file))
+
+
+def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> CaseGeometry:
+    """Read the shapes that nnU-Net's preprocessor left in `properties`."""
+    crop = [slice(int(low), int(high)) for low, high in properties["bbox_used_for_cropping"]]
+    return CaseGeometry(
+        network_shape=_shape3(network_shape),
+        cropped_shape=_shape3(properties["shape_after_cropping_and_before_resampling"]),
+        original_shape=_shape3(properties["shape_before_cropping"]),
+        crop=(crop[0], crop[1], crop[2]),
+    )
+
+
+def logits_resampling(
+    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+) -> LogitsResampling:
+    """Return the resampling of logits that the plans ask for.
+
+    The spacings are those of ``convert_predicted_logits_to_segmentation_with_correct_shape``: a two-dimensional
+    configuration keeps the spacing between slices.
+    """
+    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+    current = configuration_manager.spacing
+    if len(current) != len(geometry.cropped_shape):
+        current = [spacing[0], *current]
+    function = configuration_manager.resampling_fn_probabilities
+    arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
+    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
+
+
+def _default_tables(
+    function: Any, geometry: CaseGeometry, current: Sequence[float], spacing: Sequence[float]
+) -> tuple[AxisTable, ...] | None:
+    base = function.func if isinstance(function, partial) else function
+    same_shape = geometry.network_shape == geometry.cropped_shape
+    if same_shape and base in (resample_data_or_seg_to_shape, no_resampling_hack):
+        return tuple(copy_axis(np.arange(size)) for size in geometry.network_shape)
+    if base is not resample_data_or_seg_to_shape:
+        return None
+    options = _options(function)
+    if options["is_seg"] or options["order"] != 1:
+        return None
+    separate, axis = determine_do_sep_z_and_axis(
+        options["force_separate_z"], current, spacing, options["separate_z_anisotropy_threshold"]
+    )
+    if not separate:
+        return resampling_tables(geometry.network_shape, geometry.cropped_shape, None)
+    changes = geometry.network_shape[axis] != geometry.cropped_shape[axis]
+    if changes and options["order_z"] != 0:
+        return None
+    return resampling_tables(geometry.network_shape, geometry.cropped_shape, int(axis))
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """Keyword arguments that a partial sets, over the defaults of its function."""
+    base, given = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return {**defaults, **given}
+
+
+def _shape3(shape: Sequence[int]) -> Shape3:
+    z, y, x = (int(size) for size in shape)
+    return z, y, x

@@ -1,0 +1,316 @@
+"""`LowMemPredictor`: nnU-Net's predictor with a rolling window and export in the main process.
+
+This room wires the others to nnU-Net's methods; what each method accepts and returns is stock's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+from numpy.typing import NDArray
+
+from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem.budget import machine_budget
+from nnunet_lowmem.cases import Job, job_of_item
+from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.files import temporary_folder
+from nnunet_lowmem.labelling import LabelRule, LogitsSlab
+from nnunet_lowmem.logits_predictor import LogitsPredictor
+from nnunet_lowmem.measuring import PeakSampler
+from nnunet_lowmem.planner import Budget, CaseFacts, Plan, plan_case
+from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
+from nnunet_lowmem.reporting import CaseReport
+from nnunet_lowmem.spill import PlaneStore
+from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.types import PreprocessedCase
+
+logger = logging.getLogger(__name__)
+
+Segmentation = NDArray[Any]
+Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
+
+
+class LowMemPredictor(LogitsPredictor):
+    """Drop-in for ``nnUNetPredictor``: the same labels from a fraction of the memory.
+
+    Parameters as for `LogitsPredictor`: stock's, and keyword-only ones of its own.
+
+    Notes
+    -----
+    Cases are preprocessed one after the other in this process, and exported in this process: the ``num_processes...``
+    arguments are accepted and export never starts a process.
+    """
+
+    def _plan(self, case: PreprocessedCase, name: str, budget: Budget, streams: bool) -> Plan:
+        geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
+        facts = CaseFacts(name, self._grid(case), geometry.original_shape, geometry.cropped_shape, streams)
+        plan = plan_case(self._model_facts(), facts, budget, self.device.type, self.perform_everything_on_device)
+        if self.on_plan is not None:
+            self.on_plan(plan)
+        return plan
+
+    def _segment(
+        self, case: PreprocessedCase, job: Job, clock: StageClock, budget: Budget, folder: Path, probabilities: bool
+    ) -> tuple[Result, Plan]:
+        """Segmentation of a preprocessed case, in the axis order and grid of the file."""
+        geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
+        rule = nnunet_adapter.label_rule(self.label_manager)
+        resampling = nnunet_adapter.logits_resampling(
+            self.plans_manager, self.configuration_manager, geometry, case.properties
+        )
+        streams = rule is not None and resampling.tables is not None and not probabilities
+        plan = self._plan(case, job.name, budget, streams)
+        with ExitStack() as stack:
+            threads = stack.enter_context(RowThreads(self.kernel_threads))
+            stack.enter_context(clock.stage("prediction"))
+            slabs = stack.enter_context(self._final_slabs(case, self._grid(case), plan, threads, folder))
+            if rule is None or probabilities:
+                return self._convert_as_stock(slabs, case, clock, probabilities), plan
+            if resampling.tables is not None:
+                labels = export.label_slabs(slabs, resampling, geometry, rule, threads, clock)
+            else:
+                labels = self._label_heads(slabs, case, geometry, rule, resampling, clock, folder)
+        return labels.transpose(self.plans_manager.transpose_backward), plan
+
+    def _label_heads(
+        self,
+        slabs: Iterator[LogitsSlab],
+        case: PreprocessedCase,
+        geometry: nnunet_adapter.CaseGeometry,
+        rule: LabelRule,
+        resampling: nnunet_adapter.LogitsResampling,
+        clock: StageClock,
+        folder: Path,
+    ) -> NDArray[Any]:
+        """Spill the finished logits, then resample a few heads at a time with the configured function."""
+        heads = self.label_manager.num_segmentation_heads
+        grid = self._grid(case)
+        with PlaneStore(heads, grid.image_shape, grid.roll_axis, folder) as store:
+            export.store_slabs(slabs, store)
+            with clock.stage("export"):
+                resampled = export.resample_heads(store, heads, resampling, nnunet_adapter.HEADS_PER_CALL)
+                return export.label_heads(resampled, geometry, rule)
+
+    def _convert_as_stock(
+        self, slabs: Iterator[LogitsSlab], case: PreprocessedCase, clock: StageClock, probabilities: bool
+    ) -> Result:
+        """Hold all logits and let stock convert them: for label managers whose rule is not known here."""
+        logits = export.collect_slabs(
+            slabs, self.label_manager.num_segmentation_heads, self._grid(case).image_shape
+        )  # fmt: skip
+        with clock.stage("export"):
+            return convert_predicted_logits_to_segmentation_with_correct_shape(  # type: ignore[no-any-return]  # stock's
+                logits.cpu().numpy(),
+                self.plans_manager,
+                self.configuration_manager,
+                self.label_manager,
+                case.properties,
+                return_probabilities=probabilities,
+            )
+
+    # -- nnU-Net's entry points ---------------------------------------------------------------------------------------
+
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = default_num_processes,
+        num_processes_segmentation_export: int = default_num_processes,
+        folder_with_segs_from_prev_stage: str | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Result] | None:
+        """Predict a folder or a list of cases; as in stock, one result per case, None where a file was written."""
+        arguments = {name: value for name, value in locals().items() if name in _stock_parameters("predict_from_files")}
+        _note_exact(use_cropped_logits_resampling)
+        return self._predict_files(arguments, save_probabilities, overwrite, part_id, num_parts)
+
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | None = None,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Result] | None:
+        """Predict case after case; as in stock, the list holds only what was not written to a file."""
+        names = _stock_parameters("predict_from_files_sequential")
+        arguments = {name: value for name, value in locals().items() if name in names}
+        _note_exact(use_cropped_logits_resampling)
+        results = self._predict_files(arguments, save_probabilities, overwrite, 0, 1)
+        return None if results is None else [result for result in results if result is not None]
+
+    def _predict_files(
+        self, arguments: dict[str, Any], save_probabilities: bool, overwrite: bool, part_id: int, num_parts: int
+    ) -> list[Result] | None:
+        source = arguments["list_of_lists_or_source_folder"]
+        target = arguments["output_folder_or_list_of_truncated_output_files"]
+        stage_folder = arguments["folder_with_segs_from_prev_stage"]
+        previous_stage = self.configuration_manager.previous_stage_name
+        if previous_stage is not None and stage_folder is None:
+            raise UsageError(
+                f"this configuration is the second stage of a cascade and needs the segmentations of "
+                f"{previous_stage!r}: give their folder with -prev_stage_predictions"
+            )
+        nnunet_adapter.write_run_files(target, arguments, self.dataset_json, self.plans_manager.plans)
+        if isinstance(source, str):
+            source = model_files.list_cases(source, self.dataset_json["file_ending"])
+        cases, outputs, stages = self._manage_input_and_output_lists(
+            source, target, stage_folder, overwrite, part_id, num_parts, save_probabilities
+        )
+        if not cases:
+            return None
+        jobs = [
+            Job(
+                name=model_files.case_name(files, self.dataset_json["file_ending"]),
+                output=output,
+                load=partial(self._preprocess_files, files, stage),
+            )
+            for files, output, stage in zip(cases, outputs or [None] * len(cases), stages, strict=True)
+        ]
+        return self._predict_jobs(jobs, save_probabilities)
+
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[dict[str, Any]],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Result]:
+        """Predict preprocessed cases: dicts with 'data', 'ofile' and 'data_properties', as stock's iterators give."""
+        _note_exact(use_cropped_logits_resampling)
+        return self._predict_jobs(map(job_of_item, data_iterator), save_probabilities)
+
+    def predict_from_list_of_npy_arrays(
+        self,
+        image_or_list_of_images: NDArray[Any] | list[NDArray[Any]],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: NDArray[Any] | list[NDArray[Any]] | None,
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+        use_cropped_logits_resampling: bool = False,
+    ) -> list[Result]:
+        """Predict arrays of shape (channels, x, y, z) with nnU-Net's properties dict each."""
+        _note_exact(use_cropped_logits_resampling)
+        images = _as_list(image_or_list_of_images)
+        outputs: list[str | None] = _as_list(truncated_ofname) if truncated_ofname else [None] * len(images)
+        stages = segs_from_prev_stage_or_list_of_segs_from_prev_stage
+        stage_list = [None] * len(images) if stages is None else _as_list(stages)
+        properties = _as_list(properties_or_list_of_properties)
+        jobs = [
+            Job(f"array {number}", output, partial(self._preprocess_array, image, stage, entry))
+            for number, (image, stage, entry, output) in enumerate(
+                zip(images, stage_list, properties, outputs, strict=True)
+            )
+        ]
+        return self._predict_jobs(jobs, save_probabilities)
+
+    def predict_single_npy_array(
+        self,
+        input_image: NDArray[Any],
+        image_properties: dict[str, Any],
+        segmentation_previous_stage: NDArray[Any] | None = None,
+        output_file_truncated: str | None = None,
+        save_or_return_probabilities: bool = False,
+        use_cropped_logits_resampling: bool = False,
+    ) -> Result:
+        """Predict one array of shape (channels, x, y, z)."""
+        _note_exact(use_cropped_logits_resampling)
+        load = partial(self._preprocess_array, input_image, segmentation_previous_stage, image_properties)
+        return self._predict_jobs([Job("array", output_file_truncated, load)], save_or_return_probabilities)[0]
+
+    # -- cases in a row ----------------------------------------------------------------------------------------------
+
+    def _predict_jobs(self, jobs: Iterable[Job], probabilities: bool) -> list[Result]:
+        try:
+            with temporary_folder(self.tmp_dir) as folder:
+                return [self._predict_job(job, folder, probabilities) for job in jobs]
+        finally:
+            compute_gaussian.cache_clear()
+            empty_cache(self.device)
+
+    def _predict_job(self, job: Job, folder: Path, probabilities: bool) -> Result:
+        budget = machine_budget(self.max_ram, self.max_vram, self.device)
+        with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
+            clock = StageClock(job.name, sampler.mark if sampler else None)
+            with clock.stage("preprocessing"):
+                case = job.load()
+            result, plan = self._segment(case, job, clock, budget, folder, probabilities)
+            if job.output is not None:
+                with clock.stage("writing"):
+                    self._write(result, job.output, case.properties)
+                result = None
+        if self.on_case is not None:
+            assert sampler is not None
+            self.on_case(CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes()))
+        return result
+
+    def _preprocess_files(self, files: list[str], previous_stage: str | None) -> PreprocessedCase:
+        return preprocess_case(
+            files,
+            previous_stage,
+            self.plans_manager,
+            self.configuration_manager,
+            self.dataset_json,
+            threads=self.kernel_threads,
+            verbose=self.verbose_preprocessing,
+        )
+
+    def _preprocess_array(
+        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
+    ) -> PreprocessedCase:
+        return preprocess_array(
+            image,
+            previous_stage,
+            properties,
+            self.plans_manager,
+            self.configuration_manager,
+            self.dataset_json,
+            threads=self.kernel_threads,
+            verbose=self.verbose_preprocessing,
+        )
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def _write(self, result: Result, output: str, properties: dict[str, Any]) -> None:
+        """Write through the model's own writer; each file appears under its name when it is complete."""
+        assert result is not None
+        segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
+        if probabilities is not None:
+            nnunet_adapter.write_probabilities(probabilities, properties, output)
+        nnunet_adapter.write_segmentation(
+            segmentation, properties, output + self.dataset_json["file_ending"], self.plans_manager
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _stock_parameters(method: str) -> list[str]:
+    """Names of the arguments of a stock method: what stock records in predict_from_raw_data_args.json."""
+    return [name for name in inspect.signature(getattr(nnUNetPredictor, method)).parameters if name != "self"]
+
+
+def _note_exact(use_cropped_logits_resampling: bool) -> None:
+    if use_cropped_logits_resampling:
+        logger.info("use_cropped_logits_resampling is an approximation; the exact labels are made instead")

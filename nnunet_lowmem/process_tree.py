@@ -1,0 +1,134 @@
+"""What the system tells about other processes: their state, CPU time, memory, descendants and end.
+
+Read are only files of ``/proc`` that need no lock of the process itself, since a process that hangs in the kernel may
+hold it: hence resident size and not PSS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_STATE_WORDS = {
+    psutil.STATUS_RUNNING: "running",
+    psutil.STATUS_SLEEPING: "sleeping (waiting for a lock, a pipe or a timer)",
+    psutil.STATUS_DISK_SLEEP: "waiting for a disk or network file system",
+    psutil.STATUS_STOPPED: "stopped (by SIGSTOP, or by its terminal)",
+    psutil.STATUS_TRACING_STOP: "stopped by a debugger",
+    psutil.STATUS_ZOMBIE: "at its end",
+}
+
+
+class ProcessTree:
+    """A process and its descendants; what has ended counts nothing.
+
+    Parameters
+    ----------
+    pid : int
+        Root of the tree. Another process that gets the same number later is not mistaken for it.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._descendants: list[psutil.Process] = []
+        try:
+            self._root: psutil.Process | None = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._root = None
+
+    def alive(self) -> bool:
+        """Return whether the root still exists, be it as a process that nobody has waited for."""
+        return self._root is not None and bool(self._root.is_running())
+
+    def state(self) -> str:
+        """Return the state of the root in words."""
+        try:
+            status = "" if self._root is None else self._root.status()
+        except psutil.Error:
+            status = ""
+        return _STATE_WORDS.get(status, status or "gone")
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of all; it shrinks when a descendant ends that nobody waits for."""
+        self.note_descendants()
+        # user and system, then the same of children that were waited for
+        return float(sum(sum(times[:4]) for times in self._each(psutil.Process.cpu_times)))
+
+    def resident_bytes(self) -> int:
+        """Return the resident size of all, shared pages counted by each."""
+        return sum(memory.rss for memory in self._each(psutil.Process.memory_info))
+
+    def note_descendants(self) -> None:
+        """Remember the descendants there are now: they can no longer be found once the root has ended."""
+        if self._root is not None:
+            with contextlib.suppress(psutil.Error):
+                self._descendants = self._root.children(recursive=True) or self._descendants
+
+    def end_descendants(self, grace_s: float) -> None:
+        """Send SIGKILL to the remembered descendants that have not ended within `grace_s` seconds."""
+        _, alive = psutil.wait_procs(self._descendants, timeout=grace_s)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _each(self, ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
+        for process in [*([] if self._root is None else [self._root]), *self._descendants]:
+            with contextlib.suppress(psutil.Error):
+                yield ask(process)
+
+
+def exit_words(code: int | None) -> str:
+    """Return an exit code of `multiprocessing` in words: ``SIGSEGV`` for -11, ``exit code 3``."""
+    if code is None:
+        return "exit code unknown, somebody else has waited for the process"
+    if code >= 0:
+        # Windows reports crashes as large numbers that are known by their hexadecimal form
+        return f"exit code {code if code < 256 else hex(code)}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """Return how many processes the kernel has ended for want of memory, where it counts them nearest to this one.
+
+    Parameters
+    ----------
+    root : Path
+        Folder that holds ``proc`` and ``sys``.
+
+    Returns
+    -------
+    int or None
+        ``oom_kill`` of this process's memory cgroup (v2 ``memory.events``, v1 ``memory.oom_control``), else that of the
+        whole machine (``proc/vmstat``), else None.
+    """
+    for path in [*_cgroup_counters(root), root / "proc/vmstat"]:
+        with contextlib.suppress(OSError, ValueError):
+            for line in path.read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return None
+
+
+def _cgroup_counters(root: Path) -> Iterator[Path]:
+    mount = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # inside a container the path may be one of the host; the mount itself is the container's cgroup then
+        if "memory" in controllers.split(","):
+            yield mount / "memory" / path.lstrip("/") / "memory.oom_control"
+            yield mount / "memory/memory.oom_control"
+        elif not controllers:
+            yield mount / path.lstrip("/") / "memory.events"
+            yield mount / "memory.events"

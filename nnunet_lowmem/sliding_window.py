@@ -1,0 +1,243 @@
+"""The rolling window: tile logits in, slabs of final logits out, one patch deep whatever the length of the scan.
+
+Tiles come in stock nnU-Net's order, axis by axis. After a row of tiles nothing more is added to the planes before the
+next row, so they are final: they are divided, handed on, and the window moves. Sums are rounded to half after every
+tile exactly as stock's full-size accumulator rounds them, since each voxel sees the same additions in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from nnunet_lowmem import kernels
+from nnunet_lowmem.errors import NonFiniteLogitsError
+from nnunet_lowmem.labelling import LogitsSlab
+from nnunet_lowmem.spill import PlaneStore
+from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiling import TileGrid
+from nnunet_lowmem.types import PreprocessedCase, Shape3
+
+TileNetwork = Callable[[torch.Tensor], torch.Tensor]
+
+
+class TileSource:
+    """Cuts network input out of a preprocessed case.
+
+    Padding and, in a cascade, the one-hot encoding of the previous stage are made per tile; neither ever exists for the
+    whole volume.
+
+    Parameters
+    ----------
+    case : PreprocessedCase
+    grid : TileGrid
+    stage_labels : sequence of int
+        Foreground labels of the previous stage, one extra channel each; empty without a cascade.
+    """
+
+    def __init__(self, case: PreprocessedCase, grid: TileGrid, stage_labels: Sequence[int] = ()) -> None:
+        self._case = case
+        self._grid = grid
+        self._stage_labels = stage_labels if case.previous_stage is not None else ()
+
+    def tile(self, start: Shape3) -> torch.Tensor:
+        """Return the tile at `start` (padded coordinates) as float32, shape (1, channels, *patch_size)."""
+        image = self._case.image
+        inside, target = self._overlap(start)
+        tile = torch.zeros((image.shape[0] + len(self._stage_labels), *self._grid.tile_shape))
+        view = tile.numpy()[(slice(None), *target)]
+        view[: image.shape[0]] = image[(slice(None), *inside)]
+        if self._case.previous_stage is not None:
+            stage = self._case.previous_stage[inside]
+            for channel, label in enumerate(self._stage_labels, start=image.shape[0]):
+                view[channel] = stage == label
+        return tile[:, 0][None] if self._grid.flat else tile[None]
+
+    def _overlap(self, start: Shape3) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        inside, target = [], []
+        for axis in range(3):
+            first = start[axis] - self._grid.padding[axis]
+            low = max(first, 0)
+            high = min(first + self._grid.tile_shape[axis], self._grid.image_shape[axis])
+            inside.append(slice(low, high))
+            target.append(slice(low - first, high - first))
+        return tuple(inside), tuple(target)
+
+
+class RollingWindow:
+    """Half-precision accumulator over the planes that still receive tiles.
+
+    Buffer plane 0 along the roll axis keeps the last final plane (resampling needs it as a neighbour); the window
+    itself starts at buffer plane 1.
+
+    Parameters
+    ----------
+    grid : TileGrid
+    heads : int
+    importance : half tensor, shape of a tile
+        Weight of each tile voxel, on the device of the window.
+    threads : RowThreads
+    """
+
+    def __init__(self, grid: TileGrid, heads: int, importance: torch.Tensor, threads: RowThreads) -> None:
+        self._grid = grid
+        self._axis = grid.roll_axis
+        self._threads = threads
+        self._importance = importance
+        self._importance_single = importance.float().contiguous().numpy() if importance.device.type == "cpu" else None
+        shape = list(grid.padded_shape)
+        shape[self._axis] = grid.tile_shape[self._axis] + 1
+        self._buffer = torch.zeros((heads, *shape), dtype=torch.half, device=importance.device)
+        self._weight_sum = torch.zeros(shape, dtype=torch.half, device=importance.device)
+        self._position = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are kept."""
+        return self._buffer.device
+
+    def restart(self) -> None:
+        """Begin again at plane 0 with empty sums."""
+        self._buffer.zero_()
+        self._weight_sum.zero_()
+        self._position = 0
+
+    def add(self, logits: torch.Tensor, start: Shape3) -> None:
+        """Add one tile's logits, shape (heads, *tile); may change them.
+
+        The dtype of the tile decides the rounding, as in stock: float32 tiles are multiplied and added in float32 and
+        rounded once, half tiles are rounded after the product and after the sum.
+        """
+        origin = list(start)
+        origin[self._axis] += 1 - self._position
+        if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
+            planes = logits.shape[0] * logits.shape[1]
+            bits = self._buffer.numpy().view(np.uint16)
+            self._threads.run(kernels.accumulate, planes, bits, logits.numpy(), self._importance_single, tuple(origin))
+        else:
+            logits *= self._importance
+            self._box(self._buffer, origin).add_(logits)
+        self._box(self._weight_sum, origin).add_(self._importance)
+
+    def _box(self, tensor: torch.Tensor, origin: Sequence[int]) -> torch.Tensor:
+        first = tensor.ndim - 3
+        for axis in range(3):
+            tensor = tensor.narrow(axis + first, origin[axis], self._grid.tile_shape[axis])
+        return tensor
+
+    def finish(self, stop: int) -> LogitsSlab:
+        """Divide the planes before `stop` by their weights and return them.
+
+        Raises
+        ------
+        NonFiniteLogitsError
+            If a logit is infinite or NaN.
+        """
+        start = self._position
+        for plane in range(1, 1 + stop - start):
+            logits = self._buffer.select(self._axis + 1, plane)
+            logits.div_(self._weight_sum.select(self._axis, plane))
+            if not torch.isfinite(logits).all():
+                raise NonFiniteLogitsError(_describe_non_finite(logits, self._axis, start + plane - 1))
+        return self._slab(start, stop)
+
+    def _slab(self, start: int, stop: int) -> LogitsSlab:
+        """Cut the padding off: only an axis with a single tile is padded, so slabs themselves never are."""
+        grid, axis = self._grid, self._axis
+        halo = 1 if start > 0 else 0
+        origin, shape = list(grid.padding), list(grid.image_shape)
+        if len(grid.starts[axis]) > 1:
+            origin[axis], shape[axis] = 1 - halo, stop - start + halo
+        else:
+            origin[axis], start, stop = 1 + grid.padding[axis], 0, grid.image_shape[axis]
+        return LogitsSlab(
+            axis=axis,
+            start=start,
+            stop=stop,
+            first=start - halo,
+            buffer=self._buffer,
+            origin=(origin[0], origin[1], origin[2]),
+            shape=(shape[0], shape[1], shape[2]),
+        )
+
+    def advance(self, stop: int) -> None:
+        """Move the window so that it starts at plane `stop`."""
+        shift = stop - self._position
+        if shift == 0:
+            return
+        for tensor, axis in ((self._buffer, self._axis + 1), (self._weight_sum, self._axis)):
+            planes = tensor.shape[axis]
+            for plane in range(planes - shift):
+                tensor.select(axis, plane).copy_(tensor.select(axis, plane + shift))
+            tensor.narrow(axis, planes - shift, shift).zero_()
+        self._position = stop
+
+
+def _describe_non_finite(logits: torch.Tensor, axis: int, plane: int) -> str:
+    infinite = int(torch.isinf(logits).sum())
+    nan = int(torch.isnan(logits).sum())
+    return (
+        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {plane} of axis {axis} "
+        "(network space). Check the weights and the image for NaN, and for values beyond half precision (65504)."
+    )
+
+
+def roll(
+    network: TileNetwork,
+    source: TileSource,
+    grid: TileGrid,
+    window: RollingWindow,
+    device: torch.device,
+    on_tile: Callable[[], object],
+) -> Generator[LogitsSlab, None, None]:
+    """Run the network over all tiles and yield slabs of final logits.
+
+    A slab is valid until the next one is asked for; its planes may be changed in place.
+    """
+    window.restart()
+    for row_start, final in grid.rows():
+        with torch.inference_mode():
+            for start in grid.row_tiles(row_start):
+                logits = network(source.tile(start).to(device))[0].to(window.device)
+                window.add(logits[:, None] if grid.flat else logits, start)
+                del logits
+                on_tile()
+        if final > row_start:
+            yield window.finish(final)
+            window.advance(final)
+
+
+def average_folds(
+    passes: Iterable[Iterator[LogitsSlab]], folds: int, store: PlaneStore | None
+) -> Generator[LogitsSlab, None, None]:
+    """Yield the slabs of the mean over folds: each fold's final logits are added in half, then divided in float32.
+
+    Parameters
+    ----------
+    passes : iterable of slab iterators
+        One per fold; the next is started when the one before has ended.
+    folds : int
+    store : PlaneStore or None
+        Holds the running sum between folds; None for a single fold.
+    """
+    for fold, slabs in enumerate(passes):
+        for slab in slabs:
+            if store is not None:
+                _join_sum(slab, store, fold, folds)
+            if fold == folds - 1:
+                yield slab
+
+
+def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int) -> None:
+    logits = slab.logits
+    for position in range(slab.start, slab.stop):
+        plane = logits.select(slab.axis + 1, position - slab.start)
+        if fold > 0:
+            # the sum so far is the left operand, as in stock; half addition commutes, so the order does not matter
+            plane.add_(store.read_plane(position).to(plane.device))
+        if fold < folds - 1:
+            store.write_plane(position, plane)
+        else:
+            plane.div_(folds)

@@ -1,0 +1,51 @@
+"""One thread pool for the compiled kernels, owned by whoever opens it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+_CHUNKS_PER_THREAD = 8
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+class RowThreads:
+    """Runs kernels that take a range of rows, split over threads; a context manager.
+
+    numba's own parallel loops are not used: their threading layer is shared by the whole process and clashes with
+    torch's OpenMP and with kernels called from two threads.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nnunet-lowmem-kernel") if threads > 1 else None
+
+    def __enter__(self) -> RowThreads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, kernel: Callable[..., None], rows: int, *arguments: Any) -> None:
+        """Call ``kernel(*arguments, start, stop)`` until all of [0, rows) is done."""
+        if self._pool is None:
+            kernel(*arguments, 0, rows)
+            return
+        chunk = max(1, -(-rows // (self.threads * _CHUNKS_PER_THREAD)))
+        starts = range(0, rows, chunk)
+        futures = [self._pool.submit(kernel, *arguments, start, min(start + chunk, rows)) for start in starts]
+        for future in futures:
+            future.result()

@@ -1,0 +1,102 @@
+"""Geometry of the sliding window: where tiles start, and along which axis the window rolls.
+
+Equal to nnU-Net's ``compute_steps_for_sliding_window`` and tile order (axis 0 outermost; two-dimensional configurations
+visit slice after slice), written as pure integers so that the planner can use it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from nnunet_lowmem.types import Shape3
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Tiles over one padded image.
+
+    Attributes
+    ----------
+    image_shape : int, 3
+        Shape in network space before padding.
+    padding : int, 3
+        Planes added below each axis so that a tile fits.
+    padded_shape : int, 3
+    tile_shape : int, 3
+        The patch size; (1, y, x) for a two-dimensional configuration.
+    starts : 3 tuples of int
+        Tile starts per axis in padded coordinates. Rounding can repeat a start; the repeated tile counts twice.
+    flat : bool
+        Two-dimensional configuration: the network takes tiles without axis 0.
+    """
+
+    image_shape: Shape3
+    padding: Shape3
+    padded_shape: Shape3
+    tile_shape: Shape3
+    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    flat: bool
+
+    @property
+    def roll_axis(self) -> int:
+        """The outermost axis with more than one tile: finished planes leave the window along it."""
+        return next((axis for axis in range(3) if len(self.starts[axis]) > 1), 0)
+
+    @property
+    def tile_count(self) -> int:
+        """Number of tiles."""
+        return math.prod(len(starts) for starts in self.starts)
+
+    def rows(self) -> Iterator[tuple[int, int]]:
+        """(start, end of the planes that are final after this row) for each row of tiles along the roll axis."""
+        axis = self.roll_axis
+        starts = self.starts[axis]
+        yield from zip(starts, (*starts[1:], self.padded_shape[axis]), strict=True)
+
+    def row_tiles(self, row_start: int) -> Iterator[Shape3]:
+        """Yield the starts of the tiles of one row, in nnU-Net's order."""
+        axis = self.roll_axis
+        choices = [(row_start,) if a == axis else self.starts[a] for a in range(3)]
+        yield from product(*choices)
+
+
+def axis_starts(size: int, tile: int, step_size: float) -> tuple[int, ...]:
+    """Tile starts along one axis: evenly spread, at most ``tile * step_size`` apart, rounded half to even."""
+    steps = math.ceil((size - tile) / (tile * step_size)) + 1
+    if steps == 1:
+        return (0,)
+    distance = (size - tile) / (steps - 1)
+    return tuple(round(distance * step) for step in range(steps))
+
+
+def tile_grid(image_shape: Shape3, patch_size: tuple[int, ...], step_size: float) -> TileGrid:
+    """Lay tiles of `patch_size` (two or three entries) over an image in network space.
+
+    Raises
+    ------
+    ValueError
+        If `step_size` is not in (0, 1] or the patch has neither two nor three axes.
+    """
+    if not 0 < step_size <= 1:
+        raise ValueError(f"tile step size must be larger than 0 and at most 1, got {step_size}")
+    if len(patch_size) not in (2, 3):
+        raise ValueError(f"patch size must have two or three entries, got {patch_size}")
+    flat = len(patch_size) == 2
+    patch = (1, *patch_size) if flat else patch_size
+    tile_shape: Shape3 = (int(patch[0]), int(patch[1]), int(patch[2]))
+    missing = [max(tile - size, 0) for tile, size in zip(tile_shape, image_shape, strict=True)]
+    padded = tuple(size + extra for size, extra in zip(image_shape, missing, strict=True))
+    starts = [axis_starts(size, tile, step_size) for size, tile in zip(padded, tile_shape, strict=True)]
+    if flat:
+        starts[0] = tuple(range(image_shape[0]))
+    return TileGrid(
+        image_shape=image_shape,
+        padding=(missing[0] // 2, missing[1] // 2, missing[2] // 2),
+        padded_shape=(padded[0], padded[1], padded[2]),
+        tile_shape=tile_shape,
+        starts=(starts[0], starts[1], starts[2]),
+        flat=flat,
+    )

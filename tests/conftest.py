@@ -1,0 +1,170 @@
+"""Session fixtures: small images cut from the real ones, and small model folders, each made once, when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import tifffile
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from numpy.typing import NDArray
+from skimage import io
+
+import nnunet_lowmem
+
+DATA = Path(__file__).parent / "data"
+HEAD = DATA / "t1_head_1mm.nii.gz"
+ANISO = DATA / "t1_aniso_6p5mm.nii.gz"
+CT = Path(nnunet_lowmem.__file__).parent / "data" / "ct_abdomen_3mm.nii.gz"
+
+
+@cache
+def read(path: Path) -> SimpleITK.Image:
+    return SimpleITK.ReadImage(str(path))
+
+
+def head() -> SimpleITK.Image:
+    """The whole head at 5 mm, (37, 44, 37) voxels with zeros around it."""
+    return read(HEAD)[::5, ::5, ::5]
+
+
+def aniso() -> SimpleITK.Image:
+    """The middle of the 6.5 mm T1, 1.56 mm in plane, 14 slices of (70, 64)."""
+    return read(ANISO)[40:180:2, 60:188:2, 5:19]
+
+
+def ct() -> SimpleITK.Image:
+    return read(CT)[30:90, 25:75, 40:88]
+
+
+def second_channel(image: SimpleITK.Image) -> SimpleITK.Image:
+    """Another contrast of the same anatomy: edges."""
+    return SimpleITK.Cast(SimpleITK.GradientMagnitude(image), SimpleITK.sitkFloat32)
+
+
+def edited(image: SimpleITK.Image, edit: Callable[[NDArray], NDArray]) -> SimpleITK.Image:
+    """`image` with its voxels, z y x, passed through `edit`; geometry kept."""
+    out = SimpleITK.GetImageFromArray(edit(SimpleITK.GetArrayFromImage(image)))
+    out.SetSpacing(image.GetSpacing())
+    out.SetDirection(image.GetDirection())
+    out.SetOrigin(image.GetOrigin())
+    return out
+
+
+def with_margin(image: SimpleITK.Image) -> SimpleITK.Image:
+    return edited(image, lambda a: np.pad(a, [(3, 9), (0, 5), (11, 2)]))
+
+
+def with_holes(image: SimpleITK.Image) -> SimpleITK.Image:
+    """Zeros within the head, one pocket closed in 3D and one channel open to the top."""
+
+    def drill(a: NDArray) -> NDArray:
+        a = a.copy()
+        a[14:20, 16:22, 13:19] = 0
+        a[24:, 24:28, 22:26] = 0
+        return a
+
+    return edited(image, drill)
+
+
+def oblique(image: SimpleITK.Image) -> SimpleITK.Image:
+    """Axes permuted and flipped, then tilted: no file axis is a patient axis."""
+    image = SimpleITK.DICOMOrient(image, "PIR")
+    tilt = SimpleITK.VersorTransform((0.2, 0.6, 0.3), 0.3).GetMatrix()
+    image.SetDirection((np.reshape(tilt, (3, 3)) @ np.reshape(image.GetDirection(), (3, 3))).ravel())
+    image.SetOrigin((-71.25, 33.5, 12.0))
+    return image
+
+
+def isotropic_slice() -> SimpleITK.Image:
+    return read(ANISO)[40:190, 50:200, 12]
+
+
+def grey_picture() -> NDArray[np.uint8]:
+    a = SimpleITK.GetArrayFromImage(read(ANISO))[12].astype(np.float32)
+    return np.clip(a / 8, 0, 255).astype(np.uint8)
+
+
+def rgb_picture() -> NDArray[np.uint8]:
+    grey = grey_picture()[40:150, 50:210]
+    return np.stack([grey, np.roll(grey, 5, 0), 255 - grey], axis=-1)
+
+
+IMAGES: dict[str, Callable[[], Sequence[SimpleITK.Image | NDArray]]] = {
+    "head": lambda: [head()],
+    "head_two_channels": lambda: [head(), second_channel(head())],
+    "head_margin": lambda: [with_margin(head())],
+    "head_holes": lambda: [with_holes(head()), with_holes(second_channel(head()))],
+    "head_oblique": lambda: [oblique(head())],
+    "head_4d": lambda: [SimpleITK.JoinSeries([SimpleITK.Cast(head(), SimpleITK.sitkFloat32), second_channel(head())])],
+    "head_voxels": lambda: [SimpleITK.GetArrayFromImage(head())],
+    "small": lambda: [head()[14:24, 16:31, 12:21]],
+    "one_voxel": lambda: [head()[16:17, 16:17, 16:17]],
+    "one_slice": lambda: [head()[:, :, 16:17]],
+    "one_row": lambda: [head()[16:17, 16:17, :]],
+    "two_columns": lambda: [head()[16:18, :, :]],
+    "zeros": lambda: [edited(head()[:20, :24, :22], np.zeros_like)],
+    "aniso": lambda: [aniso()],
+    "aniso_sagittal": lambda: [SimpleITK.PermuteAxes(aniso(), (2, 0, 1))],
+    "ct": lambda: [ct()],
+    "slice": lambda: [isotropic_slice()],
+    "picture": lambda: [grey_picture()],
+    "picture_rgb": lambda: [rgb_picture()],
+}
+
+
+def write_image(image: SimpleITK.Image | NDArray, path: Path) -> None:
+    if isinstance(image, SimpleITK.Image):
+        SimpleITK.WriteImage(image, str(path))
+    elif image.ndim == 3 and image.shape[-1] > 3:
+        tifffile.imwrite(path, image)
+        save_json({"spacing": [5.0, 5.0, 5.0]}, str(path.with_name(path.name.replace("_0000.tif", ".json"))))
+    else:
+        io.imsave(path, image, check_contrast=False)
+
+
+class Images:
+    """The input files of a named image, written with any ending: ``images("head", ".nii.gz")``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(self, name: str, ending: str = ".nii.gz") -> list[str]:
+        folder = self.root / f"{name}{ending}"
+        if not folder.exists():
+            folder.mkdir()
+            for i, channel in enumerate(IMAGES[name]()):
+                write_image(channel, folder / f"{name}_{i:04d}{ending}")
+        return [str(p) for p in sorted(folder.glob(f"*{ending}"))]
+
+
+class Models:
+    """Model folders by their specification, made once: ``models(ModelSpec(labels=5), files)``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.made: dict[str, Path] = {}
+        self.numbers = count()
+
+    def __call__(self, spec, image: Sequence[str], previous_stage: str | None = None) -> str:
+        from factory import write_model
+
+        key = repr((spec, image, previous_stage))
+        if key not in self.made:
+            self.made[key] = write_model(self.root / f"model_{next(self.numbers)}", spec, image, previous_stage)
+        return str(self.made[key])
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    return Images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))

@@ -1,0 +1,745 @@
+from __future__ import annotations
+
+import errno
+import gzip
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import subfiles
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+from nnunet_lowmem import files
+from nnunet_lowmem.errors import UsageError, WriteError
+from nnunet_lowmem.files import atomic_output, remove_stale, require_free_bytes, temporary_folder
+from nnunet_lowmem.verifying import DamagedFileError, verify_gzip, verify_label_file
+
+pytestmark = pytest.mark.timeout(60)
+
+OLD, NEW = b"old" * 1000, b"new" * 2000
+SHAPE = (40, 48, 56)
+ITK_ENDINGS = [".nii.gz", ".nrrd", ".mha", ".gipl"]
+
+
+def labels(shape=SHAPE, dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+
+
+def write_itk(array: np.ndarray, path: Path, *, compress=True) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path), compress)
+
+
+def write(path: Path, content: bytes = NEW, pieces: int = 3) -> None:
+    """A writer whose every system call can be made to fail."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        for piece in np.array_split(np.frombuffer(content, np.uint8), pieces):
+            os.write(descriptor, piece.tobytes())
+    finally:
+        os.close(descriptor)
+
+
+def is_new(path: Path) -> None:
+    if path.read_bytes() != NEW:
+        raise DamagedFileError("not what was written")
+
+
+def state(final: Path) -> str:
+    if not final.exists():
+        return "nothing"
+    return {OLD: "old", NEW: "new"}.get(final.read_bytes(), "broken")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def python(text: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=50)
+
+
+def ended_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def final(tmp_path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "case.nii.gz"
+
+
+class TestAtomicOutput:
+    def test_appears_under_its_name(self, final):
+        with atomic_output(final, is_new) as partial:
+            write(partial)
+            assert not final.exists()
+        assert state(final) == "new"
+        assert names(final.parent) == ["case.nii.gz"]
+
+    def test_replaces_an_older_file(self, final):
+        final.write_bytes(OLD)
+        with atomic_output(final, is_new) as partial:
+            write(partial)
+            assert state(final) == "old"
+        assert state(final) == "new"
+
+    def test_unfinished_file_keeps_its_name_and_is_not_listed_as_a_case(self, final):
+        with atomic_output(final) as partial:
+            write(partial)
+            assert partial.name == final.name
+            assert partial.stat().st_dev == final.parent.stat().st_dev
+            assert subfiles(str(final.parent), suffix=".nii.gz") == []
+
+    def test_has_the_permissions_of_an_ordinary_file(self, final):
+        (final.parent / "other").write_bytes(b"")
+        with atomic_output(final) as partial:
+            partial.write_bytes(NEW)
+        assert final.stat().st_mode == (final.parent / "other").stat().st_mode
+
+    def test_two_outputs_in_one_folder_at_once(self, final):
+        other = final.with_name("other.nii.gz")
+        with atomic_output(final, is_new) as first, atomic_output(other, is_new) as second:
+            write(first)
+            write(second)
+        assert (state(final), state(other)) == ("new", "new")
+
+    def test_sidecars_come_along(self, final):
+        tif = final.with_name("case.tif")
+        with atomic_output(tif) as partial:
+            Tiff3DIO().write_seg(labels(), str(partial), {"spacing": [1.0, 1.0, 1.0]})
+        assert names(tif.parent) == ["case.json", "case.tif"]
+
+    @pytest.mark.parametrize("old", [None, OLD])
+    @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(143), GeneratorExit()])
+    def test_error_in_the_block_leaves_what_was(self, final, old, error):
+        if old:
+            final.write_bytes(old)
+        with pytest.raises(type(error)), atomic_output(final) as partial:
+            write(partial)
+            raise error
+        assert state(final) == ("old" if old else "nothing")
+        assert names(final.parent) == ([final.name] if old else [])
+
+    def test_failed_verification_leaves_what_was(self, final):
+        final.write_bytes(OLD)
+        with pytest.raises(WriteError, match=r"case\.nii\.gz: could not be written whole: not what was written"):
+            with atomic_output(final, is_new) as partial:
+                write(partial, NEW[:-1])
+        assert state(final) == "old"
+        assert names(final.parent) == [final.name]
+
+    def test_writer_that_writes_nothing(self, final):
+        with pytest.raises(WriteError, match="the writer left no such file"), atomic_output(final):
+            pass
+        assert names(final.parent) == []
+
+    def test_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(WriteError, match=r"gone.*No such file"), atomic_output(tmp_path / "gone" / "a.nii.gz"):
+            raise AssertionError("must not be entered")
+
+    def test_folder_in_the_way(self, final):
+        final.mkdir()
+        with pytest.raises(WriteError, match="[Dd]irectory"), atomic_output(final) as partial:
+            write(partial)
+        assert names(final.parent) == [final.name]
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+    def test_full_disk_tells_bytes_written_needed_and_free(self, final, number):
+        with pytest.raises(WriteError) as caught, atomic_output(final, needed_bytes=2**30) as partial:
+            partial.write_bytes(bytes(2**28))
+            raise OSError(number, os.strerror(number))
+        assert caught.value.errno == number
+        told = str(caught.value)
+        assert told.startswith(
+            f"{final}: could not be written whole: {os.strerror(number)}; 0.25 GiB of 1.00 GiB written"
+        )
+        assert "GiB free in" in told
+
+    def test_other_system_errors_of_the_block_keep_their_meaning(self, final):
+        with pytest.raises(FileNotFoundError), atomic_output(final):
+            open(final.parent / "no such input")
+
+    def test_short_write_that_numpy_noticed(self, final, monkeypatch):
+        monkeypatch.setattr(files, "_free_bytes", lambda folder: 4096)
+        with pytest.raises(WriteError, match="requested and"), atomic_output(final):
+            raise OSError("1000 requested and 996 written")
+
+    def test_is_refused_before_it_is_tried_where_the_disk_is_too_small(self, final):
+        with pytest.raises(WriteError, match=r"needs 1048576\.00 GiB, but .* has only"):
+            with atomic_output(final, needed_bytes=2**50):
+                raise AssertionError("must not be entered")
+
+    def test_require_free_bytes_passes_where_there_is_room(self, final):
+        require_free_bytes(final, 1)
+        require_free_bytes(final.parent, 1)
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+    def test_file_systems_that_cannot_flush_folders_are_accepted(self, final, monkeypatch, number):
+        flush = os.fsync
+
+        def only_files(descriptor):
+            if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                raise OSError(number, os.strerror(number))
+            flush(descriptor)
+
+        monkeypatch.setattr(os, "fsync", only_files)
+        with atomic_output(final, is_new) as partial:
+            write(partial)
+        assert state(final) == "new"
+
+    def test_file_and_folder_are_flushed_in_this_order(self, final, monkeypatch):
+        calls = []
+        for name in ("fsync", "replace"):
+            original = getattr(os, name)
+            monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(name), original(*a)))
+        with atomic_output(final) as partial:
+            write(partial)
+        assert calls == ["fsync", "replace", "fsync"]
+
+
+class Fault:
+    """Counts the system calls of a write and does something at the N-th."""
+
+    CALLS = ("mkdir", "open", "write", "fsync", "replace", "close")
+
+    def __init__(self, at: int, act) -> None:
+        self.at, self.act, self.count = at, act, 0
+
+    def install(self, patch) -> None:
+        for name in self.CALLS:
+            patch(os, name, self.wrapped(name, getattr(os, name)))
+
+    def wrapped(self, name, original):
+        def call(*args, **kwargs):
+            self.count += 1
+            result = original(*args, **kwargs) if name == "close" else None
+            if self.count == self.at:
+                self.act(name, args)
+            return result if name == "close" else original(*args, **kwargs)
+
+        return call
+
+
+def raises(error):
+    def act(name, args):
+        raise error
+
+    return act
+
+
+def writes_half_then_raises(name, args):
+    if name == "write":
+        Fault.original_write(args[0], args[1][: len(args[1]) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+Fault.original_write = os.write
+ACTS = {
+    "disk full": raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "short write": writes_half_then_raises,
+    "input/output error": raises(OSError(errno.EIO, os.strerror(errno.EIO))),
+    "Ctrl-C": raises(KeyboardInterrupt()),
+}
+
+
+def write_with_fault(final: Path, fault: Fault) -> str:
+    """Write `final`; the outcome in a word."""
+    with pytest.MonkeyPatch.context() as patch:
+        fault.install(patch.setattr)
+        try:
+            with atomic_output(final, is_new) as partial:
+                write(partial)
+        except (OSError, KeyboardInterrupt) as error:
+            return type(error).__name__
+    return "done"
+
+
+class TestFaultAtEachCall:
+    @pytest.mark.parametrize("old", [None, OLD])
+    @pytest.mark.parametrize("kind", ACTS)
+    def test_leaves_nothing_the_old_or_the_new_file(self, final, kind, old):
+        seen = []
+        for at in range(1, 100):
+            final.unlink(missing_ok=True)
+            if old:
+                final.write_bytes(old)
+            fault = Fault(at, ACTS[kind])
+            outcome = write_with_fault(final, fault)
+            seen.append((outcome, state(final)))
+            assert state(final) in ("new", "old" if old else "nothing")
+            assert set(names(final.parent)) <= {final.name}
+            if fault.count < at:
+                break
+            assert outcome != "done"
+        assert seen[-1] == ("done", "new")
+        # mkdir, open, 3 writes, close, open, fsync, close, replace, open, fsync, close
+        assert len(seen) == 14
+        before_rename = [where for _, where in seen[:10]]
+        assert before_rename == ["old" if old else "nothing"] * 10
+        if kind in ("disk full", "short write"):
+            assert {outcome for outcome, _ in seen[:-1]} == {"WriteError"}
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+    def test_sigkill_leaves_nothing_the_old_or_the_new_file(self, final):
+        for at in range(1, 15):
+            final.write_bytes(OLD)
+            done = python(KILLED_WRITER, at, final)
+            assert done.returncode == (-signal.SIGKILL if at < 14 else 0), done.stderr
+            assert state(final) == ("old" if at <= 10 else "new")
+            left = [name for name in names(final.parent) if name != final.name]
+            assert len(left) == (1 if 2 <= at < 14 else 0)
+            assert [path.name for path in remove_stale(final.parent)] == left
+            assert names(final.parent) == [final.name]
+
+
+KILLED_WRITER = """
+    import os, signal, sys
+    from pathlib import Path
+    from test_files import Fault, is_new, write
+    from nnunet_lowmem.files import atomic_output
+    Fault(int(sys.argv[1]), lambda name, args: os.kill(os.getpid(), signal.SIGKILL)).install(setattr)
+    with atomic_output(Path(sys.argv[2]), is_new) as partial:
+        write(partial)
+"""
+
+
+class TestFullDisk:
+    """Real writers of nnU-Net on a disk that is really full."""
+
+    @pytest.fixture
+    def small_disk(self, tmp_path):
+        """Mount a file system of the given size, if that is allowed here."""
+        mounted = []
+
+        def mount(size_bytes: int) -> Path:
+            folder = tmp_path / f"disk_{size_bytes}"
+            folder.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
+            if os.name != "posix" or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("may not mount a file system here")
+            mounted.append(folder)
+            return folder
+
+        yield mount
+        for folder in mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+    @pytest.mark.parametrize("ending", ITK_ENDINGS)
+    def test_of_rising_size_until_it_fits(self, small_disk, ending):
+        array = labels()
+        outcomes = []
+        for size_kib in range(16, 400, 24):
+            folder = small_disk(size_kib * 1024)
+            final = folder / f"case{ending}"
+            try:
+                with atomic_output(final, lambda path: verify_label_file(path, SHAPE, np.uint8)) as partial:
+                    write_itk(array, partial)
+                outcomes.append("whole")
+                np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(final))), array)
+            except WriteError as error:
+                assert "free in" in str(error)
+                outcomes.append("refused")
+                assert names(folder) == []
+        assert outcomes == sorted(outcomes)
+        assert set(outcomes) == {"refused", "whole"}
+
+    @pytest.mark.parametrize("ending", ITK_ENDINGS)
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+    def test_limit_on_file_size(self, final, ending):
+        final = final.with_name(f"case{ending}")
+        done = python(LIMITED_WRITER, final)
+        assert done.stdout.startswith(f"WriteError {final}: could not be written whole"), done
+        assert names(final.parent) == []
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+    def test_python_writer_meets_the_limit_with_an_error(self, final):
+        final = final.with_name("case.npz")
+        done = python(LIMITED_WRITER, final)
+        assert "File too large" in done.stdout or "requested and" in done.stdout
+        assert names(final.parent) == []
+
+
+LIMITED_WRITER = """
+    import resource, sys
+    from pathlib import Path
+    import numpy as np
+    from test_files import SHAPE, atomic_output, labels, verify_label_file, write_itk
+    final = Path(sys.argv[1])
+    array = labels()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    try:
+        with atomic_output(final, lambda path: verify_label_file(path, SHAPE, np.uint8)) as partial:
+            np.savez(partial, array) if final.suffix == ".npz" else write_itk(array, partial)
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+
+
+class TestVerifyGzip:
+    @pytest.fixture
+    def path(self, tmp_path) -> Path:
+        path = tmp_path / "a.gz"
+        path.write_bytes(gzip.compress(labels().tobytes()))
+        return path
+
+    def test_returns_the_decoded_length(self, path):
+        assert verify_gzip(path) == np.prod(SHAPE)
+
+    def test_reads_all_members(self, path):
+        path.write_bytes(path.read_bytes() * 3)
+        assert verify_gzip(path) == 3 * np.prod(SHAPE)
+
+    @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99])
+    def test_cut(self, path, share):
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(DamagedFileError, match=r"a\.gz"):
+            verify_gzip(path)
+
+    @pytest.mark.parametrize("missing", [1, 4, 8])
+    def test_cut_within_checksum_and_length(self, path, missing):
+        path.write_bytes(path.read_bytes()[:-missing])
+        with pytest.raises(DamagedFileError):
+            verify_gzip(path)
+
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+    def test_one_bit_flipped(self, path, share):
+        content = bytearray(path.read_bytes())
+        content[min(int(len(content) * share), len(content) - 1)] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError):
+            verify_gzip(path)
+
+    @pytest.mark.parametrize("content", [b"", gzip.compress(b""), b"no gzip at all"])
+    def test_empty_or_something_else(self, path, content):
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError):
+            verify_gzip(path)
+
+    def test_garbage_at_the_end(self, path):
+        path.write_bytes(path.read_bytes() + b"garbage")
+        with pytest.raises(DamagedFileError):
+            verify_gzip(path)
+
+    def test_missing_is_a_system_error(self, path):
+        with pytest.raises(FileNotFoundError):
+            verify_gzip(path.with_name("b.gz"))
+
+    @pytest.mark.parametrize("verify", ["gzip", "mha"])
+    def test_memory_is_bounded_however_much_the_file_unfolds_to(self, tmp_path, verify):
+        shape = (256, 512, 512)
+        path = tmp_path / f"zeros.{'nii.gz' if verify == 'gzip' else 'mha'}"
+        write_itk(np.zeros(shape, np.uint8), path)
+        assert path.stat().st_size < 2**20
+        tracemalloc.start()
+        try:
+            verify_label_file(path, shape, np.uint8)
+            assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+        finally:
+            tracemalloc.stop()
+
+
+class TestVerifyLabelFile:
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    @pytest.mark.parametrize("compress", [True, False])
+    @pytest.mark.parametrize("ending", [*ITK_ENDINGS, ".nii"])
+    def test_whole_file_passes(self, tmp_path, ending, dtype, compress):
+        path = tmp_path / f"a{ending}"
+        write_itk(labels(dtype=dtype), path, compress=compress)
+        verify_label_file(path, SHAPE, dtype)
+
+    @pytest.mark.parametrize("compress", [True, False])
+    @pytest.mark.parametrize("ending", [*ITK_ENDINGS, ".nii"])
+    @pytest.mark.parametrize("share", [0.0, 0.0005, 0.1, 0.5, 0.99])
+    def test_cut_file_is_found(self, tmp_path, ending, compress, share):
+        path = tmp_path / f"a{ending}"
+        write_itk(labels(), path, compress=compress)
+        os.truncate(path, int(path.stat().st_size * share))
+        with pytest.raises(DamagedFileError, match=rf"a\{ending}"):
+            verify_label_file(path, SHAPE, np.uint8)
+
+    @pytest.mark.parametrize("ending", [*ITK_ENDINGS, ".nii"])
+    def test_last_byte_missing_is_found(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        write_itk(labels(), path)
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(DamagedFileError):
+            verify_label_file(path, SHAPE, np.uint8)
+
+    @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+    def test_flipped_bit_is_found_where_there_is_a_checksum(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        write_itk(labels(), path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError):
+            verify_label_file(path, SHAPE, np.uint8)
+
+    @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+    def test_wrong_shape_or_type_is_named(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        write_itk(labels(), path)
+        with pytest.raises(DamagedFileError, match=r"shape \(56, 48, 40\), not \(41, 48, 56\)"):
+            verify_label_file(path, (41, 48, 56), np.uint8)
+        with pytest.raises(DamagedFileError, match="type uint8, not uint16"):
+            verify_label_file(path, SHAPE, np.uint16)
+
+    @pytest.mark.parametrize("ending", [*ITK_ENDINGS, ".nii"])
+    def test_fewer_voxels_than_expected_are_found(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        write_itk(labels(), path)
+        with pytest.raises(DamagedFileError):
+            verify_label_file(path, (400, 48, 56), np.uint8)
+
+    @pytest.mark.parametrize("ending", [*ITK_ENDINGS, ".nii", ".png", ".tif"])
+    def test_empty_file_is_found(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        path.touch()
+        with pytest.raises(DamagedFileError, match="is empty"):
+            verify_label_file(path, SHAPE, np.uint8)
+
+    @pytest.mark.parametrize("ending", [*ITK_ENDINGS, ".nii"])
+    def test_text_is_found(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        path.write_text("not an image\n" * 10)
+        with pytest.raises(DamagedFileError):
+            verify_label_file(path, SHAPE, np.uint8)
+
+    @pytest.mark.parametrize("encoding", ["ascii", "bzip2"])
+    def test_nrrd_in_an_encoding_that_nobody_writes_is_not_judged(self, tmp_path, encoding):
+        path = tmp_path / "a.nrrd"
+        path.write_text(f"NRRD0004\ntype: uchar\ndimension: 1\nsizes: 3\nencoding: {encoding}\n\n1 2 3\n")
+        verify_label_file(path, (3,), np.uint8)
+
+    def test_nifti_of_another_byte_order_passes(self, tmp_path):
+        path = tmp_path / "a.nii.gz"
+        header = nibabel.Nifti1Header(endianness=">")
+        header.set_data_dtype(">u2")
+        nibabel.save(nibabel.Nifti1Image(labels(dtype=">u2"), np.eye(4), header), path)
+        verify_label_file(path, SHAPE, np.uint16)
+
+    @pytest.mark.parametrize("top", [1, 254, 255, 300])
+    @pytest.mark.parametrize("writer", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+    def test_what_the_writers_of_nnunet_write_passes(self, tmp_path, writer, top):
+        array = labels(dtype=np.uint16) % 2
+        array[0, 0, 0] = top
+        path = tmp_path / "a.nii.gz"
+        # axes permuted, so that reorienting changes the shape
+        affine = np.array([[0, 0, 1, 0], [2, 0, 0, 0], [0, -3, 0, 0], [0, 0, 0, 1]], float)
+        properties = {
+            "sitk_stuff": {"spacing": (1, 2, 3), "origin": (0, 0, 0), "direction": np.eye(3).ravel()},
+            "nibabel_stuff": {"original_affine": affine, "reoriented_affine": affine},
+        }
+        if writer == "NibabelIOWithReorient":
+            ras = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.zeros(SHAPE, np.uint8), affine))
+            properties["nibabel_stuff"]["reoriented_affine"] = ras.affine
+        writers = {c.__name__: c for c in (SimpleITKIO, NibabelIO, NibabelIOWithReorient)}
+        writers[writer]().write_seg(array, str(path), properties)
+        verify_label_file(path, SHAPE, np.uint8 if top < 255 else np.uint16)
+
+    @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+    def test_two_dimensions_pass(self, tmp_path, ending):
+        path = tmp_path / f"a{ending}"
+        properties = {"sitk_stuff": {"spacing": (1, 2), "origin": (0, 0), "direction": np.eye(2).ravel()}}
+        SimpleITKIO().write_seg(labels((1, 40, 50)), str(path), properties)
+        verify_label_file(path, (1, 40, 50), np.uint8)
+
+    def test_pictures_pass(self, tmp_path):
+        NaturalImage2DIO().write_seg(labels((1, 40, 50)), str(tmp_path / "a.png"), {})
+        verify_label_file(tmp_path / "a.png", (1, 40, 50), np.uint8)
+
+
+class TestRemoveStale:
+    def leftover(self, folder: Path, name: str, age_s: float = 0) -> Path:
+        path = folder / name
+        path.mkdir()
+        (path / "case.nii.gz").write_bytes(NEW)
+        for each in (path / "case.nii.gz", path):
+            os.utime(each, (time.time() - age_s,) * 2)
+        return path
+
+    @pytest.mark.parametrize("kind", [".partial", "nnunet_lowmem"])
+    def test_of_an_ended_process_is_removed(self, tmp_path, kind):
+        path = self.leftover(tmp_path, f"{kind}-{files._host()}-{ended_pid()}-0123abcd")
+        assert remove_stale(tmp_path) == [path]
+        assert names(tmp_path) == []
+
+    def test_of_a_living_process_is_kept(self, tmp_path):
+        self.leftover(tmp_path, f".partial-{files._host()}-{os.getppid()}-0123abcd")
+        assert remove_stale(tmp_path) == []
+        assert len(names(tmp_path)) == 1
+
+    def test_of_this_very_process_is_kept_while_it_is_in_use(self, final):
+        with atomic_output(final, is_new) as partial:
+            write(partial)
+            assert remove_stale(final.parent) == []
+        assert state(final) == "new"
+
+    def test_of_a_predecessor_with_this_process_id_is_removed(self, tmp_path):
+        self.leftover(tmp_path, f".partial-{files._host()}-{os.getpid()}-0123abcd")
+        assert len(remove_stale(tmp_path)) == 1
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs a zombie")
+    def test_of_a_zombie_is_removed(self, tmp_path):
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            self.leftover(tmp_path, f".partial-{files._host()}-{process.pid}-0123abcd")
+            assert len(remove_stale(tmp_path)) == 1
+
+    @pytest.mark.parametrize("age_s, removed", [(3600, 0), (25 * 3600, 1)])
+    def test_of_another_machine_is_removed_after_a_day(self, tmp_path, age_s, removed):
+        self.leftover(tmp_path, f".partial-{'0' * 8}-{ended_pid()}-0123abcd", age_s)
+        assert len(remove_stale(tmp_path)) == removed
+
+    def test_of_another_machine_is_kept_while_its_file_grows(self, tmp_path):
+        path = self.leftover(tmp_path, f".partial-{'0' * 8}-1-0123abcd", 25 * 3600)
+        os.utime(path / "case.nii.gz")
+        assert remove_stale(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "name", ["case.nii.gz", ".partial", ".partial-1", "nnunet_lowmem-backup", ".partial-1-2-3.old"]
+    )
+    def test_anything_else_is_kept(self, tmp_path, name):
+        self.leftover(tmp_path, name, 100 * 24 * 3600)
+        assert remove_stale(tmp_path) == []
+
+    def test_links_are_kept(self, tmp_path):
+        target = tmp_path / "precious"
+        target.mkdir()
+        link = tmp_path / f".partial-{files._host()}-{ended_pid()}-0123abcd"
+        link.symlink_to(target)
+        assert remove_stale(tmp_path) == []
+        assert target.exists()
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
+    def test_of_another_user_is_kept(self, tmp_path):
+        path = self.leftover(tmp_path, f".partial-{files._host()}-{ended_pid()}-0123abcd")
+        os.chown(path, 12345, 12345)
+        assert remove_stale(tmp_path) == []
+
+    def test_missing_folder_holds_nothing(self, tmp_path):
+        assert remove_stale(tmp_path / "gone") == []
+
+    def test_host_differs_between_containers(self, monkeypatch):
+        here = files._host()
+        monkeypatch.setattr(files.platform, "node", lambda: "another")
+        assert files._host.__wrapped__() != here
+
+
+class TestTemporaryFolder:
+    def test_is_private_and_removed(self, tmp_path):
+        with temporary_folder(tmp_path) as folder:
+            assert folder.parent == tmp_path
+            assert folder.name.startswith("nnunet_lowmem-")
+            assert f"-{os.getpid()}-" in folder.name
+            assert os.name == "nt" or folder.stat().st_mode & 0o777 == 0o700
+            (folder / "sub").mkdir()
+            (folder / "sub" / "file").write_bytes(NEW)
+        assert names(tmp_path) == []
+
+    def test_is_in_the_systems_folder_by_default(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+        with temporary_folder() as folder:
+            assert folder.parent == tmp_path
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+    def test_is_removed_after_an_error(self, tmp_path, error):
+        with pytest.raises(error), temporary_folder(tmp_path):
+            raise error
+        assert names(tmp_path) == []
+
+    def test_leaves_the_error_of_the_block_alone(self, tmp_path):
+        with pytest.raises(OSError, match="mine"), temporary_folder(tmp_path):
+            raise OSError("mine")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+    def test_left_by_a_killed_process_is_removed_at_the_next_start(self, tmp_path):
+        done = python(
+            """
+            import os, signal, sys
+            from pathlib import Path
+            from nnunet_lowmem.files import temporary_folder
+            with temporary_folder(Path(sys.argv[1])) as folder:
+                (folder / "spill").write_bytes(bytes(1000))
+                os.kill(os.getpid(), signal.SIGKILL)
+            """,
+            tmp_path,
+        )
+        assert done.returncode == -signal.SIGKILL
+        (left,) = names(tmp_path)
+        with temporary_folder(tmp_path) as folder:
+            assert names(tmp_path) == [folder.name] != [left]
+
+    def test_of_others_that_run_at_the_same_time_is_kept(self, tmp_path):
+        with temporary_folder(tmp_path) as first:
+            with temporary_folder(tmp_path) as second:
+                assert names(tmp_path) == sorted([first.name, second.name])
+            assert first.exists()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_is_not_removed_by_a_forked_child(self, tmp_path):
+        with temporary_folder(tmp_path) as folder:
+            child = multiprocessing.get_context("fork").Process(target=remove_stale, args=(tmp_path,))
+            child.start()
+            child.join()
+            assert folder.exists()
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(UsageError, match=r"--tmp_dir .*gone: .*No such file"):
+            with temporary_folder(tmp_path / "gone"):
+                pass
+
+    def test_that_is_a_file(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(UsageError, match=r"--tmp_dir .*file: .*[Nn]ot a directory"):
+            with temporary_folder(tmp_path / "file"):
+                pass
+
+    @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+    def test_that_cannot_be_written_to(self, tmp_path, monkeypatch, number):
+        def refuse(*args, **kwargs):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+        with pytest.raises(UsageError) as caught, temporary_folder(tmp_path):
+            pass
+        assert os.strerror(number) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert files._live == set()
+
+    def test_of_a_system_without_one(self, monkeypatch):
+        def none():
+            raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+        monkeypatch.setattr(files.tempfile, "gettempdir", none)
+        with pytest.raises(UsageError, match="No usable temporary directory"), temporary_folder():
+            pass
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="mounts a file system")
+    def test_on_a_file_system_mounted_read_only(self, tmp_path):
+        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]).returncode:
+            pytest.skip("may not mount a file system here")
+        try:
+            with pytest.raises(UsageError, match="Read-only file system"), temporary_folder(tmp_path):
+                pass
+        finally:
+            subprocess.run(["umount", str(tmp_path)], check=True)

@@ -1,0 +1,338 @@
+"""Sizes and limits; cgroups are faked files, the limits of ``setrlimit`` are real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.measuring import process_tree_bytes
+from nnunet_lowmem.memory import (
+    RamLimit,
+    available_ram,
+    format_gib,
+    free_disk_bytes,
+    parse_size,
+    ram_limits,
+    total_ram_bytes,
+)
+
+MIB = 2**20
+GIB = 2**30
+PHYSICAL_BYTES = psutil.virtual_memory().total
+UNLIMITED_V1 = 9223372036854771712
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("6G", 6 * GIB),
+        ("6GiB", 6 * GIB),
+        ("6GB", 6 * 10**9),
+        ("6gib", 6 * GIB),
+        ("6gb", 6 * 10**9),
+        ("2.5G", 5 * GIB // 2),
+        ("0.5T", 2**39),
+        ("3TB", 3 * 10**12),
+        ("512M", 512 * MIB),
+        ("512MB", 512 * 10**6),
+        ("16k", 16 * 1024),
+        ("16KB", 16_000),
+        ("4294967296", 4 * GIB),
+        ("17B", 17),
+        (" 6 G ", 6 * GIB),
+        ("80%", 800),
+        ("12.5 %", 125),
+        ("150%", 1500),
+        ("0.1KB", 100),
+        ("900000T", 900000 * 2**40),  # more than any machine has is for the caller to judge
+    ],
+)
+def test_a_size_is_read(text: str, expected: int) -> None:
+    assert parse_size(text, total_bytes=1000) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "0", "-1", "4X", "nan", "inf", "0%", "0.0G", "G", "%", "1e9", "1_000", "4 G B", "4GiBB", "4ib", "2.5",
+     ".5G", "5.G", "--4G", "+4G", "0x10", "٤G", "4G\n8G", "0.0001B", "0.0000000001K", "9" * 5000 + "G"],
+)  # fmt: skip
+def test_a_text_that_is_no_size_is_refused_by_name(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_size(text, total_bytes=1000)
+    assert repr(text) in str(caught.value)
+    assert "6GiB" in str(caught.value)
+    assert "80%" in str(caught.value)
+
+
+@given(st.integers(1, 2**53), st.sampled_from(["", "K", "M", "G", "T"]), st.sampled_from(["", "iB"]))
+def test_binary_units_multiply_exactly(number: int, prefix: str, suffix: str) -> None:
+    power = " KMGT".index(prefix or " ")
+    suffix = suffix if prefix else ""
+    assert parse_size(f"{number}{prefix}{suffix}", 1) == number * 1024**power
+    if prefix:
+        assert parse_size(f"{number}{prefix}B".lower(), 1) == number * 1000**power
+
+
+@given(st.integers(1, 100), st.integers(100, 2**60))
+def test_percent_is_an_exact_share(percent: int, total_bytes: int) -> None:
+    assert parse_size(f"{percent}%", total_bytes) == percent * total_bytes // 100
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_positive_size_or_a_usage_error(text: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert parse_size(text, 10**6) >= 1
+
+
+@given(st.integers(2**20, 2**50))
+def test_formatted_gib_reads_back_within_its_digits(size_bytes: int) -> None:
+    text = format_gib(size_bytes)
+    assert text.endswith(" GiB")
+    resolution = GIB / (200 if size_bytes >= 0.1 * GIB else 20000)
+    assert abs(parse_size(text, 1) - size_bytes) <= resolution + 1
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0.00 GiB"), (4 * MIB, "0.0039 GiB"), (int(7.8 * GIB), "7.80 GiB"), (-3 * GIB, "-3.00 GiB")],
+)
+def test_format_gib(size_bytes: int, text: str) -> None:
+    assert format_gib(size_bytes) == text
+
+
+# --- limits ---
+
+
+def fake_root(folder: Path, own: str, files: dict[str, object]) -> Path:
+    """Write `own` as /proc/self/cgroup and `files` below /sys/fs/cgroup."""
+    (folder / "proc/self").mkdir(parents=True)
+    (folder / "proc/self/cgroup").write_text(own)
+    for name, content in files.items():
+        file = folder / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+    return folder
+
+
+def stat(inactive_file: int) -> str:
+    """Both names, as v1 has them: only the hierarchical one counts there."""
+    return f"cache 999999\ninactive_file {inactive_file}\nactive_file 5\ntotal_inactive_file {2 * inactive_file}"
+
+
+CGROUPS = {
+    "v2, own group": (
+        "0::/job\n",
+        {"job/memory.max": GIB, "job/memory.current": 300 * MIB, "job/memory.stat": stat(100 * MIB)},
+        ("job/memory.max", GIB, 200 * MIB),
+    ),
+    "v2, the parent is tighter because its other children use it": (
+        "0::/slice/job\n",
+        {
+            "slice/job/memory.max": GIB,
+            "slice/job/memory.current": 100 * MIB,
+            "slice/memory.max": 2 * GIB,
+            "slice/memory.current": 1900 * MIB,
+        },
+        ("slice/memory.max", 2 * GIB, 1900 * MIB),
+    ),
+    "v2, a sibling's limit is not ours": (
+        "0::/job\n",
+        {"other/memory.max": MIB, "job/memory.max": GIB, "job/memory.current": 0},
+        ("job/memory.max", GIB, 0),
+    ),
+    "v2, own group says max, grandparent does not": (
+        "0::/a/b/c\n",
+        {"a/b/c/memory.max": "max", "a/b/memory.max": "max", "a/memory.max": GIB, "a/memory.current": 5},
+        ("a/memory.max", GIB, 5),
+    ),
+    "v2, throttled before it is ended": (
+        "0::/job\n",
+        {"job/memory.max": 2 * GIB, "job/memory.high": GIB, "job/memory.current": 7},
+        ("job/memory.high", GIB, 7),
+    ),
+    "v2, container that sees itself as the root": (
+        "0::/\n",
+        {"memory.max": GIB, "memory.current": 10},
+        ("memory.max", GIB, 10),
+    ),
+    "v2, path of the host that is not mounted": (
+        "0::/kubepods/pod1/abc\n",
+        {"memory.max": GIB, "memory.current": 10},
+        ("memory.max", GIB, 10),
+    ),
+    "v2, outside its namespace's root": (
+        "0::/../job\n",
+        {"memory.max": 2 * GIB, "memory.current": 10, "job/memory.max": GIB},
+        ("job/memory.max", GIB, 0),
+    ),
+    "v2, more used than allowed": (
+        "0::/job\n",
+        {"job/memory.max": GIB, "job/memory.current": 2 * GIB},
+        ("job/memory.max", GIB, 2 * GIB),
+    ),
+    "v1, page cache of the whole subtree counts as free": (
+        "5:cpu,cpuacct:/elsewhere\n4:memory:/job\n0::/\n",
+        {
+            "memory/job/memory.limit_in_bytes": GIB,
+            "memory/job/memory.usage_in_bytes": 500 * MIB,
+            "memory/job/memory.stat": stat(100 * MIB),
+            "memory/memory.limit_in_bytes": UNLIMITED_V1,
+        },
+        ("memory/job/memory.limit_in_bytes", GIB, 300 * MIB),
+    ),
+    "v1, nested": (
+        "4:hugetlb,memory:/slurm/uid_1/job_2/step_0\n",
+        {
+            "memory/slurm/uid_1/job_2/step_0/memory.limit_in_bytes": 3 * GIB,
+            "memory/slurm/uid_1/job_2/memory.limit_in_bytes": 2 * GIB,
+            "memory/slurm/uid_1/job_2/memory.usage_in_bytes": 1,
+        },
+        ("memory/slurm/uid_1/job_2/memory.limit_in_bytes", 2 * GIB, 1),
+    ),
+    "hybrid, the limit is in v2": (
+        "1:name=systemd:/job\n0::/job\n",
+        {"unified/job/memory.max": GIB, "unified/job/memory.current": 3},
+        ("unified/job/memory.max", GIB, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_the_cgroup_that_leaves_least_is_found(name: str, tmp_path: Path) -> None:
+    own, files, (file, total_bytes, used_bytes) = CGROUPS[name]
+    root = fake_root(tmp_path, own, files)
+    limit = available_ram(root, environ={})
+    assert limit == RamLimit(f"cgroup {root / 'sys/fs/cgroup' / file}", total_bytes, used_bytes)
+    assert limit.free_bytes == max(0, total_bytes - used_bytes)
+
+
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        ("0::/job\n", {}),
+        ("0::/job\n", {"job/memory.max": "max", "memory.max": "max"}),
+        ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": UNLIMITED_V1}),
+        ("4:cpu:/job\n", {"cpu/job/memory.limit_in_bytes": MIB, "memory/job/memory.limit_in_bytes": MIB}),
+        ("0::/job\n", {"job/memory.max": "garbage", "job/memory.stat": "\nx y z\ninactive_file"}),
+        ("", {"memory.max": MIB}),
+        ("no colon at all\n0:only one\n", {"memory.max": MIB}),
+    ],
+)
+def test_without_a_readable_limit_no_cgroup_binds(own: str, files: dict[str, object], tmp_path: Path) -> None:
+    root = fake_root(tmp_path, own, files)
+    assert [limit for limit in ram_limits(root, environ={}) if limit.source.startswith("cgroup")] == []
+
+
+def test_without_proc_physical_ram_is_left(tmp_path: Path) -> None:
+    limits = ram_limits(tmp_path / "nothing", environ={})
+    assert limits[0].source == "physical RAM"
+    assert limits[0].total_bytes == PHYSICAL_BYTES
+    assert 0 < limits[0].free_bytes < PHYSICAL_BYTES
+
+
+@linux_only
+def test_the_real_machine_can_be_asked() -> None:
+    assert 0 < available_ram().free_bytes < total_ram_bytes() <= PHYSICAL_BYTES
+
+
+@pytest.mark.parametrize(
+    ("environ", "source", "total_bytes"),
+    [
+        ({"SLURM_MEM_PER_NODE": "2000"}, "SLURM_MEM_PER_NODE", 2000 * MIB),
+        (
+            {"SLURM_MEM_PER_CPU": "500", "SLURM_CPUS_ON_NODE": "4"},
+            "SLURM_MEM_PER_CPU x SLURM_CPUS_ON_NODE",
+            2000 * MIB,
+        ),
+        (
+            {"SLURM_MEM_PER_GPU": "700", "SLURM_GPUS_ON_NODE": "2"},
+            "SLURM_MEM_PER_GPU x SLURM_GPUS_ON_NODE",
+            1400 * MIB,
+        ),
+    ],
+)
+def test_slurm_allocation_less_what_this_tree_uses(
+    environ: dict[str, str], source: str, total_bytes: int, tmp_path: Path
+) -> None:
+    limit = available_ram(tmp_path, environ)
+    assert (limit.source, limit.total_bytes) == (source, total_bytes)
+    assert abs(limit.used_bytes - process_tree_bytes()) < 20 * MIB
+    assert total_ram_bytes(tmp_path, environ) == total_bytes
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_MEM_PER_NODE": "0"},  # all of the node
+        {"SLURM_MEM_PER_NODE": ""},
+        {"SLURM_MEM_PER_NODE": "lots"},
+        {"SLURM_MEM_PER_NODE": "-5"},
+        {"SLURM_MEM_PER_CPU": "500"},  # of how many CPUs is not known
+        {"SLURM_MEM_PER_CPU": "500", "SLURM_CPUS_ON_NODE": "4(x2)"},
+    ],
+)
+def test_slurm_without_a_number_does_not_bind(environ: dict[str, str], tmp_path: Path) -> None:
+    assert [limit for limit in ram_limits(tmp_path, environ) if "SLURM" in limit.source] == []
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@linux_only
+@pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_RSS"])
+def test_a_real_process_limit_binds_by_what_it_leaves(name: str) -> None:
+    source, free_bytes, total_bytes = run_python(
+        f"import resource; from nnunet_lowmem.memory import available_ram, total_ram_bytes\n"
+        f"resource.setrlimit(resource.{name}, ({GIB}, {GIB}))\n"
+        "held = bytearray(200 * 2**20)\n"
+        "limit = available_ram(environ={})\n"
+        "print(limit.source, limit.free_bytes, total_ram_bytes(environ={}))"
+    ).split()
+    assert source == name
+    assert int(total_bytes) == GIB
+    assert GIB // 4 < int(free_bytes) < GIB - 200 * MIB
+
+
+@linux_only
+def test_what_rlimit_data_leaves_can_be_had_and_not_more() -> None:
+    out = run_python(
+        f"import resource; from nnunet_lowmem.memory import available_ram\n"
+        f"resource.setrlimit(resource.RLIMIT_DATA, ({GIB}, {GIB}))\n"
+        "free = available_ram(environ={}).free_bytes\n"
+        "held = bytearray(free - 2**20); del held\n"
+        "try: bytearray(free + 2**20)\n"
+        "except MemoryError: print('refused')"
+    )
+    assert out.split() == ["refused"]
+
+
+@linux_only
+def test_importing_memory_brings_in_neither_torch_nor_numpy() -> None:
+    out = run_python(
+        "import sys, nnunet_lowmem.memory\n"
+        "print([name for name in ('torch', 'numpy', 'nnunetv2') if name in sys.modules])"
+    )
+    assert out.strip() == "[]"
+
+
+def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
+    free_bytes = free_disk_bytes(tmp_path / "not" / "yet")
+    assert free_bytes > 0
+    assert abs(free_bytes - psutil.disk_usage(str(tmp_path)).free) < GIB
