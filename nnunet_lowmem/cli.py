@@ -101,6 +101,12 @@ def predict_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time without progress after which a worker counts as stalled; 0: never (default: %(default)g)",
     )
+    more.add_argument(
+        "--probabilities_dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the .npz files; float16 halves them but is not stock's file (default: %(default)s)",
+    )
     more.add_argument("--estimate", action="store_true", help="print the plan of every case and stop")
     return parser
 
@@ -138,6 +144,7 @@ def _predict(options: argparse.Namespace) -> int:
         max_ram=options.max_ram,
         max_vram=options.max_vram,
         tmp_dir=options.tmp_dir,
+        probabilities_dtype=options.probabilities_dtype,
         on_plan=console.print_plan if options.verbose else None,
         on_case=console.print_report if options.verbose else None,
     )

@@ -40,13 +40,19 @@ def run_demo(folder: Path, device_name: str | None) -> None:
         (Path(images) / "ct_abdomen_0000.nii.gz").write_bytes(scan.read_bytes())
         predictor.initialize_from_trained_model_folder(str(data / "ct118"), (0,))
         predictor.predict_from_files(images, str(folder))
-        image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(scan)))
-    labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "ct_abdomen.nii.gz")))
+        image = _read_oriented(scan)
+    labels = _read_oriented(folder / "ct_abdomen.nii.gz")
     draw_slices(image, labels, folder / "ct_abdomen.png")
     _print_summary(reports[0], labels, folder)
 
 
-def draw_slices(image: NDArray[np.number], labels: NDArray[np.integer], path: Path) -> None:
+def _read_oriented(path: Path) -> NDArray[np.number]:
+    """Voxels, shape (z, y, x): z upwards, y backwards, x to the patient's left."""
+    oriented = SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS")  # type: ignore[no-untyped-call]  # SimpleITK's
+    return np.asarray(SimpleITK.GetArrayFromImage(oriented))
+
+
+def draw_slices(image: NDArray[np.number], labels: NDArray[np.number], path: Path) -> None:
     """Draw the middle axial, coronal and sagittal slice with the labels laid over.
 
     Parameters
@@ -73,7 +79,7 @@ def draw_slices(image: NDArray[np.number], labels: NDArray[np.integer], path: Pa
     figure.savefig(path, dpi=110)
 
 
-def _print_summary(report: CaseReport, labels: NDArray[np.integer], folder: Path) -> None:
+def _print_summary(report: CaseReport, labels: NDArray[np.number], folder: Path) -> None:
     table = Table(title="nnunet-lowmem demo", show_header=False)
     table.add_row("image", " x ".join(map(str, labels.shape)))
     table.add_row("classes", f"{_HEADS}, of which {len(np.unique(labels))} appear")

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nnunet_lowmem import kernels
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLabeller
-from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
+from nnunet_lowmem.nnunet_adapter import HEADS_PER_CALL, CaseGeometry, LogitsResampling
+from nnunet_lowmem.resampling import flat_tables
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.types import Shape3
 
 
 def empty_label_map(geometry: CaseGeometry, rule: LabelRule) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -68,13 +71,13 @@ def collect_slabs(slabs: Iterable[LogitsSlab], heads: int, shape: tuple[int, ...
     return result
 
 
-def label_heads(heads: Iterator[tuple[int, NDArray[Any]]], geometry: CaseGeometry, rule: LabelRule) -> NDArray[Any]:
+def label_heads(heads: Iterable[NDArray[Any]], geometry: CaseGeometry, rule: LabelRule) -> NDArray[Any]:
     """Label head after head: for resampling functions that are not known as tables.
 
     Parameters
     ----------
-    heads : iterator of (index, logits of shape (z, y, x) in the cropped grid)
-        In rising order.
+    heads : iterable of arrays, shape (z, y, x)
+        Logits in the cropped grid.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def label_heads(heads: Iterator[tuple[int, NDArray[Any]]], geometry: CaseGeometr
     """
     whole, cropped = empty_label_map(geometry, rule)
     best: NDArray[Any] | None = None
-    for index, logits in heads:
+    for index, logits in enumerate(heads):
         if not rule.ranked:
             probability = torch.sigmoid(torch.from_numpy(logits).float()).numpy()
             np.copyto(cropped, rule.values[index + 1].astype(rule.dtype), where=probability > 0.5)
@@ -96,13 +99,41 @@ def label_heads(heads: Iterator[tuple[int, NDArray[Any]]], geometry: CaseGeometr
     return whole
 
 
-def resample_heads(
-    store: PlaneStore, heads: int, resampling: LogitsResampling, group: int
-) -> Iterator[tuple[int, Any]]:
-    """Yield each head in the cropped grid, resampled by the configured function, `group` heads per call."""
-    for start in range(0, heads, group):
-        stop = min(start + group, heads)
-        logits = resampling.function(store.read_heads(start, stop), *resampling.arguments)
-        for head in range(start, stop):
-            values = logits[head - start]
-            yield head, values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+class ResampledHeads:
+    """The heads of a store in the cropped grid, one after the other; may be iterated several times.
+
+    A resampling that is known as tables is done by the compiled kernel, any other by the configured function, for a few
+    heads per call.
+
+    Parameters
+    ----------
+    store : PlaneStore
+        All finished logits.
+    resampling : LogitsResampling
+    shape : int, 3
+        Cropped grid.
+    threads : RowThreads
+    """
+
+    def __init__(self, store: PlaneStore, resampling: LogitsResampling, shape: Shape3, threads: RowThreads) -> None:
+        self.heads = store.heads
+        self._store = store
+        self._resampling = resampling
+        self._shape = shape
+        self._threads = threads
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        group = 1 if self._resampling.tables is not None else HEADS_PER_CALL
+        for start in range(0, self.heads, group):
+            logits = self._store.read_heads(start, min(start + group, self.heads))
+            yield from self._resample(logits)
+
+    def _resample(self, logits: NDArray[np.float16]) -> Iterable[NDArray[Any]]:
+        tables = self._resampling.tables
+        if tables is None:
+            resampled = self._resampling.function(logits, *self._resampling.arguments)
+            return resampled.cpu().numpy() if isinstance(resampled, torch.Tensor) else resampled
+        out = np.empty(self._shape, np.uint16)
+        rows = self._shape[0] * self._shape[1]
+        self._threads.run(kernels.resample_rows, rows, logits.view(np.uint16), *flat_tables(tables), out)
+        return [out.view(np.float16)]

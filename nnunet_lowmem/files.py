@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from nnunet_lowmem.errors import UsageError, WriteError
+from nnunet_lowmem.errors import LowMemError, UsageError, WriteError
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.verifying import DamagedFileError
 
@@ -70,8 +70,9 @@ def atomic_output(
     Raises
     ------
     WriteError
-        If the disk is full, the file is missing or damaged, or cannot be flushed or renamed. Other errors of the block
-        pass through. In every case, KeyboardInterrupt included, what was written is removed.
+        If the disk is full, the file cannot be written, is missing or damaged, or cannot be flushed or renamed. Errors
+        of the block that concern neither the disk nor that file pass through. In every case, KeyboardInterrupt
+        included, what was written is removed.
     """
     if needed_bytes is not None:
         require_free_bytes(final, needed_bytes)
@@ -82,8 +83,8 @@ def atomic_output(
     try:
         try:
             yield folder / final.name
-        except OSError as error:
-            if isinstance(error, WriteError) or not _is_disk_full(error, folder):
+        except Exception as error:
+            if isinstance(error, LowMemError) or not _is_about_writing(error, folder):
                 raise
             raise _write_error(final, error, folder, needed_bytes) from error
         try:
@@ -176,8 +177,10 @@ def _make_owned_folder(parent: Path, kind: str) -> Path:
 
 
 def _remove_owned_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    _live.discard(folder.name)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        _live.discard(folder.name)
 
 
 @cache
@@ -268,9 +271,11 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _is_disk_full(error: OSError, folder: Path) -> bool:
-    if error.errno is not None:
-        return error.errno in _DISK_FULL
+def _is_about_writing(error: Exception, folder: Path) -> bool:
+    if getattr(error, "errno", None) in _DISK_FULL or str(folder) in str(error):
+        return True
+    if not isinstance(error, OSError) or error.errno is not None:
+        return False
     # libraries that notice a short write themselves (numpy's tofile) give no number
     free_bytes = _free_bytes(folder)
     return free_bytes is not None and free_bytes < _ALMOST_FULL_BYTES
@@ -279,7 +284,8 @@ def _is_disk_full(error: OSError, folder: Path) -> bool:
 def _write_error(
     final: Path, error: Exception, folder: Path | None = None, needed_bytes: int | None = None
 ) -> WriteError:
-    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    # ITK tells its errors in many lines
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
     free_bytes, written_bytes = _free_bytes(final.parent), 0 if folder is None else _size_bytes(folder)
     of_needed = "" if needed_bytes is None else f" of {format_gib(needed_bytes)}"
     told = f"{final}: could not be written whole: {reason}; {format_gib(written_bytes)}{of_needed} written"

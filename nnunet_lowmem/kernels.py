@@ -1,20 +1,24 @@
-"""Compiled CPU kernels on half-precision arrays: accumulate tiles, find labels of interpolated logits.
+"""Compiled CPU kernels on half-precision arrays: accumulate tiles, resample a head, label interpolated logits.
 
-numba has no float16 on the CPU, so every array of halves is handled as its ``uint16`` bit patterns and converted by the
-functions below, which agree with IEEE 754 on all 65,536 halves and round to nearest, ties to even. No kernel uses
-``fastmath``: the order of operations is what makes the results equal to stock nnU-Net's.
-
-All kernels release the GIL and work on a range of rows, so that a thread pool can share the work; none starts threads.
+Arrays of halves are their ``uint16`` bits (see `halves`). No kernel uses ``fastmath``: the order of operations is what
+makes the results equal to stock nnU-Net's. All work on a range of rows, so that a thread pool can share the work; none
+starts threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from nnunet_lowmem.halves import (
+    double_to_half_key,
+    half_key,
+    half_to_single,
+    jit,
+    key_to_double,
+    key_to_half,
+    single_to_half,
+)
 
 # sigmoid(float32(x)) > 0.5 holds for a half x exactly from the second smallest positive half on, 2**-23
 REGION_THRESHOLD_KEY = 2
@@ -22,66 +26,6 @@ _NO_RIVAL = 127
 _SMALLEST_NORMAL_EXPONENT = -14
 # a half has 10 bits after the point; one more because the stored exponents are floors
 _SAFE_EXPONENT_DISTANCE = 9
-
-
-def jit(function: Callable[..., object]) -> Any:
-    """Compile `function` without the GIL, cached on disk where any folder can be written."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no writable cache folder
-        return njit(nogil=True)(function)
-
-
-@jit
-def half_to_single(bits: np.uint16) -> np.float32:
-    """Value of a half, given as its 16 bits, as float32 (exact)."""
-    magnitude = np.uint32((bits & 0x7FFF) << 13)
-    sign = np.uint32((bits & 0x8000) << 16)
-    exponent = np.uint32(magnitude & 0x0F800000)
-    subnormal = np.float32(np.uint32(magnitude + (113 << 23)).view(np.float32) - np.float32(2.0**-14))
-    result = np.uint32(magnitude + (112 << 23))
-    if exponent == np.uint32(0x0F800000):
-        result = np.uint32(magnitude + (224 << 23))
-    if exponent == np.uint32(0):
-        result = np.float32(subnormal).view(np.uint32)
-    return np.uint32(result | sign).view(np.float32)
-
-
-@jit
-def single_to_half(value: np.float32) -> np.uint16:
-    """Bits of the half nearest to a float32, ties to even."""
-    bits = np.float32(value).view(np.uint32)
-    sign = np.uint32((bits >> 16) & 0x8000)
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    # adding 0.5 puts the last bit of a subnormal half at the last bit of the float32, so the addition rounds
-    subnormal = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5))
-    result = np.uint32(np.uint32(magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112 << 23)) >> 13)
-    if magnitude < np.uint32(113 << 23):
-        result = np.uint32(np.float32(subnormal).view(np.uint32) - 0x3F000000)
-    if magnitude >= np.uint32(0x47800000):
-        result = np.uint32(0x7C00)
-    if magnitude > np.uint32(0x7F800000):
-        result = np.uint32(0x7E00)
-    return np.uint16(result | sign)
-
-
-@jit
-def half_key(bits: np.uint16) -> np.int16:
-    """Integer that orders halves as their values do; both zeros give 0."""
-    sign = np.int16(np.int16(bits) >> 15)
-    return np.int16(np.int16(np.int16(bits & 0x7FFF) ^ sign) - sign)
-
-
-@jit
-def double_to_half_key(value: np.float64) -> np.int16:
-    """`half_key` of the half nearest to a finite float64, rounded once, ties to even."""
-    bits = np.float64(value).view(np.int64)
-    magnitude = bits & 0x7FFFFFFFFFFFFFFF
-    if magnitude < (1009 << 52):
-        key = np.int64(np.rint(abs(value) * 16777216.0))
-    else:
-        key = ((magnitude + 0x1FFFFFFFFFF + ((magnitude >> 42) & 1)) >> 42) - (1008 << 10)
-    return np.int16(-key if bits < 0 else key)
 
 
 @jit
@@ -175,14 +119,8 @@ def _exponents(best: np.int16, lower: np.int16) -> tuple[np.int8, np.int8]:
         magnitude = np.int32(_SMALLEST_NORMAL_EXPONENT)
     if lower == -32768:
         return np.int8(_NO_RIVAL), np.int8(magnitude)
-    gap = np.float32(_key_to_double(best) - _key_to_double(lower))
+    gap = np.float32(key_to_double(best) - key_to_double(lower))
     return np.int8(np.int32(gap.view(np.uint32) >> 23) - 127), np.int8(magnitude)
-
-
-@jit
-def _key_to_double(key: np.int16) -> np.float64:
-    bits = -key | 0x8000 if key < 0 else key
-    return np.float64(half_to_single(np.uint16(bits)))
 
 
 @jit
@@ -429,3 +367,37 @@ def label_rows(
                         logits, corner_rows, weights, x, smallest[:, number], largest[:, number]
                     )  # fmt: skip
                 target[column] = values[chosen]
+
+
+@jit
+def resample_rows(
+    logits: NDArray[np.uint16],
+    index: tuple[NDArray[np.int32], ...],
+    weight: tuple[NDArray[np.float64], ...],
+    out: NDArray[np.uint16],
+    row_start: int,
+    row_stop: int,
+) -> None:
+    """Interpolate one head onto the whole output grid; the slow way of `label_rows`, for probabilities.
+
+    Parameters
+    ----------
+    logits : uint16 bits of halves, shape (1, a, b, c)
+    index, weight : 6 arrays each
+        As in `label_rows`.
+    out : uint16 bits of halves, shape (z, y, x)
+        Written.
+    row_start, row_stop : int
+        Range of the flattened (z, y) rows of `out`.
+    """
+    rows = out.shape[1]
+    for flat in range(row_start, row_stop):
+        z = flat // rows
+        y = flat % rows
+        corner_rows = (index[0][z], index[1][z], index[2][y], index[3][y])
+        weights = (weight[0][z], weight[1][z], weight[2][y], weight[3][y])
+        for x in range(out.shape[2]):
+            key = _interpolate(
+                logits, 0, corner_rows, weights, index[4][x], index[5][x], weight[4][x], weight[5][x]
+            )  # fmt: skip
+            out[z, y, x] = key_to_half(key)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem import device_labelling, kernels
-from nnunet_lowmem.resampling import AxisTable
+from nnunet_lowmem.resampling import AxisTable, flat_tables
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import Shape3
 
@@ -166,8 +166,6 @@ class SlabLabeller:
             self._threads.run(kernels.survey_heads, rows, bits, origin, winner, gap, magnitude)
         else:
             self._threads.run(kernels.survey_regions, rows, bits, origin, winner)
-        index = tuple(neighbour for table in tables for neighbour in (table.low, table.high))
-        weight = tuple(weights for table in tables for weights in (table.weight_low, table.weight_high))
         self._threads.run(
             kernels.label_rows,
             labels.shape[0] * labels.shape[1],
@@ -176,8 +174,7 @@ class SlabLabeller:
             winner,
             gap,
             magnitude,
-            index,
-            weight,
+            *flat_tables(tables),
             *tables[2].cells,
             any(table.interpolates for table in tables),
             self._rule.ranked,

@@ -43,6 +43,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Where arrays are spilled; the system's temporary folder if not given.
     kernel_threads : int, optional
         Threads of the compiled kernels (never the network's); all usable cores if not given.
+    probabilities_dtype : str
+        "float32" as in stock, or "float16" for files of half the size.
     on_plan : callable, optional
         Called with the `Plan` of each case before it is predicted.
     on_case : callable, optional
@@ -66,6 +68,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         max_vram: int | str | None = None,
         tmp_dir: str | os.PathLike[str] | None = None,
         kernel_threads: int | None = None,
+        probabilities_dtype: str = "float32",
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
     ) -> None:
@@ -83,6 +86,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.max_vram = max_vram
         self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
         self.kernel_threads = kernel_threads or usable_cores()
+        self.probabilities_dtype = probabilities_dtype
         self.on_plan = on_plan
         self.on_case = on_case
 

@@ -157,11 +157,15 @@ def write_segmentation(
         writer.write_seg(segmentation, str(partial_file), properties)
 
 
-def write_probabilities(probabilities: NDArray[Any], properties: dict[str, Any], output: str) -> None:
-    """Write stock's .npz and .pkl."""
-    with atomic_output(Path(output + ".npz")) as partial_file:
+def write_probabilities(probabilities: NDArray[Any], path: str) -> None:
+    """Write stock's .npz of an array that exists as a whole."""
+    with atomic_output(Path(path)) as partial_file:
         np.savez_compressed(partial_file, probabilities=probabilities)
-    with atomic_output(Path(output + ".pkl")) as partial_file:
+
+
+def write_properties(properties: dict[str, Any], path: str) -> None:
+    """Write stock's .pkl."""
+    with atomic_output(Path(path)) as partial_file:
         save_pickle(properties, str(partial_file))
 
 

@@ -26,12 +26,13 @@ from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.cases import Job, job_of_item
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.files import temporary_folder
+from nnunet_lowmem.files import atomic_output, temporary_folder
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.planner import Budget, CaseFacts, Plan, plan_case
 from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
+from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
@@ -65,7 +66,10 @@ class LowMemPredictor(LogitsPredictor):
     def _segment(
         self, case: PreprocessedCase, job: Job, clock: StageClock, budget: Budget, folder: Path, probabilities: bool
     ) -> tuple[Result, Plan]:
-        """Segmentation of a preprocessed case, in the axis order and grid of the file."""
+        """Segmentation of a preprocessed case, in the axis order and grid of the file.
+
+        Probabilities are returned, or written where the job has an output.
+        """
         geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
         rule = nnunet_adapter.label_rule(self.label_manager)
         resampling = nnunet_adapter.logits_resampling(
@@ -73,44 +77,63 @@ class LowMemPredictor(LogitsPredictor):
         )
         streams = rule is not None and resampling.tables is not None and not probabilities
         plan = self._plan(case, job.name, budget, streams)
+        grid = self._grid(case)
         with ExitStack() as stack:
             threads = stack.enter_context(RowThreads(self.kernel_threads))
             stack.enter_context(clock.stage("prediction"))
-            slabs = stack.enter_context(self._final_slabs(case, self._grid(case), plan, threads, folder))
-            if rule is None or probabilities:
+            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder))
+            if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
-            if resampling.tables is not None:
+            if resampling.tables is not None and not probabilities:
                 labels = export.label_slabs(slabs, resampling, geometry, rule, threads, clock)
-            else:
-                labels = self._label_heads(slabs, case, geometry, rule, resampling, clock, folder)
-        return labels.transpose(self.plans_manager.transpose_backward), plan
+                return self._to_file_axes(labels), plan
+            store = stack.enter_context(
+                PlaneStore(self.label_manager.num_segmentation_heads, grid.image_shape, grid.roll_axis, folder)
+            )
+            export.store_slabs(slabs, store)
+            heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
+            with clock.stage("export"):
+                if not probabilities:
+                    return self._to_file_axes(export.label_heads(heads, geometry, rule)), plan
+                return self._probabilities(heads, geometry, rule, job, case.properties), plan
 
-    def _label_heads(
+    def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:
+        return labels.transpose(self.plans_manager.transpose_backward)
+
+    def _probabilities(
         self,
-        slabs: Iterator[LogitsSlab],
-        case: PreprocessedCase,
+        heads: export.ResampledHeads,
         geometry: nnunet_adapter.CaseGeometry,
         rule: LabelRule,
-        resampling: nnunet_adapter.LogitsResampling,
-        clock: StageClock,
-        folder: Path,
-    ) -> NDArray[Any]:
-        """Spill the finished logits, then resample a few heads at a time with the configured function."""
-        heads = self.label_manager.num_segmentation_heads
-        grid = self._grid(case)
-        with PlaneStore(heads, grid.image_shape, grid.roll_axis, folder) as store:
-            export.store_slabs(slabs, store)
-            with clock.stage("export"):
-                resampled = export.resample_heads(store, heads, resampling, nnunet_adapter.HEADS_PER_CALL)
-                return export.label_heads(resampled, geometry, rule)
+        job: Job,
+        properties: dict[str, Any],
+    ) -> Result:
+        """Return (segmentation, probabilities), or write the probabilities and return the segmentation."""
+        backward = self.plans_manager.transpose_backward
+        if job.output is None:
+            collected: list[NDArray[np.float32]] = []
+            labels = label_and_export(heads, geometry, rule, lambda head: collected.append(head.copy()))
+            stacked = np.stack(collected).transpose([0, *(axis + 1 for axis in backward)])
+            return self._to_file_axes(labels), stacked
+        shape = tuple(geometry.original_shape[axis] for axis in backward)
+        with (
+            atomic_output(Path(job.output + ".npz")) as path,
+            npz_sink(path, heads.heads, shape, backward, np.dtype(self.probabilities_dtype)) as sink,
+        ):
+            labels = label_and_export(heads, geometry, rule, sink)
+        nnunet_adapter.write_properties(properties, job.output + ".pkl")
+        return self._to_file_axes(labels)
 
     def _convert_as_stock(
         self, slabs: Iterator[LogitsSlab], case: PreprocessedCase, clock: StageClock, probabilities: bool
     ) -> Result:
         """Hold all logits and let stock convert them: for label managers whose rule is not known here."""
-        logits = export.collect_slabs(
-            slabs, self.label_manager.num_segmentation_heads, self._grid(case).image_shape
-        )  # fmt: skip
+        logger.warning(
+            "label manager %s is not nnU-Net's own: all logits are held for it, so memory is not bounded",
+            type(self.label_manager).__name__,
+        )
+        shape = self._grid(case).image_shape
+        logits = export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, shape)
         with clock.stage("export"):
             return convert_predicted_logits_to_segmentation_with_correct_shape(  # type: ignore[no-any-return]  # stock's
                 logits.cpu().numpy(),
@@ -296,7 +319,8 @@ class LowMemPredictor(LogitsPredictor):
         assert result is not None
         segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
         if probabilities is not None:
-            nnunet_adapter.write_probabilities(probabilities, properties, output)
+            nnunet_adapter.write_probabilities(probabilities, output + ".npz")
+            nnunet_adapter.write_properties(properties, output + ".pkl")
         nnunet_adapter.write_segmentation(
             segmentation, properties, output + self.dataset_json["file_ending"], self.plans_manager
         )

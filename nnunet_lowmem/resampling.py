@@ -102,3 +102,12 @@ def resampling_tables(shape_in: Shape3, shape_out: Shape3, separate_axis: int | 
         nearest_axis(n_in, n_out) if axis == separate_axis else linear_axis(n_in, n_out)
         for axis, (n_in, n_out) in enumerate(zip(shape_in, shape_out, strict=True))
     )
+
+
+def flat_tables(
+    tables: tuple[AxisTable, ...],
+) -> tuple[tuple[NDArray[np.int32], ...], tuple[NDArray[np.float64], ...]]:
+    """Return the tables as the kernels take them: (low, high) indices and weights, axis by axis, six of each."""
+    index = tuple(neighbour for table in tables for neighbour in (table.low, table.high))
+    weight = tuple(weights for table in tables for weights in (table.weight_low, table.weight_high))
+    return index, weight

@@ -32,6 +32,7 @@ class PlaneStore:
     """
 
     def __init__(self, heads: int, shape: Shape3, axis: int, folder: Path | None) -> None:
+        self.heads = heads
         self.axis = axis
         self._plane_shape = (heads, *(shape[a] for a in range(3) if a != axis))
         self._plane_bytes = 2 * int(np.prod(self._plane_shape))

@@ -83,20 +83,21 @@ def verify_label_file(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Non
 
 
 def _verify_nifti_header(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
-    header = _nifti_header(path)
-    held_shape, held_dtype = header.get_data_shape(), header.get_data_dtype()
+    image = _nifti_image(path)
+    held_shape, held_dtype = image.shape, image.get_data_dtype()
     if _essential(held_shape) != _essential(shape):
         raise DamagedFileError(f"{path.name} has shape {held_shape}, not {tuple(shape)} in any order")
     if held_dtype.newbyteorder("=") != dtype.newbyteorder("="):
         raise DamagedFileError(f"{path.name} holds values of type {held_dtype}, not {dtype}")
 
 
-def _nifti_header(path: Path) -> Any:
+def _nifti_image(path: Path) -> Any:
+    """Return nibabel's view of the file, of which only the header has been read."""
     # takes a quarter of a second to import, which the command line need not wait for
     import nibabel
 
     try:
-        return nibabel.load(path).header
+        return nibabel.load(path)
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, ValueError) as error:
         raise DamagedFileError(f"{path.name}: {error}") from error
 
@@ -106,12 +107,12 @@ def _essential(shape: Sequence[int]) -> list[int]:
 
 
 def _nii_bytes(path: Path) -> int:
-    return path.stat().st_size - int(_nifti_header(path).get_data_offset())
+    return path.stat().st_size - int(_nifti_image(path).dataobj.offset)
 
 
 def _nii_gz_bytes(path: Path) -> int:
     # decoded first: a damaged stream says less when it fails in the header
-    return verify_gzip(path) - int(_nifti_header(path).get_data_offset())
+    return verify_gzip(path) - int(_nifti_image(path).dataobj.offset)
 
 
 def _nrrd_bytes(path: Path) -> int | None:

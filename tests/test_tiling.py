@@ -1,0 +1,89 @@
+"""Tiles where stock nnU-Net puts them, in its order, and rows along the axis that rolls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from numpy import empty
+
+from nnunet_lowmem.tiling import axis_starts, tile_grid
+
+STEP = st.one_of(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 1.0]), st.floats(0.05, 1.0))
+SHAPE = st.tuples(*[st.integers(1, 40)] * 3)
+PATCH = st.one_of(st.tuples(*[st.integers(1, 24)] * 2), st.tuples(*[st.integers(1, 24)] * 3))
+
+
+def stock_slicers(padded_shape, patch_size, step_size):
+    predictor = SimpleNamespace(
+        configuration_manager=SimpleNamespace(patch_size=patch_size), tile_step_size=step_size, verbose=False
+    )
+    return nnUNetPredictor._internal_get_sliding_window_slicers(predictor, padded_shape)
+
+
+def slicer_start(slicer):
+    return tuple(place.start if isinstance(place, slice) else place for place in slicer[1:])
+
+
+@given(size=st.integers(1, 2000), tile=st.integers(1, 300), step=STEP)
+def test_starts_are_stocks(size, tile, step):
+    assume(size >= tile)
+    assert list(axis_starts(size, tile, step)) == compute_steps_for_sliding_window((size,), (tile,), step)[0]
+
+
+@given(shape=SHAPE, patch=PATCH, step=STEP)
+def test_tiles_come_in_stocks_order(shape, patch, step):
+    grid = tile_grid(shape, patch, step)
+    ours = [start for row_start, _ in grid.rows() for start in grid.row_tiles(row_start)]
+    assert ours == [slicer_start(slicer) for slicer in stock_slicers(grid.padded_shape, patch, step)]
+    assert len(ours) == grid.tile_count
+
+
+@given(shape=SHAPE, patch=PATCH)
+def test_padding_is_stocks(shape, patch):
+    grid = tile_grid(shape, patch, 0.5)
+    image = empty((1, *shape), dtype="uint8")
+    padded, inverse = pad_nd_image(image, patch, "constant", {"constant_values": 0}, True, None)
+    assert grid.padded_shape == padded.shape[1:]
+    assert grid.padding == tuple(place.start for place in inverse[1:])
+
+
+@given(shape=SHAPE, patch=PATCH, step=STEP)
+def test_rows_end_where_no_later_tile_reaches(shape, patch, step):
+    grid = tile_grid(shape, patch, step)
+    axis, rows = grid.roll_axis, list(grid.rows())
+    assert rows[0][0] == 0
+    assert rows[-1][1] == grid.padded_shape[axis]
+    for (start, final), (following, _) in zip(rows[:-1], rows[1:], strict=True):
+        assert final == following
+        assert final - start <= grid.tile_shape[axis]
+
+
+@given(shape=SHAPE, patch=PATCH, step=STEP)
+def test_axes_before_the_one_that_rolls_have_a_single_tile(shape, patch, step):
+    grid = tile_grid(shape, patch, step)
+    assert all(len(grid.starts[axis]) == 1 for axis in range(grid.roll_axis))
+    assert len(grid.starts[grid.roll_axis]) > 1 or grid.tile_count == 1
+
+
+def test_rounding_can_repeat_a_start():
+    starts = axis_starts(9, 8, 0.05)
+    assert list(starts) == compute_steps_for_sliding_window((9,), (8,), 0.05)[0]
+    assert len(set(starts)) < len(starts)
+
+
+@pytest.mark.parametrize("step", [0, -0.5, 1.0001, float("nan"), float("inf")])
+def test_step_size_outside_its_range_is_refused(step):
+    with pytest.raises(ValueError, match="tile step size must be larger than 0 and at most 1"):
+        tile_grid((9, 9, 9), (4, 4, 4), step)
+
+
+@pytest.mark.parametrize("patch", [(4,), (4, 4, 4, 4)])
+def test_patch_of_other_dimensions_is_refused(patch):
+    with pytest.raises(ValueError, match="patch size must have two or three entries"):
+        tile_grid((9, 9, 9), patch, 0.5)
