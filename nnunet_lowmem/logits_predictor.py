@@ -113,6 +113,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         except RuntimeError as error:
             raise ModelError(f"the weights in {checkpoints[0]} do not fit the plans beside them: {error}") from error
         self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints)
+        nnunet_adapter.check_reader(self.plans_manager)
 
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.errors import ModelError, UsageError
 
 
 def list_cases(folder: str, file_ending: str) -> list[list[str]]:
@@ -22,6 +22,27 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
 def case_name(files: Sequence[str], file_ending: str) -> str:
     """Name of a case: its first file without channel number and ending."""
     return os.path.basename(files[0])[: -(len(file_ending) + 5)]
+
+
+def check_previous_stage(cases: Sequence[Sequence[str]], stages: Sequence[str | None], file_ending: str) -> None:
+    """Refuse cases of a cascade whose segmentation of the previous stage is missing.
+
+    Raises
+    ------
+    UsageError
+        With the first such case and how many there are.
+    """
+    missing = [
+        (case_name(files, file_ending), stage)
+        for files, stage in zip(cases, stages, strict=True)
+        if stage is not None and not os.path.isfile(stage)
+    ]
+    if missing:
+        name, stage = missing[0]
+        raise UsageError(
+            f"the previous stage of {len(missing)} of {len(cases)} cases is missing; the first is case {name}, "
+            f"expected as {stage}"
+        )
 
 
 def checkpoint_files(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
 from nnunetv2.preprocessing.resampling.default_resampling import (
+    compute_new_shape,
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
 )
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.types import Shape3
@@ -128,6 +130,15 @@ def label_rule(label_manager: LabelManager) -> LabelRule | None:
     return LabelRule(ranked=not label_manager.has_regions, values=values, dtype=dtype)
 
 
+def check_reader(plans_manager: PlansManager) -> None:
+    """Refuse plans that name a reader which the installed nnU-Net does not have."""
+    try:
+        plans_manager.image_reader_writer_class  # noqa: B018  # a property that looks the class up
+    except RuntimeError:
+        name = plans_manager.plans["image_reader_writer"]
+        raise ModelError(f"the plans ask for the reader {name!r}, which the installed nnU-Net does not have") from None
+
+
 def input_channels(plans_manager: Any, configuration_manager: Any, dataset_json: dict[str, Any]) -> int:
     """Return the number of channels the network takes, those of a previous stage included."""
     return int(determine_num_input_channels(plans_manager, configuration_manager, dataset_json))
@@ -177,6 +188,28 @@ def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> C
         cropped_shape=_shape3(properties["shape_after_cropping_and_before_resampling"]),
         original_shape=_shape3(properties["shape_before_cropping"]),
         crop=(crop[0], crop[1], crop[2]),
+    )
+
+
+def uncropped_geometry(files: Sequence[str], plans_manager: Any, configuration_manager: Any) -> CaseGeometry:
+    """Shapes of a case by its first header alone, as if nothing were cropped: an upper bound.
+
+    Raises
+    ------
+    UsageError
+        If the header cannot be read.
+    """
+    shape, spacing = read_header(files[0])
+    forward = plans_manager.transpose_forward
+    shape, spacing = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
+    target = list(configuration_manager.spacing)
+    target = [spacing[0], *target] if len(target) < len(shape) else target
+    original = _shape3(shape)
+    return CaseGeometry(
+        network_shape=_shape3(compute_new_shape(original, spacing, target)),
+        cropped_shape=original,
+        original_shape=original,
+        crop=(slice(0, original[0]), slice(0, original[1]), slice(0, original[2])),
     )
 
 

@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,26 @@ class LowMemPredictor(LogitsPredictor):
     Cases are preprocessed one after the other in this process, and exported in this process: the ``num_processes...``
     arguments are accepted and export never starts a process.
     """
+
+    def estimate(self, source_folder: str) -> Iterator[Plan]:
+        """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
+        budget = machine_budget(self.max_ram, self.max_vram, self.device)
+        facts = self._model_facts()
+        file_ending = self.dataset_json["file_ending"]
+        for files in model_files.list_cases(source_folder, file_ending):
+            geometry = nnunet_adapter.uncropped_geometry(files, self.plans_manager, self.configuration_manager)
+            case = CaseFacts(
+                name=model_files.case_name(files, file_ending),
+                grid=tile_grid(
+                    geometry.network_shape, tuple(self.configuration_manager.patch_size), self.tile_step_size
+                ),
+                original_shape=geometry.original_shape,
+                cropped_shape=geometry.cropped_shape,
+                streams=nnunet_adapter.label_rule(self.label_manager) is not None,
+            )
+            yield plan_case(
+                facts, case, replace(budget, binding=False), self.device.type, self.perform_everything_on_device
+            )
 
     def _plan(self, case: PreprocessedCase, name: str, budget: Budget, streams: bool) -> Plan:
         geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
@@ -200,6 +222,7 @@ class LowMemPredictor(LogitsPredictor):
         )
         if not cases:
             return None
+        model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
         jobs = [
             Job(
                 name=model_files.case_name(files, self.dataset_json["file_ending"]),
@@ -276,7 +299,7 @@ class LowMemPredictor(LogitsPredictor):
         with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
             clock = StageClock(job.name, sampler.mark if sampler else None)
             with clock.stage("preprocessing"):
-                case = job.load()
+                case = _load(job)
             result, plan = self._segment(case, job, clock, budget, folder, probabilities)
             if job.output is not None:
                 with clock.stage("writing"):
@@ -324,6 +347,13 @@ class LowMemPredictor(LogitsPredictor):
         nnunet_adapter.write_segmentation(
             segmentation, properties, output + self.dataset_json["file_ending"], self.plans_manager
         )
+
+
+def _load(job: Job) -> PreprocessedCase:
+    try:
+        return job.load()
+    except UsageError as error:
+        raise type(error)(f"case {job.name}, preprocessing: {error}") from error
 
 
 def _as_list(value: Any) -> list[Any]:
