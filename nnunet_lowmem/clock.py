@@ -61,9 +61,10 @@ class StageClock:
             self.on_stage(name)
 
 
-def trace(event: str, case: str) -> None:
-    """Append an event to the trace file, if one is asked for."""
+def trace(event: str, case: str, seconds: dict[str, float] | None = None) -> None:
+    """Append an event, with the seconds per stage where they are known, to the trace file if one is asked for."""
     path = os.environ.get(TRACE_VARIABLE)
     if path:
         with Path(path).open("a") as file:
-            file.write(json.dumps({"time": time.time(), "event": event, "case": case}) + "\n")
+            line = {"time": time.time(), "event": event, "case": case, "seconds": seconds}
+            file.write(json.dumps(line) + "\n")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from nnunet_lowmem import export, model_files, nnunet_adapter
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.cases import Job, job_of_item
-from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem.clock import StageClock, trace
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import atomic_output, temporary_folder
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab
@@ -103,6 +103,7 @@ class LowMemPredictor(LogitsPredictor):
         with ExitStack() as stack:
             threads = stack.enter_context(RowThreads(self.kernel_threads))
             stack.enter_context(clock.stage("prediction"))
+            trace("first_tile", job.name)
             slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
@@ -305,6 +306,7 @@ class LowMemPredictor(LogitsPredictor):
                 with clock.stage("writing"):
                     self._write(result, job.output, case.properties)
                 result = None
+        trace("case_end", job.name, clock.seconds)
         if self.on_case is not None:
             assert sampler is not None
             self.on_case(CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes()))

@@ -17,6 +17,8 @@ from skimage import io
 
 import nnunet_lowmem
 
+pytest.register_assert_rewrite("oracle")
+
 DATA = Path(__file__).parent / "data"
 HEAD = DATA / "t1_head_1mm.nii.gz"
 ANISO = DATA / "t1_aniso_6p5mm.nii.gz"
@@ -90,9 +92,9 @@ def grey_picture() -> NDArray[np.uint8]:
     return np.clip(a / 8, 0, 255).astype(np.uint8)
 
 
-def rgb_picture() -> NDArray[np.uint8]:
+def rgb_picture(alpha: int = 0) -> NDArray[np.uint8]:
     grey = grey_picture()[40:150, 50:210]
-    return np.stack([grey, np.roll(grey, 5, 0), 255 - grey], axis=-1)
+    return np.stack([grey, np.roll(grey, 5, 0), 255 - grey, *[grey // 2] * alpha], axis=-1)
 
 
 IMAGES: dict[str, Callable[[], Sequence[SimpleITK.Image | NDArray]]] = {
@@ -115,13 +117,14 @@ IMAGES: dict[str, Callable[[], Sequence[SimpleITK.Image | NDArray]]] = {
     "slice": lambda: [isotropic_slice()],
     "picture": lambda: [grey_picture()],
     "picture_rgb": lambda: [rgb_picture()],
+    "picture_rgba": lambda: [rgb_picture(alpha=1)],
 }
 
 
 def write_image(image: SimpleITK.Image | NDArray, path: Path) -> None:
     if isinstance(image, SimpleITK.Image):
         SimpleITK.WriteImage(image, str(path))
-    elif image.ndim == 3 and image.shape[-1] > 3:
+    elif image.ndim == 3 and image.shape[-1] > 4:
         tifffile.imwrite(path, image)
         save_json({"spacing": [5.0, 5.0, 5.0]}, str(path.with_name(path.name.replace("_0000.tif", ".json"))))
     else:

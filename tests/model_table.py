@@ -179,11 +179,16 @@ ENSEMBLES = [
 
 FLAT: dict[str, Any] = {"patch_size": (32, 28), "spacing": (3.9, 4.4)}
 PICTURE: dict[str, Any] = {"patch_size": (64, 48), "spacing": (1.0, 1.0), "reader": "NaturalImage2DIO"}
-RGB: dict[str, Any] = {
-    "channels": ("R", "G", "B"),
-    "normalisation": ("RGBTo01Normalization",) * 3,
-    "use_mask_for_norm": (False,) * 3,
-}
+
+
+def colours(names: str) -> dict[str, Any]:
+    count = len(names)
+    return {
+        "channels": tuple(names),
+        "normalisation": ("RGBTo01Normalization",) * count,
+        "use_mask_for_norm": (False,) * count,
+    }
+
 
 TWO_D = [
     # slices of a volume: axis 0 keeps the image's spacing and is the outermost loop
@@ -195,7 +200,8 @@ TWO_D = [
     # the slices are 999 times as far apart: in-plane resampling only, never along axis 0
     Row("png", ModelSpec(**PICTURE, file_ending=".png"), "picture"),
     # colours are channels within one file
-    Row("png_rgb", ModelSpec(**PICTURE, **RGB, file_ending=".png", mirror_axes=(0, 1)), "picture_rgb"),
+    Row("png_rgb", ModelSpec(**PICTURE, **colours("RGB"), file_ending=".png", mirror_axes=(0, 1)), "picture_rgb"),
+    Row("png_rgba", ModelSpec(**PICTURE, **colours("RGBA"), file_ending=".png"), "picture_rgba"),
     Row("tif_2d", ModelSpec(**PICTURE, file_ending=".tif"), "picture"),
     Row("bmp", ModelSpec(**PICTURE, file_ending=".bmp", labels=30), "picture", classes=20),
     # a picture that is resampled
@@ -235,8 +241,15 @@ READERS = [
     Row("nrrd", ModelSpec(file_ending=".nrrd"), "head_oblique"),
     Row("mha", ModelSpec(file_ending=".mha"), "head_oblique"),
     Row("simpleitk_oblique", ModelSpec(), "head_oblique"),
-    # the array is reoriented before the network sees it and back before it is written (always as uint8)
+    # the array is reoriented before the network sees it and back before it is written
     Row("simpleitk_reorient", ModelSpec(reader="SimpleITKIOWithReorient"), "head_oblique"),
+    # this writer always writes uint8: values from 256 on wrap
+    Row(
+        "simpleitk_reorient_300_classes",
+        ModelSpec(reader="SimpleITKIOWithReorient", labels=300, patch_size=(32, 32, 32), spacing=(6.0, 6.0, 6.0)),
+        "head_oblique",
+        classes=150,
+    ),
     Row("nibabel", ModelSpec(reader="NibabelIO"), "head_oblique"),
     Row("nibabel_nii", ModelSpec(reader="NibabelIO", file_ending=".nii"), "head_oblique"),
     Row("nibabel_reorient", ModelSpec(reader="NibabelIOWithReorient"), "head_oblique"),

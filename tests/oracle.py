@@ -102,7 +102,7 @@ def assert_same_object(expected: Any, actual: Any, where: str) -> None:
     """Equality of nnU-Net's properties: dictionaries, sequences, arrays, numbers, with their types."""
     assert type(actual) is type(expected), where
     if isinstance(expected, dict):
-        assert list(actual) == list(expected), where
+        assert (where, list(actual)) == (where, list(expected))
         for key, value in expected.items():
             assert_same_object(value, actual[key], f"{where}[{key!r}]")
     elif isinstance(expected, np.ndarray):

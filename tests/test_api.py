@@ -56,7 +56,9 @@ Array = tuple[NDArray[np.float32], dict[str, Any]]
 @pytest.fixture(scope="module")
 def both(images, models) -> list[nnUNetPredictor]:
     """Stock's predictor and ours with the same model: two folds, mirrored, transposed."""
-    spec = ModelSpec(folds=(0, 1), mirror_axes=(2,), transpose_forward=(1, 2, 0), patch_size=(32, 32, 32))
+    spec = ModelSpec(
+        folds=(0, 1), mirror_axes=(2,), transpose_forward=(1, 2, 0), patch_size=(20, 24, 24), spacing=(6.5, 6.0, 6.1)
+    )
     model = models(spec, images("head_margin"))
     return [make_predictor(cls, model, (0, 1)) for cls in (nnUNetPredictor, LowMemPredictor)]
 
