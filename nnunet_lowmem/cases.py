@@ -25,11 +25,14 @@ class Job:
         Where to write, without the file ending; None returns the arrays.
     load : callable
         Returns the preprocessed case.
+    files : (image files, file of the previous stage or None), or None
+        What `load` reads, if it reads files: a worker can do it instead.
     """
 
     name: str
     output: str | None
     load: Callable[[], PreprocessedCase]
+    files: tuple[list[str], str | None] | None = None
 
 
 def job_of_item(item: dict[str, Any]) -> Job:

@@ -144,6 +144,7 @@ def _predict(options: argparse.Namespace) -> int:
         max_ram=options.max_ram,
         max_vram=options.max_vram,
         tmp_dir=options.tmp_dir,
+        worker_timeout_s=options.worker_timeout,
         probabilities_dtype=options.probabilities_dtype,
         on_plan=console.print_plan if options.verbose else None,
         on_case=console.print_report if options.verbose else None,

@@ -45,6 +45,10 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Threads of the compiled kernels (never the network's); all usable cores if not given.
     probabilities_dtype : str
         "float32" as in stock, or "float16" for files of half the size.
+    worker_timeout_s : float
+        Seconds without progress after which a worker counts as stalled; 0: never.
+    prefetch : bool, optional
+        Preprocess the next case in a process meanwhile; by default only beside a GPU.
     on_plan : callable, optional
         Called with the `Plan` of each case before it is predicted.
     on_case : callable, optional
@@ -69,6 +73,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         tmp_dir: str | os.PathLike[str] | None = None,
         kernel_threads: int | None = None,
         probabilities_dtype: str = "float32",
+        worker_timeout_s: float = 600.0,
+        prefetch: bool | None = None,
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
     ) -> None:
@@ -87,6 +93,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
         self.kernel_threads = kernel_threads or usable_cores()
         self.probabilities_dtype = probabilities_dtype
+        self.worker_timeout_s = worker_timeout_s
+        self.prefetch = prefetch
         self.on_plan = on_plan
         self.on_case = on_case
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from nnunet_lowmem.labelling import LabelRule, LogitsSlab
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.planner import Budget, CaseFacts, Plan, plan_case
+from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.reporting import CaseReport
@@ -39,6 +40,7 @@ from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.watchdog import WorkerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -229,10 +231,24 @@ class LowMemPredictor(LogitsPredictor):
                 name=model_files.case_name(files, self.dataset_json["file_ending"]),
                 output=output,
                 load=partial(self._preprocess_files, files, stage),
+                files=(files, stage),
             )
             for files, output, stage in zip(cases, outputs or [None] * len(cases), stages, strict=True)
         ]
-        return self._predict_jobs(jobs, save_probabilities)
+        if not self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0)):
+            return self._predict_jobs(jobs, save_probabilities)
+        with self._in_temporary_folder() as folder, self._prefetcher(folder) as prefetcher:
+            return [self._predict_job(job, folder, save_probabilities) for job in prefetcher.jobs(jobs)]
+
+    def _prefetches(self, cases: int, processes: int) -> bool:
+        """Prefetch beside a GPU; on the CPU a worker would take the cores that the network needs."""
+        wanted = self.device.type != "cpu" if self.prefetch is None else self.prefetch
+        return wanted and cases > 1 and processes > 0
+
+    def _prefetcher(self, folder: Path) -> Prefetcher:
+        model = (self.plans_manager, self.configuration_manager, self.dataset_json)
+        limits = WorkerLimits(stall_s=self.worker_timeout_s)
+        return Prefetcher(model, folder, limits, max(1, self.kernel_threads // 2))
 
     def predict_from_data_iterator(
         self,
@@ -288,9 +304,14 @@ class LowMemPredictor(LogitsPredictor):
     # -- cases in a row ----------------------------------------------------------------------------------------------
 
     def _predict_jobs(self, jobs: Iterable[Job], probabilities: bool) -> list[Result]:
+        with self._in_temporary_folder() as folder:
+            return [self._predict_job(job, folder, probabilities) for job in jobs]
+
+    @contextmanager
+    def _in_temporary_folder(self) -> Iterator[Path]:
         try:
             with temporary_folder(self.tmp_dir) as folder:
-                return [self._predict_job(job, folder, probabilities) for job in jobs]
+                yield folder
         finally:
             compute_gaussian.cache_clear()
             empty_cache(self.device)

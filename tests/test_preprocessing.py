@@ -222,7 +222,12 @@ def arrays_and_spacings(draw) -> tuple[np.ndarray, list[float], Model]:
 def test_any_shape_and_spacing_equals_stock(example) -> None:
     image, spacing, model = example
     properties, ours = {"spacing": spacing}, {"spacing": spacing}
-    expected = DefaultPreprocessor(False).run_case_npy(image, None, properties, *model.managers(), LABELS)
+    try:
+        expected = DefaultPreprocessor(False).run_case_npy(image, None, properties, *model.managers(), LABELS)
+    except (ValueError, ZeroDivisionError):  # what is left after the crop is less than half a voxel
+        with pytest.raises(UsageError, match="leaves"):
+            preprocess_array(image, None, ours, *model.managers(), LABELS)
+        return
     actual = preprocess_array(image, None, ours, *model.managers(), LABELS, threads=2)
     assert_same(actual, (expected[0], expected[1], properties))
 
