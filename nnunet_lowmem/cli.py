@@ -37,8 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("-o", default="nnunet_lowmem_demo", metavar="DIR", help="output folder (default: %(default)s)")
     demo.add_argument("-device", default=None, help="cuda, cuda:N, mps or cpu (default: the best there is)")
     demo.add_argument("--verbose", action="store_true", help="say more, and show tracebacks")
+    demo.set_defaults(run=_demo)
+    ensemble = commands.add_parser("ensemble", help="nnUNetv2_ensemble in memory that does not grow with the classes")
+    ensemble.add_argument("-i", nargs="+", required=True, metavar="FOLDER", help="folders with .npz and .pkl")
+    ensemble.add_argument("-o", required=True, metavar="FOLDER", help="output folder")
+    ensemble.add_argument("-np", type=int, default=1, metavar="N", help="accepted; one process is used")
+    ensemble.add_argument("--save_npz", action="store_true", help="write the averaged probabilities, too")
+    ensemble.add_argument("--verbose", action="store_true", help="show tracebacks")
+    ensemble.set_defaults(run=_ensemble)
     options = parser.parse_args(arguments)
-    return _guarded(lambda: _demo(options), options.verbose)
+    return _guarded(lambda: int(options.run(options)), options.verbose)
 
 
 def _guarded(command: Callable[[], int], verbose: bool) -> int:
@@ -170,6 +178,17 @@ def _demo(options: argparse.Namespace) -> int:
     from nnunet_lowmem.demo import run_demo
 
     run_demo(Path(options.o), options.device)
+    return 0
+
+
+def _ensemble(options: argparse.Namespace) -> int:
+    for folder in options.i:
+        _check_folder("-i", folder)
+    _check_writable(Path(options.o))
+    from nnunet_lowmem.ensembling import ensemble_folders
+
+    for path in ensemble_folders([Path(folder) for folder in options.i], Path(options.o), options.save_npz):
+        print(path)
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
 )
-from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
@@ -36,6 +36,14 @@ from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.types import Shape3
+
+try:
+    from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
+except ImportError:  # new in nnU-Net 2.6
+    no_resampling_hack = None
+
+#: nnU-Net 2.5 always takes the argmax of the softmax; rounding can make it differ from that of the logits.
+TAKES_ARGMAX_OF_SOFTMAX = tuple(map(int, version("nnunetv2").split(".")[:2])) < (2, 6)
 
 #: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
 HEADS_PER_CALL = 8

@@ -22,6 +22,8 @@ HALF_BYTES = 2
 SINGLE_BYTES = 4
 # winner index, gap exponent and magnitude exponent of a surveyed voxel
 _SURVEY_BYTES = 4
+# what compilers and libraries take when they are first used, after "reserved" was measured
+_LIBRARY_BYTES = 256 * 2**20
 # a sum over folds below this stays in RAM: a file would save nothing that matters
 _SMALL_BYTES = 64 * 2**20
 
@@ -228,6 +230,7 @@ def _allocations(
 
     yield Allocation("input image", Place.RAM, _input_bytes(model, case), (Stage.PREPROCESSING,))
     yield Allocation("preprocessed image", Place.RAM, image_bytes, tuple(Stage))
+    yield Allocation("compiled kernels and library buffers", Place.RAM, _LIBRARY_BYTES, tuple(Stage))
     yield Allocation("weights", compute, model.weight_bytes, predict)
     yield Allocation("network on one tile", compute, model.activation_bytes, predict)
     if model.mirrored:

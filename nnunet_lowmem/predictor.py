@@ -99,7 +99,8 @@ class LowMemPredictor(LogitsPredictor):
         resampling = nnunet_adapter.logits_resampling(
             self.plans_manager, self.configuration_manager, geometry, case.properties
         )
-        streams = rule is not None and resampling.tables is not None and not probabilities
+        by_softmax = probabilities or (nnunet_adapter.TAKES_ARGMAX_OF_SOFTMAX and rule is not None and rule.ranked)
+        streams = rule is not None and resampling.tables is not None and not by_softmax
         plan = self._plan(case, job.name, budget, streams)
         grid = self._grid(case)
         with ExitStack() as stack:
@@ -109,7 +110,7 @@ class LowMemPredictor(LogitsPredictor):
             slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
-            if resampling.tables is not None and not probabilities:
+            if streams:
                 labels = export.label_slabs(slabs, resampling, geometry, rule, threads, clock)
                 return self._to_file_axes(labels), plan
             store = stack.enter_context(
@@ -118,8 +119,10 @@ class LowMemPredictor(LogitsPredictor):
             export.store_slabs(slabs, store)
             heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
             with clock.stage("export"):
-                if not probabilities:
+                if not by_softmax:
                     return self._to_file_axes(export.label_heads(heads, geometry, rule)), plan
+                if not probabilities:
+                    return self._to_file_axes(label_and_export(heads, geometry, rule, None)), plan
                 return self._probabilities(heads, geometry, rule, job, case.properties), plan
 
     def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:

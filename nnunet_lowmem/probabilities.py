@@ -30,18 +30,28 @@ _CLOSE_VOXELS_AT_ONCE = 1 << 20
 
 
 def label_and_export(
-    heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, sink: ProbabilitySink
+    heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, sink: ProbabilitySink | None
 ) -> NDArray[Any]:
-    """Give the probabilities of every head to `sink` and return the label map that stock writes beside them.
+    """Give the probabilities of every head to `sink`, if any, and return the label map that stock writes beside them.
 
     Returns
     -------
     uint8 or uint16 array, original grid in the axis order of the network
     """
-    return _softmax(heads, geometry, rule, sink) if rule.ranked else _sigmoid(heads, geometry, rule, sink)
+    if not rule.ranked:
+        return _sigmoid(heads, geometry, rule, sink)
+    labels, cropped = empty_label_map(geometry, rule)
+    largest = _maximum(heads, rule, cropped)
+    total, close = _sum_of_exponentials(heads, largest)
+    if sink is not None:
+        _export_softmax(heads, geometry, largest, total, sink)
+    _settle_close_calls(heads, close, rule, cropped)
+    return labels
 
 
-def _sigmoid(heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, sink: ProbabilitySink) -> NDArray[Any]:
+def _sigmoid(
+    heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, sink: ProbabilitySink | None
+) -> NDArray[Any]:
     """Regions: outside the crop every probability is 0."""
     labels, cropped = empty_label_map(geometry, rule)
     whole = np.zeros(geometry.original_shape, np.float32)
@@ -50,23 +60,21 @@ def _sigmoid(heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, sin
             probability = torch.sigmoid(_single(logits[z])).numpy()
             whole[geometry.crop][z] = probability
             np.copyto(cropped[z], rule.values[region + 1].astype(rule.dtype), where=probability > 0.5)
-        sink(whole)
+        if sink is not None:
+            sink(whole)
     return labels
 
 
-def _softmax(heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, sink: ProbabilitySink) -> NDArray[Any]:
+def _export_softmax(
+    heads: ResampledHeads, geometry: CaseGeometry, largest: NDArray[Any], total: torch.Tensor, sink: ProbabilitySink
+) -> None:
     """Classes: outside the crop the first head, background, has probability 1."""
-    labels, cropped = empty_label_map(geometry, rule)
-    largest = _maximum(heads, rule, cropped)
-    total, close = _sum_of_exponentials(heads, largest)
     whole = np.empty(geometry.original_shape, np.float32)
     for head, logits in enumerate(heads):
         whole[...] = 1.0 if head == 0 else 0.0
         for z in range(len(logits)):
             whole[geometry.crop][z] = (torch.exp(_single(logits[z]) - _single(largest[z])) / total[z]).numpy()
         sink(whole)
-    _settle_close_calls(heads, close, rule, cropped)
-    return labels
 
 
 def _maximum(heads: ResampledHeads, rule: LabelRule, labels: NDArray[Any]) -> NDArray[Any]:
