@@ -1,0 +1,90 @@
+"""Preprocessing the next case in a worker: the same files, no process left, and a way on when no worker can be had."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from factory import ModelSpec
+from oracle import make_predictor, read_voxels
+
+from nnunet_lowmem import LowMemPredictor, prefetching
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.workers import Worker, WorkerDiedError, WorkerStartError
+
+
+def workers() -> list[psutil.Process]:
+    """Children of this process but for Python's own resource tracker, which lives as long as this process."""
+    return [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def cases(images):
+    return [images("head"), images("head_margin"), images("small")]
+
+
+def predict(model: str, cases: list[list[str]], folder: Path, **options) -> dict[str, bytes]:
+    predictor = make_predictor(LowMemPredictor, model, (0,), **options)
+    predictor.predict_from_files(cases, str(folder), num_processes_preprocessing=2)
+    return {path.name: read_voxels(path).tobytes() for path in folder.glob("*.nii.gz")}
+
+
+def outputs(cases: list[list[str]], folder: Path) -> list[str]:
+    return [str(folder / os.path.basename(files[0]).removesuffix("_0000.nii.gz")) for files in cases]
+
+
+def test_same_label_maps_as_without_a_worker(cases, models, tmp_path):
+    model = models(ModelSpec(), cases[0])
+    expected = predict(model, cases, tmp_path / "in_process", prefetch=False)
+    assert predict(model, cases, tmp_path / "prefetched", prefetch=True) == expected
+    assert len(expected) == 3
+    assert not workers()
+
+
+def test_worker_that_is_killed_is_replaced_once(cases, models, tmp_path, monkeypatch):
+    killed = []
+
+    class FirstIsKilled(Worker):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if not killed:
+                killed.append(self.pid)
+                os.kill(self.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(prefetching, "Worker", FirstIsKilled)
+    model = models(ModelSpec(), cases[0])
+    assert len(predict(model, cases[:2], tmp_path / "out", prefetch=True)) == 2
+    assert killed
+
+
+def test_worker_that_is_killed_twice_is_an_error_that_names_case_and_signal(cases, models, tmp_path, monkeypatch):
+    class Killed(Worker):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            os.kill(self.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(prefetching, "Worker", Killed)
+    with pytest.raises(WorkerDiedError, match="head_margin.*SIGKILL"):
+        predict(models(ModelSpec(), cases[0]), cases[:2], tmp_path / "out", prefetch=True)
+    assert (tmp_path / "out" / "head.nii.gz").exists()
+    assert not workers()
+
+
+def test_goes_on_in_process_where_no_worker_can_be_started(cases, models, tmp_path, monkeypatch, caplog):
+    def cannot(*args, **kwargs):
+        raise WorkerStartError("no processes here")
+
+    monkeypatch.setattr(prefetching, "Worker", cannot)
+    assert len(predict(models(ModelSpec(), cases[0]), cases, tmp_path / "out", prefetch=True)) == 3
+    assert "no processes here" in caplog.text
+
+
+def test_bad_input_in_the_worker_is_reported_as_in_process(cases, models, tmp_path):
+    broken = tmp_path / "broken_0000.nii.gz"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"case broken, preprocessing: .*broken_0000\.nii\.gz"):
+        predict(models(ModelSpec(), cases[0]), [cases[0], [str(broken)]], tmp_path / "out", prefetch=True)
+    assert (tmp_path / "out" / "head.nii.gz").exists()
