@@ -378,17 +378,9 @@ def resample_rows(
     row_start: int,
     row_stop: int,
 ) -> None:
-    """Interpolate one head onto the whole output grid; the slow way of `label_rows`, for probabilities.
+    """Interpolate one head, shape (1, a, b, c), onto the whole output grid `out`, shape (z, y, x); both uint16 bits.
 
-    Parameters
-    ----------
-    logits : uint16 bits of halves, shape (1, a, b, c)
-    index, weight : 6 arrays each
-        As in `label_rows`.
-    out : uint16 bits of halves, shape (z, y, x)
-        Written.
-    row_start, row_stop : int
-        Range of the flattened (z, y) rows of `out`.
+    The other parameters are as in `label_rows`.
     """
     rows = out.shape[1]
     for flat in range(row_start, row_stop):

@@ -45,8 +45,6 @@ def region_labels(logits: NDArray[np.floating], order: Sequence[int]) -> NDArray
     return labels
 
 
-
-
 def products_in_turn(value: NDArray[np.float64], weights: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     return ((value * weights[0]) * weights[1]) * weights[2]
 
@@ -64,9 +62,13 @@ def sum_of_corners(
     """Order-1 resize of one volume as a sum over 8 corners in C order; `clamp` clamps the coordinate itself."""
     total = np.zeros(shape)
     for corner in product((0, 1), repeat=3):
-        neighbours = [_neighbour(n_in, n_out, clamp)[bit] for n_in, n_out, bit in zip(volume.shape, shape, corner)]
+        neighbours = [
+            _neighbour(n_in, n_out, clamp)[bit] for n_in, n_out, bit in zip(volume.shape, shape, corner, strict=True)
+        ]
         index = np.ix_(*(index for index, _ in neighbours))
-        total += multiply(volume[index], [weight.reshape(axis) for (_, weight), axis in zip(neighbours, _AXES)])
+        total += multiply(
+            volume[index], [weight.reshape(axis) for (_, weight), axis in zip(neighbours, _AXES, strict=True)]
+        )
     return total
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -122,7 +124,7 @@ def test_torch_itself_rounds_doubles_twice():
 def compiled_accumulate(window: torch.Tensor, tile: torch.Tensor, importance: torch.Tensor, origin, parts: int):
     planes = tile.shape[0] * tile.shape[1]
     edges = np.linspace(0, planes, parts + 1).astype(int)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         bits = window.numpy().view(np.uint16)
         kernels.accumulate(bits, tile.numpy(), importance.float().numpy(), tuple(origin), int(start), int(stop))
 

@@ -67,7 +67,7 @@ def test_worker_that_is_killed_twice_is_an_error_that_names_case_and_signal(case
             os.kill(self.pid, signal.SIGKILL)
 
     monkeypatch.setattr(prefetching, "Worker", Killed)
-    with pytest.raises(WorkerDiedError, match="head_margin.*SIGKILL"):
+    with pytest.raises(WorkerDiedError, match=r"head_margin.*SIGKILL"):
         predict(models(ModelSpec(), cases[0]), cases[:2], tmp_path / "out", prefetch=True)
     assert (tmp_path / "out" / "head.nii.gz").exists()
     assert not workers()

@@ -50,7 +50,12 @@ class SmallNetwork(nn.Module):
 
 
 def predictor(
-    cls: type[nnUNetPredictor], patch: tuple[int, ...], network: nn.Module, folds: int = 1, mirror: Any = None, **options
+    cls: type[nnUNetPredictor],
+    patch: tuple[int, ...],
+    network: nn.Module,
+    folds: int = 1,
+    mirror: Any = None,
+    **options,
 ) -> nnUNetPredictor:
     spec = ModelSpec(labels=HEADS, patch_size=patch)
     plans, dataset = PlansManager(spec.plans()), spec.dataset_json()
@@ -113,7 +118,8 @@ def test_step_sizes_and_weighting(step, gaussian):
 
 def test_repeated_starts_count_twice():
     pair = both((8, 8, 8), tile_step_size=0.05)
-    assert len(set(tile_grid((9, 8, 8), (8, 8, 8), 0.05).starts[0])) < len(tile_grid((9, 8, 8), (8, 8, 8), 0.05).starts[0])
+    starts = tile_grid((9, 8, 8), (8, 8, 8), 0.05).starts[0]
+    assert len(set(starts)) < len(starts)
     stock, ours = (p.predict_sliding_window_return_logits(image((9, 8, 8))) for p in pair)
     assert_same_bits(ours, stock)
 
@@ -138,7 +144,9 @@ def test_folds_of_stocks_own_method(folds, threads):
 
 
 @contextmanager
-def rolling(stock: nnUNetPredictor, case: PreprocessedCase, step: float = 0.5) -> Iterator[tuple[TileGrid, RollingWindow]]:
+def rolling(
+    stock: nnUNetPredictor, case: PreprocessedCase, step: float = 0.5
+) -> Iterator[tuple[TileGrid, RollingWindow]]:
     patch = tuple(stock.configuration_manager.patch_size)
     grid = tile_grid(case.image.shape[1:], patch, step)
     importance = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=CPU)
@@ -274,7 +282,9 @@ def put(value: float) -> Callable[[torch.Tensor], None]:
     return spoil
 
 
-@pytest.mark.parametrize("value, words", [(np.nan, "0 infinite and 1 NaN"), (np.inf, "1 infinite"), (1e30, "1 infinite")])
+@pytest.mark.parametrize(
+    "value, words", [(np.nan, "0 infinite and 1 NaN"), (np.inf, "1 infinite"), (1e30, "1 infinite")]
+)
 def test_logits_that_are_not_finite_are_an_error(value, words):
     ours = predictor(LowMemPredictor, (8, 10, 6), Spoiling(put(value)))
     with pytest.raises(NonFiniteLogitsError, match=f"{words}.* in plane .* of axis 0"):
@@ -298,17 +308,17 @@ def test_infinity_is_an_error_in_stock_too():
 
 
 def test_exception_of_the_network_passes_through_and_no_thread_stays():
-    class Unusual(Exception):
+    class UnusualError(Exception):
         pass
 
-    error = Unusual("third tile")
+    error = UnusualError("third tile")
 
     def fail(logits: torch.Tensor) -> None:
         raise error
 
     ours = predictor(LowMemPredictor, (8, 10, 6), Spoiling(fail), kernel_threads=3)
     before = set(threading.enumerate())
-    with pytest.raises(Unusual) as caught:
+    with pytest.raises(UnusualError) as caught:
         ours.predict_sliding_window_return_logits(image((40, 10, 6)))
     assert caught.value is error
     assert ours.network.calls == 3

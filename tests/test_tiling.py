@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +60,7 @@ def test_rows_end_where_no_later_tile_reaches(shape, patch, step):
     axis, rows = grid.roll_axis, list(grid.rows())
     assert rows[0][0] == 0
     assert rows[-1][1] == grid.padded_shape[axis]
-    for (start, final), (following, _) in zip(rows[:-1], rows[1:], strict=True):
+    for (start, final), (following, _) in pairwise(rows):
         assert final == following
         assert final - start <= grid.tile_shape[axis]
 

@@ -1,0 +1,7 @@
+"""``python -m nnunet_lowmem`` is ``nnunet-lowmem``."""
+
+import sys
+
+from nnunet_lowmem.cli import main
+
+sys.exit(main())
