@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunet_lowmem import __version__
-from nnunet_lowmem.errors import LowMemError, UsageError
+from nnunet_lowmem.errors import LowMemError, ModelError, UsageError
 
 CITATION = (
     "Please cite nnU-Net when you use it: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. "
@@ -138,6 +139,7 @@ def _predict(options: argparse.Namespace) -> int:
     print(CITATION)
     device = console.choose_device(options.device)
     print(f"device: {device}")
+    _check_cases(options.i, Path(model_folder))
     console.set_torch_threads(device)
     from nnunet_lowmem.predictor import LowMemPredictor
 
@@ -175,6 +177,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _check_device(options.device)
     from nnunet_lowmem.demo import run_demo
 
     run_demo(Path(options.o), options.device)
@@ -201,11 +204,10 @@ def _check(options: argparse.Namespace) -> str:
     if not 0 <= options.part_id < options.num_parts:
         raise UsageError(f"-part_id counts from 0 and must be below -num_parts {options.num_parts}: {options.part_id}")
     for flag, number in (("-npp", options.npp), ("-nps", options.nps), ("--worker_timeout", options.worker_timeout)):
-        if number < 0:
-            raise UsageError(f"{flag} cannot be negative, got {number}")
+        if not 0 <= number < math.inf:
+            raise UsageError(f"{flag} must be a number that is not negative, got {number}")
     _check_sizes(options)
-    if options.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", options.device):
-        raise UsageError(f"-device must be cpu, mps, cuda or cuda:N, got {options.device!r}")
+    _check_device(options.device)
     _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
         _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
@@ -218,6 +220,18 @@ def _check(options: argparse.Namespace) -> str:
     return str(model_folder)
 
 
+def _check_cases(folder: str, model_folder: Path) -> None:
+    from nnunet_lowmem import model_files
+
+    model_files.read_json(model_folder / "plans.json")
+    dataset_json = model_folder / "dataset.json"
+    file_ending = model_files.read_json(dataset_json).get("file_ending")
+    if not isinstance(file_ending, str):
+        raise ModelError(f"{dataset_json} does not say which 'file_ending' the images have")
+    if not model_files.list_cases(folder, file_ending):
+        raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs")
+
+
 def _check_sizes(options: argparse.Namespace) -> None:
     from nnunet_lowmem.memory import parse_size, total_ram_bytes
 
@@ -228,6 +242,11 @@ def _check_sizes(options: argparse.Namespace) -> None:
                 parse_size(text, total_ram_bytes())
             except UsageError as error:
                 raise UsageError(f"{flag}: {error}") from None
+
+
+def _check_device(name: str | None) -> None:
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UsageError(f"-device must be cpu, mps, cuda or cuda:N, got {name!r}")
 
 
 def _check_folder(flag: str, folder: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             super().initialize_from_trained_model_folder(
                 model_training_output_dir, [model_files.fold_of(checkpoints[0])], checkpoint_name
             )
-        except RuntimeError as error:
-            raise ModelError(f"the weights in {checkpoints[0]} do not fit the plans beside them: {error}") from error
+        except Exception as error:
+            raise ModelError(_why_not_loaded(checkpoints[0], error)) from error
         self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints)
         nnunet_adapter.check_reader(self.plans_manager)
 
@@ -129,7 +129,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile; autocast only on CUDA, as in stock."""
-        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
 
     # -- logits ------------------------------------------------------------------------------------------------------
@@ -221,6 +221,15 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             mirrored=bool(self.use_mirroring and self.allowed_mirroring_axes),
             label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
         )
+
+
+def _why_not_loaded(checkpoint: Path, error: Exception) -> str:
+    """One line; of weights that do not fit, torch lists every tensor, and the first says enough."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RuntimeError) and "state_dict" in lines[0] and len(lines) > 1:
+        return f"the weights in {checkpoint} do not fit the plans beside them: {lines[1]}"
+    reason = " ".join(lines) or "no reason given"
+    return f"{checkpoint} cannot be loaded as a model: {type(error).__name__}: {reason}"
 
 
 def _fold_count(parameters: Sequence[Any] | None) -> int:

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunet_lowmem.errors import ModelError, UsageError
 
 
 def list_cases(folder: str, file_ending: str) -> list[list[str]]:
-    """List the files of each case in a folder, channel after channel, as stock does (without its process pool)."""
+    """List the files of each case in a folder, channel after channel, as stock does (without its process pool).
+
+    Raises
+    ------
+    UsageError
+        If a file has the ending but no channel number before it.
+    """
     names = sorted(name for name in os.listdir(folder) if name.endswith(file_ending))
     names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    for name in names:
+        if not re.fullmatch(r".+_\d\d\d\d" + re.escape(file_ending), name):
+            raise UsageError(
+                f"{os.path.join(folder, name)} has no channel number: name the files CASE_0000{file_ending}, "
+                f"CASE_0001{file_ending} and so on, one for each channel"
+            )
     cases = sorted({name[: -(len(file_ending) + 5)] for name in names})
     patterns = [(case, re.compile(re.escape(case) + r"_\d\d\d\d" + re.escape(file_ending))) for case in cases]
     return [[os.path.join(folder, name) for name in names if pattern.fullmatch(name)] for _, pattern in patterns]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model folder.
+
+    Raises
+    ------
+    ModelError
+        If the file holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
 
 
 def case_name(files: Sequence[str], file_ending: str) -> str:

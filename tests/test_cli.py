@@ -1,179 +1,418 @@
-"""The command takes what stock's takes, and refuses in one line what cannot work."""
+"""The commands: stock's flags and abbreviations, and one line with exit code 2 for what cannot work."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
 
-from nnunet_lowmem.cli import predict_entry_point, predict_parser
+from nnunet_lowmem import cli
 
-MODEL = Path(__file__).parents[1] / "nnunet_lowmem" / "data" / "ct118"
+# -- flags
 
 
-class Intercepted(Exception):  # noqa: N818  # not an error
+class _ParserFound(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def stock_parser() -> argparse.ArgumentParser:
+    """The parser that nnUNetv2_predict builds, taken where it would parse."""
+    found = []
+
+    def keep(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        found.append(self)
+        raise _ParserFound
+
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("nnUNet_npp", "nnUNet_nps"):
+            patch.delenv(variable, raising=False)
+        patch.setattr(argparse.ArgumentParser, "parse_args", keep)
+        with pytest.raises(_ParserFound):
+            predict_from_raw_data.predict_entry_point()
+    return found[0]
+
+
 @pytest.fixture
-def stock_parser(monkeypatch):
-    parsers = []
-
-    def intercept(self, *args, **kwargs):
-        parsers.append(self)
-        raise Intercepted
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", intercept)
-    with pytest.raises(Intercepted):
-        predict_from_raw_data.predict_entry_point()
-    monkeypatch.undo()
-    return parsers[0]
+def our_parser(monkeypatch) -> argparse.ArgumentParser:
+    for variable in ("nnUNet_npp", "nnUNet_nps"):
+        monkeypatch.delenv(variable, raising=False)
+    return cli.predict_parser()
 
 
 def actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {option: action for action in parser._actions for option in action.option_strings}
+    return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
-def test_every_flag_of_stock_with_its_destination_and_default(stock_parser):
-    ours = actions(predict_parser())
-    for option, action in actions(stock_parser).items():
-        if option in ("-h", "--help"):
-            continue
-        assert ours[option].dest == action.dest
-        assert ours[option].nargs == action.nargs
-        if option == "-device":
-            assert ours[option].default is None  # the best there is
-        elif option == "-f":
-            assert list(ours[option].default) == list(action.default)
-        else:
-            assert ours[option].default == action.default, option
+# what differs on purpose: the device is found, and a model folder may take the place of a dataset
+OTHER_DEFAULT = {"-device"}
+NOT_REQUIRED = {"-d", "-c"}
 
 
-def meanings(parser: argparse.ArgumentParser, prefix: str) -> set[str]:
-    """Destinations that argparse finds for a word that is no whole option of `parser`."""
-    return {entry[0].dest for entry in parser._get_option_tuples(prefix)}
+def test_every_flag_of_stock_is_there(stock_parser, our_parser):
+    assert len(actions(stock_parser)) > 20
+    assert set(actions(stock_parser)) <= set(actions(our_parser))
 
 
-def test_every_abbreviation_of_stock_means_the_same(stock_parser):
-    ours = predict_parser()
-    options = actions(stock_parser)
-    for option in options:
-        for length in range(3 if option.startswith("--") else 2, len(option)):
-            prefix = option[:length]
-            if prefix not in options:
-                assert meanings(ours, prefix) == meanings(stock_parser, prefix), prefix
+def test_flags_of_stock_store_the_same_by_default(stock_parser, our_parser):
+    ours = actions(our_parser)
+    for flag, action in actions(stock_parser).items():
+        assert ours[flag].dest == action.dest
+        assert (ours[flag].nargs, type(ours[flag])) == (action.nargs, type(action))
+        if flag not in OTHER_DEFAULT and flag not in NOT_REQUIRED:
+            default = list(action.default) if isinstance(action.default, tuple) else action.default
+            assert ours[flag].default == default, flag
+            assert ours[flag].required == action.required, flag
 
 
-def test_defaults_of_processes_come_from_the_environment_as_in_stock(monkeypatch):
-    monkeypatch.setenv("nnUNet_npp", "5")
-    monkeypatch.setenv("nnUNet_nps", "many")
-    options = predict_parser().parse_args(["-i", "a", "-o", "b"])
-    assert (options.npp, options.nps) == (5, 3)
+def test_prefixes_of_stock_still_mean_the_same(stock_parser, our_parser):
+    tried = 0
+    for flag in actions(stock_parser):
+        for length in range(2, len(flag) + 1):
+            prefix = flag[:length]
+            meant = resolve(stock_parser, prefix)
+            if meant is not None:
+                assert resolve(our_parser, prefix) == meant, prefix
+                tried += 1
+    assert tried > 100
 
 
-@pytest.fixture
-def request_of(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    (tmp_path / "file").write_text("")
-
-    def make(**changes: str | None) -> list[str]:
-        arguments = {"-i": str(images), "-o": str(tmp_path / "out"), "-m": str(MODEL), "-f": "0", "-device": "cpu"}
-        arguments |= {f"-{key}": value for key, value in changes.items()}
-        pairs = [(key, value.replace("TMP", str(tmp_path))) for key, value in arguments.items() if value is not None]
-        return [word for pair in pairs for word in pair]
-
-    return make
+def resolve(parser: argparse.ArgumentParser, text: str) -> str | None:
+    """The destination that a flag or an unambiguous prefix of it has."""
+    known = actions(parser)
+    if text in known:
+        return known[text].dest
+    found = {entry[0].dest for entry in parser._get_option_tuples(text)}
+    return found.pop() if len(found) == 1 else None
 
 
-BAD = [
-    ({"i": "TMP/nowhere"}, ["-i", "nowhere does not exist"]),
-    ({"i": "TMP/file"}, ["-i", "file is not a folder"]),
-    ({"m": "TMP/nowhere"}, ["nowhere does not exist"]),
-    ({"m": "TMP/images"}, ["images/dataset.json does not exist"]),
-    ({"f": "7"}, ["fold_7", "checkpoint_final.pth for fold 0", "-f"]),
-    ({"chk": "checkpoint_best.pth"}, ["checkpoint_best.pth", "-chk"]),
-    ({"device": "tpu"}, ["-device", "'tpu'"]),
-    ({"o": "TMP/file"}, ["-o", "file cannot be made"]),
-    ({"o": "TMP/file/below"}, ["-o", "below cannot be made"]),
-    ({"step_size": "0"}, ["-step_size", "0.0"]),
-    ({"step_size": "1.5"}, ["-step_size", "1.5"]),
-    ({"part_id": "1"}, ["-part_id", "-num_parts 1"]),
-    ({"npp": "-1"}, ["-npp", "-1"]),
-    ({"m": None}, ["-m FOLDER", "-d DATASET"]),
+STOCK_COMMANDS = [
+    "-i in -o out -d 4 -c 3d_fullres",
+    "-i in -o out -d 4 -c 3d_fullres -f all",
+    "-i in -o out -d Dataset004_X -p plans -tr trainer -c 2d -f 0 3 all -chk best.pth --c --v --save --not",
+    "-i in -o out -d 4 -c 2d -step 0.7 -num_parts 4 -part_id 3 -npp 1 -nps 0 --disable_t --disable_p -device cpu",
+    "-i=in -o=out -d=4 -c=2d -prev_stage_predictions earlier -f 2",
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), BAD)
-def test_bad_request_is_one_line_and_exit_code_2(request_of, capsys, changes, words):
-    assert predict_entry_point(request_of(**changes)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
+@pytest.mark.parametrize("command", STOCK_COMMANDS)
+def test_commands_of_stock_parse_to_the_same(command, stock_parser, our_parser):
+    arguments = command.split()
+    stock = vars(argparse.ArgumentParser.parse_args(stock_parser, arguments))
+    ours = vars(our_parser.parse_args(arguments))
+    stock["f"] = [fold if fold == "all" else int(fold) for fold in stock["f"]]  # stock does so right after
+    for name, value in stock.items():
+        if not (name == "device" and "-device" not in arguments):
+            assert ours[name] == value, name
+
+
+@pytest.mark.parametrize("text, expected", [("7", 7), ("0", 0), ("", 3), ("many", 3), (None, 3)])
+@pytest.mark.parametrize("variable, dest", [("nnUNet_npp", "npp"), ("nnUNet_nps", "nps")])
+def test_numbers_of_processes_come_from_the_environment(variable, dest, text, expected, monkeypatch):
+    if text is None:
+        monkeypatch.delenv(variable, raising=False)
+    else:
+        monkeypatch.setenv(variable, text)
+    assert predict_from_raw_data._getDefaultValue(variable, int, 3) == expected
+    assert cli.predict_parser().get_default(dest) == expected
+
+
+# -- what can be refused before torch is loaded
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Flags that replace those of a good command (None drops one), and words of the message."""
+
+    flags: dict[str, str | None]
+    words: tuple[str, ...]
+    code: int = 2
+
+
+REFUSALS: dict[str, Refusal] = {
+    "no_model_given": Refusal({"-m": None}, ("-m", "-d", "-c")),
+    "dataset_without_configuration": Refusal({"-m": None, "-d": "4"}, ("-m", "-c")),
+    "results_folder_unknown": Refusal({"-m": None, "-d": "4", "-c": "2d"}, ("-d", "nnUNet_results", "-m")),
+    "model_folder_missing": Refusal({"-m": "{root}/none"}, ("trained model folder", "{root}/none", "does not exist")),
+    "model_folder_is_a_file": Refusal({"-m": "{root}/file"}, ("trained model folder", "{root}/file")),
+    "model_without_plans": Refusal({"-m": "{root}/no_plans"}, ("{root}/no_plans/plans.json", "does not exist")),
+    "model_without_dataset": Refusal({"-m": "{root}/images"}, ("{root}/images/dataset.json", "does not exist")),
+    "fold_missing": Refusal({"-f": "3"}, ("{root}/model/fold_3/checkpoint_final.pth", "fold 0, all", "-f")),
+    "fold_negative": Refusal({"-f": "-1"}, ("fold_-1", "-f")),
+    "one_of_several_folds_missing": Refusal({"-f": "0 1"}, ("fold_1", "fold 0, all")),
+    "checkpoint_missing": Refusal({"-chk": "best.pth"}, ("fold_0/best.pth", "no best.pth at all", "-chk")),
+    "input_missing": Refusal({"-i": "{root}/none"}, ("-i", "{root}/none", "does not exist")),
+    "input_is_a_file": Refusal({"-i": "{root}/file"}, ("-i", "{root}/file", "is not a folder")),
+    "output_is_a_file": Refusal({"-o": "{root}/file"}, ("-o", "{root}/file", "cannot be made")),
+    "output_below_a_file": Refusal({"-o": "{root}/file/a/b"}, ("-o", "{root}/file/a/b", "cannot be made")),
+    "previous_stage_missing": Refusal({"-prev_stage_predictions": "{root}/none"}, ("-prev_stage", "{root}/none")),
+    "tmp_dir_missing": Refusal({"--tmp_dir": "{root}/none"}, ("--tmp_dir", "{root}/none", "does not exist")),
+    "tmp_dir_is_a_file": Refusal({"--tmp_dir": "{root}/file"}, ("--tmp_dir", "{root}/file", "is not a folder")),
+    "max_ram_nonsense": Refusal({"--max_ram": "lots"}, ("--max_ram", "'lots'", "6G")),
+    "max_ram_zero": Refusal({"--max_ram": "0"}, ("--max_ram", "'0'")),
+    "max_ram_negative": Refusal({"--max_ram": "-3G"}, ("--max_ram",)),
+    "max_ram_empty": Refusal({"--max_ram": ""}, ("--max_ram", "''")),
+    "max_vram_nonsense": Refusal({"--max_vram": "8 gigs"}, ("--max_vram", "'8 gigs'")),
+    "step_size_zero": Refusal({"-step_size": "0"}, ("-step_size", "0.0")),
+    "step_size_above_one": Refusal({"-step_size": "1.5"}, ("-step_size", "1.5")),
+    "step_size_nan": Refusal({"-step_size": "nan"}, ("-step_size", "nan")),
+    "part_id_too_large": Refusal({"-part_id": "2", "-num_parts": "2"}, ("-part_id", "-num_parts 2")),
+    "part_id_negative": Refusal({"-part_id": "-1"}, ("-part_id", "-1")),
+    "no_parts": Refusal({"-num_parts": "0"}, ("-num_parts 0",)),
+    "preprocessing_processes_negative": Refusal({"-npp": "-1"}, ("-npp", "-1")),
+    "export_processes_negative": Refusal({"-nps": "-2"}, ("-nps", "-2")),
+    "worker_timeout_negative": Refusal({"--worker_timeout": "-1"}, ("--worker_timeout", "-1")),
+    "device_unknown": Refusal({"-device": "gpu"}, ("-device", "'gpu'", "cuda:N")),
+    "device_number_nonsense": Refusal({"-device": "cuda:x"}, ("-device", "'cuda:x'")),
+    "worker_timeout_nan": Refusal({"--worker_timeout": "nan"}, ("--worker_timeout", "nan")),
+}
+
+_RUN_ALL = """
+import contextlib, io, json, sys
+from nnunet_lowmem import cli
+
+for name, arguments in json.load(sys.stdin).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.predict_entry_point(arguments)
+        except SystemExit as end:
+            code = end.code
+    heavy = sorted({"torch", "nnunetv2", "numba"} & set(sys.modules))
+    print(json.dumps([name, code, out.getvalue(), err.getvalue(), heavy]))
+"""
+
+
+def command_line(root: Path, changes: dict[str, str | None]) -> list[str]:
+    flags = {"-i": f"{root}/images", "-o": f"{root}/out", "-m": f"{root}/model", "-f": "0", "-device": "cpu"}
+    flags |= {flag: value if value is None else value.format(root=root) for flag, value in changes.items()}
+    folds = (flags.pop("-f") or "0").split()
+    # values that begin with a dash need the equals sign
+    return [f"{flag}={value}" for flag, value in flags.items() if value is not None] + ["-f", *folds]
+
+
+def make_folders(root: Path) -> Path:
+    for folder in ("images", "no_plans", "model/fold_0", "model/fold_all"):
+        (root / folder).mkdir(parents=True)
+    for file in ("file", "no_plans/dataset.json", "model/dataset.json", "model/plans.json"):
+        (root / file).write_text("{}")
+    for fold in ("fold_0", "fold_all"):
+        (root / "model" / fold / "checkpoint_final.pth").write_bytes(b"no checkpoint")
+    return root
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return make_folders(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def refused(root) -> dict[str, tuple[int, str, str, list[str]]]:
+    """Exit code, stdout, stderr and heavy modules loaded so far, all cases in one process."""
+    commands = {name: command_line(root, refusal.flags) for name, refusal in REFUSALS.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_ALL],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: tuple(rest) for name, *rest in map(json.loads, done.stdout.splitlines())}
+
+
+def assert_one_line(stderr: str, words: Sequence[str]):
+    assert stderr.endswith("\n")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, f"more than one line: {stderr!r}"
     for word in words:
-        assert word in error
+        assert word in stderr, f"{word!r} is not in {stderr!r}"
 
 
-@pytest.mark.parametrize("flag", ["--max_ram", "--max_vram"])
-@pytest.mark.parametrize("size", ["0", "-1", "4X", "", "nan", "0%"])
-def test_nonsense_size_is_named_with_its_flag(request_of, capsys, flag, size):
-    assert predict_entry_point([*request_of(), f"{flag}={size}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {flag}: ")
-    assert error.count("\n") == 1
+@pytest.mark.parametrize("name", REFUSALS)
+def test_nonsense_is_refused_in_one_line_before_torch_is_loaded(name, refused, root):
+    code, stdout, stderr, heavy = refused[name]
+    assert code == REFUSALS[name].code, stderr
+    assert_one_line(stderr, [word.format(root=root) for word in REFUSALS[name].words])
+    assert stdout == ""
+    assert heavy == []
 
 
-def test_missing_temporary_folder_is_named(request_of, capsys):
-    assert predict_entry_point([*request_of(), "--tmp_dir", "/no/such/folder"]) == 2
-    assert "--tmp_dir: /no/such/folder does not exist" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ([], "-i, -o"),
+        (["-i", "in"], "-o"),
+        (["-i", "in", "-o", "out", "-f", "one"], "-f"),
+        (["-i", "in", "-o", "out", "-step_size", "half"], "-step_size"),
+        (["-i", "in", "-o", "out", "--nonsense"], "--nonsense"),
+        (["-i", "in", "-o", "out", "--disable"], "ambiguous"),
+    ],
+)
+def test_arguments_that_do_not_parse_end_with_usage_and_code_2(arguments, word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.predict_entry_point(arguments)
+    assert ended.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("usage: nnUNetv2_predict_lowmem")
+    assert word in stderr.splitlines()[-1]
 
 
-def test_missing_cuda_is_one_line(request_of, capsys):
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
-    assert predict_entry_point(request_of(device="cuda")) == 2
-    error = capsys.readouterr().err
-    assert "-device cuda" in error
-    assert error.count("\n") == 1
+def test_refusing_leaves_no_output_folder(root, tmp_path, capsys):
+    assert cli.predict_entry_point(command_line(root, {"-o": f"{tmp_path}/out", "-f": "3"})) == 2
+    assert not (tmp_path / "out").exists()
 
 
-def test_bad_requests_are_refused_before_torch_is_loaded(request_of):
-    arguments = request_of(f="7")
-    code = f"import sys; from nnunet_lowmem.cli import predict_entry_point as run; assert run({arguments}) == 2; "
-    code += "assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+# -- what needs torch to be refused
 
 
-def test_unexpected_error_is_one_line_and_a_traceback_only_with_verbose(request_of, monkeypatch, capsys):
-    monkeypatch.setattr("nnunet_lowmem.console.choose_device", lambda name: 1 / 0)
-    assert predict_entry_point(request_of()) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-    assert predict_entry_point([*request_of(), "--verbose"]) == 1
-    assert "Traceback" in capsys.readouterr().err
+def run(root: Path, changes: dict[str, str | None]) -> int:
+    return cli.predict_entry_point(command_line(root, changes))
 
 
-def test_estimate_prints_the_plan_and_the_exit_code_tells_whether_it_fits(request_of, capsys):
-    import shutil
-
-    arguments = request_of()
-    shutil.copy(MODEL.parent / "ct_abdomen_3mm.nii.gz", Path(arguments[1]) / "ct_0000.nii.gz")
-    assert predict_entry_point([*arguments, "--estimate"]) == 0
-    assert "rolling window" in capsys.readouterr().out
-    assert predict_entry_point([*arguments, "--estimate", "--max_ram", "100M"]) == 3
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none(device, root, capsys):
+    assert run(root, {"-device": device}) == 2
+    assert_one_line(capsys.readouterr().err, (f"-device {device}", "no CUDA device", "-device cpu"))
 
 
-def test_case_beyond_the_budget_is_refused_with_both_numbers(request_of, capsys):
-    import shutil
+def test_cuda_number_beyond_the_last(root, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert run(root, {"-device": "cuda:2"}) == 2
+    assert_one_line(capsys.readouterr().err, ("-device cuda:2", "2 CUDA devices"))
 
-    arguments = request_of()
-    shutil.copy(MODEL.parent / "ct_abdomen_3mm.nii.gz", Path(arguments[1]) / "ct_0000.nii.gz")
-    assert predict_entry_point([*arguments, "--max_ram", "300M", "--disable_progress_bar"]) == 3
-    error = capsys.readouterr().err
-    for word in ("case ct", "projected", "budget 0.29 GiB", "--max_ram", "largest allocation"):
-        assert word in error
-    assert not list((Path(arguments[3])).glob("*.nii.gz"))
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has MPS")
+def test_mps_where_there_is_none(root, capsys):
+    assert run(root, {"-device": "mps"}) == 2
+    assert_one_line(capsys.readouterr().err, ("-device mps", "-device cpu"))
+
+
+def test_dataset_that_does_not_exist(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    assert run(root, {"-m": None, "-d": "999", "-c": "2d"}) == 2
+    assert_one_line(capsys.readouterr().err, ("-d 999", "999"))
+
+
+@pytest.fixture
+def real(images, models, root) -> Callable[..., dict[str, str]]:
+    """Flags for a real model and a folder with a real image."""
+    files = images("head")
+    return {"-m": models(ModelSpec(), files), "-i": str(Path(files[0]).parent)}
+
+
+def copy_of(model: str, to: Path) -> Path:
+    return Path(shutil.copytree(model, to))
+
+
+def test_checkpoint_that_is_none(real, root, tmp_path, capsys):
+    broken = copy_of(real["-m"], tmp_path / "model")
+    (broken / "fold_0/checkpoint_final.pth").write_bytes(b"no checkpoint")
+    assert run(root, {**real, "-m": str(broken)}) == 2
+    assert_one_line(capsys.readouterr().err, (str(broken / "fold_0/checkpoint_final.pth"),))
+
+
+def test_checkpoint_of_another_network(real, images, models, root, tmp_path, capsys):
+    other = models(ModelSpec(labels=7), images("head"))
+    broken = copy_of(real["-m"], tmp_path / "model")
+    (broken / "fold_0/checkpoint_final.pth").write_bytes((Path(other) / "fold_0/checkpoint_final.pth").read_bytes())
+    assert run(root, {**real, "-m": str(broken)}) == 2
+    assert_one_line(capsys.readouterr().err, (str(broken / "fold_0/checkpoint_final.pth"), "do not fit"))
+
+
+@pytest.mark.parametrize("file", ["plans.json", "dataset.json"])
+def test_model_file_that_is_no_json(file, real, root, tmp_path, capsys):
+    broken = copy_of(real["-m"], tmp_path / "model")
+    (broken / file).write_text("{ not json")
+    assert run(root, {**real, "-m": str(broken)}) == 2
+    assert_one_line(capsys.readouterr().err, (str(broken / file),))
+
+
+def test_input_folder_without_cases(real, root, tmp_path, capsys):
+    """Nothing was predicted: that is not success."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("nothing here")
+    assert run(root, {**real, "-i": str(tmp_path / "empty")}) == 2
+    assert_one_line(capsys.readouterr().err, ("-i", str(tmp_path / "empty"), ".nii.gz"))
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "patient_scan_number_7.nii.gz", "scan_000.nii.gz"])
+def test_input_without_channel_number(name, real, root, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(next(Path(real["-i"]).iterdir()).read_bytes())
+    assert run(root, {**real, "-i": str(tmp_path / "in")}) == 2
+    assert_one_line(capsys.readouterr().err, (name, "_0000"))
+
+
+def test_budget_that_is_too_small_has_its_own_code(real, root, capsys):
+    assert run(root, {**real, "--max_ram": "1M"}) == 3
+    assert_one_line(capsys.readouterr().err, ("case head", "--max_ram", "GiB", "stage"))
+
+
+def test_verbose_shows_the_traceback_and_the_line(root, capsys):
+    assert cli.predict_entry_point([*command_line(root, {"-i": f"{root}/none"}), "--verbose"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("Traceback")
+    assert re.fullmatch(r"error: -i: .*/none does not exist", stderr.splitlines()[-1])
+
+
+def test_estimate_prints_plans_and_predicts_nothing(real, root, tmp_path, capsys):
+    assert cli.predict_entry_point([*command_line(root, {**real, "-o": f"{tmp_path}/out"}), "--estimate"]) == 0
+    assert "plan for head" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_estimate_of_a_case_that_does_not_fit(real, root, tmp_path, capsys):
+    arguments = command_line(root, {**real, "-o": f"{tmp_path}/out", "--max_ram": "1M"})
+    assert cli.predict_entry_point([*arguments, "--estimate"]) == 3
+
+
+# -- the other command
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["demo", "-o", "{root}/file", "-device", "cpu"], ("-o", "{root}/file", "cannot be made")),
+        (["demo", "-o", "{root}/file/below", "-device", "cpu"], ("-o", "{root}/file/below", "cannot be made")),
+        (["demo", "-o", "{root}/out", "-device", "gpu"], ("-device", "gpu")),
+    ],
+)
+def test_demo_refuses_in_one_line(arguments, words, root, capsys):
+    assert cli.main([argument.format(root=root) for argument in arguments]) == 2
+    assert_one_line(capsys.readouterr().err, [word.format(root=root) for word in words])
+
+
+def test_no_command_shows_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 2
+
+
+def test_interruption_has_its_own_code(root, capsys, monkeypatch):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_check", interrupt)
+    assert run(root, {}) == 130
+    assert capsys.readouterr().err == "interrupted\n"

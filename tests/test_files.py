@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import gzip
 import multiprocessing
 import os
@@ -229,13 +230,18 @@ RENAME, LAST = 10, 13
 
 def write_with_fault(final: Path, fault: Fault) -> str:
     """Write `final`; the outcome in a word."""
-    with pytest.MonkeyPatch.context() as patch:
-        fault.install(patch.setattr)
-        try:
+    # what other tests have left for the garbage collector must not close its files while calls are counted
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            fault.install(patch.setattr)
             with atomic_output(final, is_new) as partial:
                 write(partial)
-        except (OSError, KeyboardInterrupt) as error:
-            return type(error).__name__
+    except (OSError, KeyboardInterrupt) as error:
+        return type(error).__name__
+    finally:
+        gc.enable()
     return "done"
 
 

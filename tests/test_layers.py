@@ -1,11 +1,12 @@
-"""The rooms of docs/design.md: imports point downwards only, and light modules stay light."""
+"""Imports point downwards, nnU-Net is imported in few rooms, and the commands start without torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from itertools import chain
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,91 +15,131 @@ import nnunet_lowmem
 
 PACKAGE = Path(nnunet_lowmem.__file__).parent
 
-# from top to bottom; a module imports only from rows below its own
-ROWS = [
-    ["__main__"],
-    ["cli"],
-    ["demo"],
-    ["console"],
-    ["predictor"],
-    ["ensembling", "logits_predictor", "prefetching"],
-    ["probabilities", "preprocessing"],
-    ["export", "image_reading", "nonzero", "spline"],
-    ["nnunet_adapter"],
-    ["headers", "sliding_window"],
-    ["labelling", "spill", "network_memory"],
-    ["device_labelling", "kernels"],
-    ["halves", "resampling", "threads"],
-    ["workers"],
-    ["job", "process_tree", "watchdog"],
-    ["files"],
-    ["verifying", "model_files", "reporting", "clock", "cases", "budget"],
-    ["planner"],
-    ["tiling", "memory"],
-    ["measuring"],
-    ["types", "errors"],
-    ["__init__"],
-]
-IMPORTS_NNUNET = {
-    "cli", "predictor", "logits_predictor", "preprocessing", "image_reading", "nonzero", "nnunet_adapter", "ensembling",
-}  # fmt: skip
+# a module imports only from rows below its own; the package's face and its version are above and below all
+ROOMS = """
+__main__
+cli
+demo ensembling
+predictor
+probabilities logits_predictor prefetching
+export
+preprocessing sliding_window nnunet_adapter workers console budget
+image_reading labelling cases reporting job network_memory files
+kernels device_labelling spline planner memory process_tree
+resampling spill tiling halves headers threads nonzero model_files measuring verifying watchdog clock
+types
+errors
+"""
+DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
+
+MAY_IMPORT_NNUNET = {
+    "predictor",
+    "logits_predictor",
+    "preprocessing",
+    "nnunet_adapter",
+    "image_reading",
+    "ensembling",
+}
+MUST_BE_PURE = {"planner", "tiling", "types", "errors", "resampling"}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
-def imports(module: str, *, top_level: bool = False) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    nodes = ast.iter_child_nodes(tree) if top_level else ast.walk(tree)
-    found: set[str] = set()
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    assert isinstance(node, ast.ImportFrom)
+    assert node.level == 0, "imports are absolute"
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+def imports(module: str, anywhere: bool = True) -> Iterator[str]:
+    """Dotted names, those inside functions included unless only those at import time are asked for."""
+    nodes = ast.walk(tree(module)) if anywhere else iter(tree(module).body)
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            if node.module == "nnunet_lowmem":
-                found.update(f"nnunet_lowmem.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported_names(node)
 
 
-def own_imports(module: str) -> set[str]:
+def own(module: str) -> set[str]:
+    """The modules of this package that `module` imports."""
     names = {name.split(".")[1] for name in imports(module) if name.startswith("nnunet_lowmem.")}
-    return {name for name in names if (PACKAGE / f"{name}.py").exists()}
+    return names - {"__version__"}
 
 
-def test_every_module_has_a_row():
-    assert sorted(chain(*ROWS)) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+def packages(module: str, anywhere: bool = True) -> set[str]:
+    return {name.split(".")[0] for name in imports(module, anywhere)}
 
 
-@pytest.mark.parametrize("module", [name for row in ROWS for name in row if name != "__init__"])
+def test_every_module_has_a_room():
+    assert sorted(DEPTH) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downwards(module):
-    row = next(number for number, names in enumerate(ROWS) if module in names)
-    below = {name for names in ROWS[row + 1 :] for name in names}
-    assert own_imports(module) <= below
+    wrong = {name for name in own(module) if DEPTH.get(name, -1) <= DEPTH[module]}
+    assert not wrong, f"{module} imports {sorted(wrong)}, which are not below it"
 
 
-def test_only_the_adapting_rooms_import_nnunet():
-    users = {
-        path.stem for path in PACKAGE.glob("*.py") if any(i.split(".")[0] == "nnunetv2" for i in imports(path.stem))
-    }
-    assert users <= IMPORTS_NNUNET
+def test_nnunet_is_imported_in_few_rooms():
+    found = {module for module in MODULES if "nnunetv2" in packages(module)}
+    assert found - {"cli"} == MAY_IMPORT_NNUNET
 
 
-def test_planner_and_tiling_import_neither_torch_nor_numpy():
-    for module in ("planner", "tiling"):
-        assert not {name.split(".")[0] for name in imports(module)} & {"torch", "numpy", "nnunetv2"}
+def test_cli_finds_datasets_with_nnunet_when_asked_to():
+    names = [name for name in imports("cli") if name.startswith("nnunetv2")]
+    assert names == ["nnunetv2.utilities.file_path_utilities.get_output_folder"]
+    assert "nnunetv2" not in packages("cli", anywhere=False)
+
+
+@pytest.mark.parametrize("module", sorted(MUST_BE_PURE))
+def test_pure_rooms_know_no_torch_and_no_files(module):
+    assert not packages(module) & {"torch", "nnunetv2", "numba", "os", "pathlib", "tempfile", "subprocess", "psutil"}
+
+
+@pytest.mark.parametrize("module", ["cli", "__main__", "model_files", "memory", "measuring", "errors", "files", "workers", "job"])
+def test_light_rooms_import_neither_torch_nor_nnunet(module):
+    """Nor does anything that they import when they are imported."""
+    seen, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        assert not packages(name, anywhere=False) & {"torch", "nnunetv2", "numba", "scipy"}, name
+        at_import = {n.split(".")[1] for n in imports(name, anywhere=False) if n.startswith("nnunet_lowmem.")}
+        waiting |= (at_import & set(MODULES)) - seen
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "import nnunet_lowmem",
-        "from nnunet_lowmem.cli import predict_parser; predict_parser().format_help()",
-        "from nnunet_lowmem.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "import nnunet_lowmem; nnunet_lowmem.__version__",
+        "import nnunet_lowmem.cli",
+        "import nnunet_lowmem.cli as c; c.predict_parser()",
+        "import nnunet_lowmem.cli as c; c.predict_entry_point(['--help'])",
+        "import nnunet_lowmem.cli as c; c.main(['--help'])",
+        "import nnunet_lowmem.cli as c; c.main(['--version'])",
+        "import nnunet_lowmem.cli as c; c.main(['demo', '--help'])",
     ],
 )
-def test_light_imports_load_neither_torch_nor_nnunet(statement):
-    code = f"import sys\n{statement}\nassert not {{'torch', 'nnunetv2', 'numba', 'scipy'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
+def test_starts_without_torch_and_nnunet(statement):
+    program = f"""
+import sys
+try:
+    {statement}
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{'torch', 'nnunetv2', 'numba', 'scipy', 'SimpleITK', 'matplotlib'}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
-def test_no_file_is_longer_than_400_lines():
-    long = {path.name: n for path in PACKAGE.glob("*.py") if (n := len(path.read_text().splitlines())) > 400}
-    assert not long
+def test_package_gives_its_predictor_and_nothing_else():
+    assert set(nnunet_lowmem.__all__) == {"LowMemPredictor", "__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        nnunet_lowmem.nonsense  # noqa: B018
