@@ -1,7 +1,7 @@
 """Resample and decide with torch operations, for logits that live on a device.
 
-The same rule as `kernels.label_rows` in the form that suits a GPU: separable comparisons find the uniform cells, and
-the boundary voxels are gathered and interpolated in float64 for every head, in blocks of bounded size.
+The same rule as `label_kernels.label_rows` in the form that suits a GPU: separable comparisons find the uniform cells,
+and the boundary voxels are gathered and interpolated in float64 for every head, in blocks of bounded size.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Most of a volume lies in network-grid cells whose eight corners agree; linear interpolation is a convex combination, so
 every original voxel in such a cell has that label and no head is interpolated. Only boundary cells are, and only for
 heads that can win. Rounding to half can create a tie that a *lower* head would win; a cell counts as uniform only if at
-every corner the winner exceeds each lower head by more than one unit in the last place (`kernels.survey_heads`).
+every corner the winner exceeds each lower head by more than one unit in the last place (`label_kernels.survey_heads`).
 
 CPU tensors go through the compiled kernels, all others through torch operations on their device; both give the bits of
 the slow twin in ``tests/reference.py``.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem import device_labelling, kernels
+from nnunet_lowmem import device_labelling, label_kernels
 from nnunet_lowmem.resampling import AxisTable, flat_tables
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import Shape3
@@ -163,11 +163,11 @@ class SlabLabeller:
         magnitude = np.empty(shape, np.int8)
         rows = shape[0] * shape[1]
         if self._rule.ranked:
-            self._threads.run(kernels.survey_heads, rows, bits, origin, winner, gap, magnitude)
+            self._threads.run(label_kernels.survey_heads, rows, bits, origin, winner, gap, magnitude)
         else:
-            self._threads.run(kernels.survey_regions, rows, bits, origin, winner)
+            self._threads.run(label_kernels.survey_regions, rows, bits, origin, winner)
         self._threads.run(
-            kernels.label_rows,
+            label_kernels.label_rows,
             labels.shape[0] * labels.shape[1],
             bits,
             origin,

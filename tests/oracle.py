@@ -51,7 +51,9 @@ def assert_same_file(stock: Path, ours: Path) -> None:
     elif stock.suffix == ".npz":
         assert_same_archive(stock, ours)
     elif stock.suffix == ".pkl":
-        assert_same_object(pickle.loads(stock.read_bytes()), pickle.loads(ours.read_bytes()), stock.name)
+        expected = pickle.loads(stock.read_bytes())
+        expected.pop("class_locations", None)  # sampled for training from a previous stage; left out on purpose
+        assert_same_object(expected, pickle.loads(ours.read_bytes()), stock.name)
     else:
         assert_same_segmentation(stock, ours)
 

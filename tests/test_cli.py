@@ -24,7 +24,7 @@ from nnunet_lowmem import cli
 # -- flags
 
 
-class _ParserFound(Exception):
+class _ParserFoundError(Exception):
     pass
 
 
@@ -35,13 +35,13 @@ def stock_parser() -> argparse.ArgumentParser:
 
     def keep(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
         found.append(self)
-        raise _ParserFound
+        raise _ParserFoundError
 
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("nnUNet_npp", "nnUNet_nps"):
             patch.delenv(variable, raising=False)
         patch.setattr(argparse.ArgumentParser, "parse_args", keep)
-        with pytest.raises(_ParserFound):
+        with pytest.raises(_ParserFoundError):
             predict_from_raw_data.predict_entry_point()
     return found[0]
 

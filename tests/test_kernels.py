@@ -15,7 +15,7 @@ from reference import accumulate, axis_by_axis, half_of, product_of_weights, res
 from scipy.ndimage import map_coordinates
 from skimage.transform import resize
 
-from nnunet_lowmem import halves, kernels
+from nnunet_lowmem import halves, kernels, label_kernels
 from nnunet_lowmem.device_labelling import round_to_half
 from nnunet_lowmem.resampling import flat_tables, nearest_axis, resampling_tables
 
@@ -272,5 +272,5 @@ def test_region_threshold_is_torchs_sigmoid(length):
     above = torch.cat([torch.sigmoid(part) for part in singles.split(length)]) > 0.5
     keys = each(halves.half_key, ALL_BITS, np.int16)[: len(above)]
     number = ~np.isnan(ALL_HALVES[: len(above)])
-    assert np.array_equal(above.numpy()[number], (keys >= kernels.REGION_THRESHOLD_KEY)[number])
-    assert np.array([kernels.REGION_THRESHOLD_KEY], np.uint16).view(np.float16)[0] == 2.0**-23
+    assert np.array_equal(above.numpy()[number], (keys >= label_kernels.REGION_THRESHOLD_KEY)[number])
+    assert np.array([label_kernels.REGION_THRESHOLD_KEY], np.uint16).view(np.float16)[0] == 2.0**-23

@@ -25,7 +25,8 @@ probabilities logits_predictor prefetching
 export
 preprocessing sliding_window nnunet_adapter workers console budget
 image_reading labelling cases reporting job network_memory files
-kernels device_labelling spline planner memory process_tree
+label_kernels device_labelling planner memory process_tree
+kernels spline
 resampling spill tiling halves headers threads nonzero model_files measuring verifying watchdog clock
 types
 errors
@@ -101,7 +102,9 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
     assert not packages(module) & {"torch", "nnunetv2", "numba", "os", "pathlib", "tempfile", "subprocess", "psutil"}
 
 
-@pytest.mark.parametrize("module", ["cli", "__main__", "model_files", "memory", "measuring", "errors", "files", "workers", "job"])
+@pytest.mark.parametrize(
+    "module", ["cli", "__main__", "model_files", "memory", "measuring", "errors", "files", "workers", "job"]
+)
 def test_light_rooms_import_neither_torch_nor_nnunet(module):
     """Nor does anything that they import when they are imported."""
     seen, waiting = set(), {module}

@@ -107,11 +107,10 @@ def test_a_child_between_vfork_and_exec_is_not_counted_again() -> None:
     folder, name = os.path.split(sys.executable)
     # the child looks for its program in every folder before it leaves its parent's memory
     environ = os.environ | {"PATH": os.pathsep.join([f"/nowhere/{number}" for number in range(2000)] + [folder])}
-    for _ in range(20):
+    while len(seen) <= 100:
         subprocess.run([name, "-c", ""], check=True, env=environ)
     stop.set()
     thread.join()
-    assert len(seen) > 100
     assert max(seen) < seen[0] + 100 * MIB
     del held
 
