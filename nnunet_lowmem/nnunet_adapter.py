@@ -31,11 +31,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.files import atomic_output, remove_stale
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.verifying import verify_gzip
 
 try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
@@ -160,6 +161,7 @@ def write_run_files(
         return
     folder = Path(target if isinstance(target, str) else os.path.dirname(target[0]))
     folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
     arguments = deepcopy(arguments)
     recursive_fix_for_json_export(arguments)
     save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
@@ -170,9 +172,12 @@ def write_run_files(
 def write_segmentation(
     segmentation: NDArray[Any], properties: dict[str, Any], path: str, plans_manager: PlansManager
 ) -> None:
-    """Write through the model's own writer; the file appears under its name when it is complete."""
+    """Write through the model's own writer; the file appears under its name when it is complete.
+
+    SimpleITK truncates files on a full disk without an error, so a compressed one is decoded to its end first.
+    """
     writer = plans_manager.image_reader_writer_class()
-    with atomic_output(Path(path)) as partial_file:
+    with atomic_output(Path(path), verify_gzip if path.endswith(".gz") else None) as partial_file:
         writer.write_seg(segmentation, str(partial_file), properties)
 
 

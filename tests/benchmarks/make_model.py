@@ -138,12 +138,14 @@ def save_fold(folder: Path, network: nn.Module, plans: dict[str, Any], dataset: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--heads", type=int, default=15, help="at least 8")
+    parser.add_argument("--heads", type=int, default=15)
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--spacing", type=float, default=1.5)
     parser.add_argument("--folds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200, help="of fitting, per fold")
     args = parser.parse_args()
+    if args.heads < VISIBLE:
+        parser.error(f"--heads {args.heads}: at least {VISIBLE}")
     plans, dataset = plans_of(args.patch, args.spacing), dataset_of(args.heads)
     image = torch.from_numpy(normalised(resampled(DATA / "ct_abdomen_3mm.nii.gz", args.spacing), plans))
     for fold in range(args.folds):

@@ -149,6 +149,7 @@ def main() -> int:
     args, command = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if not command or shutil.which(command[0]) is None:
         parser.error(f"no such command: {command[0] if command else 'give one after --'}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the command would outlive `timeout run.py ...`
     stop_at_bytes = parse_size(args.stop_at, psutil.virtual_memory().total)
     result = measure(command, args.json.with_suffix(".trace.jsonl"), stop_at_bytes, args.timeout)
     args.json.write_text(json.dumps(result))
