@@ -558,7 +558,7 @@ class TestParent:
             os.kill(worker.pid, signal.SIGINT)
             assert worker.result() == "done"
 
-    # slow: about one run in thirty the signal lands where Python itself drops it (a destructor), and the test then fails
+    # slow: in about one run of thirty the signal lands where Python itself drops it (a destructor), and this fails
     @pytest.mark.slow
     def test_interrupted_by_ctrl_c_takes_the_worker_along(self, tmp_path):
         text = """
