@@ -558,10 +558,12 @@ class TestParent:
             os.kill(worker.pid, signal.SIGINT)
             assert worker.result() == "done"
 
-    # slow: in about one run of thirty the signal lands where Python itself drops it (a destructor), and this fails
+    # slow: failed in one of about thirty runs, for a reason not yet found
     @pytest.mark.slow
     def test_interrupted_by_ctrl_c_takes_the_worker_along(self, tmp_path):
         text = """
+            import signal
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
             import worker_targets as targets
             from nnunet_lowmem.workers import Worker
             with Worker(targets.in_stage, (("s",), "sleep"), case="a") as worker:
