@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
@@ -16,8 +16,9 @@ from numpy import empty
 from nnunet_lowmem.tiling import axis_starts, tile_grid
 
 STEP = st.one_of(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 1.0]), st.floats(0.05, 1.0))
-SHAPE = st.tuples(*[st.integers(1, 40)] * 3)
-PATCH = st.one_of(st.tuples(*[st.integers(1, 24)] * 2), st.tuples(*[st.integers(1, 24)] * 3))
+WIDE_STEP = st.floats(0.25, 1.0)  # the number of tiles grows with the third power
+SHAPE = st.tuples(*[st.integers(1, 24)] * 3)
+PATCH = st.one_of(st.tuples(*[st.integers(3, 24)] * 2), st.tuples(*[st.integers(3, 24)] * 3))
 
 
 def stock_slicers(padded_shape, patch_size, step_size):
@@ -31,13 +32,15 @@ def slicer_start(slicer):
     return tuple(place.start if isinstance(place, slice) else place for place in slicer[1:])
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 2000), tile=st.integers(1, 300), step=STEP)
 def test_starts_are_stocks(size, tile, step):
     assume(size >= tile)
     assert list(axis_starts(size, tile, step)) == compute_steps_for_sliding_window((size,), (tile,), step)[0]
 
 
-@given(shape=SHAPE, patch=PATCH, step=STEP)
+@settings(deadline=None)
+@given(shape=SHAPE, patch=PATCH, step=WIDE_STEP)
 def test_tiles_come_in_stocks_order(shape, patch, step):
     grid = tile_grid(shape, patch, step)
     ours = [start for row_start, _ in grid.rows() for start in grid.row_tiles(row_start)]
