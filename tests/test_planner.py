@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_lowmem.errors import BudgetError
@@ -79,6 +79,7 @@ def placement(plan: Plan) -> tuple[bool, bool]:
     return not plan.window_on_device, plan.fold_sum_on_disk
 
 
+@settings(deadline=None)
 @given(models(), cases(), budgets(binding=st.just(False)), DEVICES, st.booleans())
 def test_projected_is_reserved_plus_the_fullest_stage(model, case, budget, device, on_device):
     plan = plan_case(model, case, budget, device, on_device)
@@ -88,6 +89,7 @@ def test_projected_is_reserved_plus_the_fullest_stage(model, case, budget, devic
         assert sums[list(Stage).index(plan.fullest_stage(place))] == max(sums)
 
 
+@settings(deadline=None)
 @given(models(), cases(), budgets(binding=st.just(True)), DEVICES)
 def test_a_binding_budget_is_kept_or_the_case_refused(model, case, budget, device):
     budget = seen_by(device, budget)
@@ -100,6 +102,7 @@ def test_a_binding_budget_is_kept_or_the_case_refused(model, case, budget, devic
         assert not all(plan_case(model, case, free, device).fits(place) for place in MEASURED)
 
 
+@settings(deadline=None)
 @given(models(), cases(), budgets(), DEVICES, st.integers(0, 100 * GIB), st.integers(0, 100 * GIB))
 def test_more_budget_never_gives_a_slower_placement(model, case, budget, device, more_ram, more_vram):
     budget = replace(budget, ram_bytes=budget.ram_bytes or GIB, vram_bytes=budget.vram_bytes or GIB)
@@ -108,6 +111,7 @@ def test_more_budget_never_gives_a_slower_placement(model, case, budget, device,
     assert smaller is None or (larger is not None and placement(larger) <= placement(smaller))
 
 
+@settings(deadline=None)
 @given(models(), cases(), DEVICES, st.data())
 def test_a_budget_of_exactly_the_projection_is_enough(model, case, device, data):
     unlimited = plan_case(model, case, Budget(reserved_ram_bytes=GIB, reserved_vram_bytes=GIB), device)
@@ -119,6 +123,7 @@ def test_a_budget_of_exactly_the_projection_is_enough(model, case, device, data)
     assert less is None or placement(less) > placement(unlimited)
 
 
+@settings(deadline=None)
 @given(models(), cases(), budgets(binding=st.just(False)))
 def test_window_is_on_the_device_only_on_cuda_and_if_wanted(model, case, budget):
     assert not plan_case(model, case, budget, "cpu").window_on_device
@@ -126,12 +131,14 @@ def test_window_is_on_the_device_only_on_cuda_and_if_wanted(model, case, budget)
     assert not plan_case(model, case, budget, "cuda", window_on_device=False).window_on_device
 
 
+@settings(deadline=None)
 @given(models(), cases(), budgets(binding=st.just(False)))
 def test_nothing_is_planned_on_a_device_that_is_not_there(model, case, budget):
     for device in ("cpu", "mps"):
         assert all(a.place is not Place.VRAM for a in plan_case(model, case, budget, device).allocations)
 
 
+@settings(deadline=None)
 @given(models(), cases(), budgets(binding=st.just(False)), DEVICES)
 def test_sizes_are_positive_and_names_distinct(model, case, budget, device):
     allocations = plan_case(model, case, budget, device).allocations
@@ -139,6 +146,7 @@ def test_sizes_are_positive_and_names_distinct(model, case, budget, device):
     assert len({a.name for a in allocations}) == len(allocations)
 
 
+@settings(deadline=None)
 @given(models(), DEVICES, st.integers(0, 2), st.integers(1, 500))
 def test_length_costs_no_class(model, device, axis, planes):
     """More planes cost more of the image, but nothing that grows with the heads."""

@@ -48,6 +48,7 @@ def test_tiles_come_in_stocks_order(shape, patch, step):
     assert len(ours) == grid.tile_count
 
 
+@settings(deadline=None)
 @given(shape=SHAPE, patch=PATCH)
 def test_padding_is_stocks(shape, patch):
     grid = tile_grid(shape, patch, 0.5)
@@ -57,6 +58,7 @@ def test_padding_is_stocks(shape, patch):
     assert grid.padding == tuple(place.start for place in inverse[1:])
 
 
+@settings(deadline=None)
 @given(shape=SHAPE, patch=PATCH, step=STEP)
 def test_rows_end_where_no_later_tile_reaches(shape, patch, step):
     grid = tile_grid(shape, patch, step)
@@ -68,6 +70,7 @@ def test_rows_end_where_no_later_tile_reaches(shape, patch, step):
         assert final - start <= grid.tile_shape[axis]
 
 
+@settings(deadline=None)
 @given(shape=SHAPE, patch=PATCH, step=STEP)
 def test_axes_before_the_one_that_rolls_have_a_single_tile(shape, patch, step):
     grid = tile_grid(shape, patch, step)
