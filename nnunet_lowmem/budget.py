@@ -36,4 +36,4 @@ def machine_budget(max_ram: int | str | None, max_vram: int | str | None, device
 
 
 def _asked(size: int | str | None, total_bytes: int) -> int | None:
-    return parse_size(size, total_bytes) if isinstance(size, str) else size
+    return None if size is None else parse_size(str(size), total_bytes)

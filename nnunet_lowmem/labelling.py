@@ -108,10 +108,12 @@ class SlabLabeller:
         self._labels = labels
         self._threads = threads
         self._block_bytes = block_bytes
+        self._axis = 0
         self._done = 0
 
     def add(self, slab: LogitsSlab) -> None:
         """Label every output plane whose neighbours are now final."""
+        self._axis = slab.axis
         table = self._tables[slab.axis]
         ready = table.ready(slab.stop)
         if ready == self._done:
@@ -130,7 +132,7 @@ class SlabLabeller:
 
     def finish(self) -> None:
         """Check that every output plane was written."""
-        assert self._done in self._labels.shape, "slabs ended before the last plane"
+        assert self._done == self._labels.shape[self._axis], "slabs ended before the last plane"
 
     def _label_box(
         self,

@@ -123,9 +123,14 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints)
         nnunet_adapter.check_reader(self.plans_manager)
 
-    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+    def _load_weights(self, weights: dict[str, torch.Tensor], number: int) -> None:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
-        network.load_state_dict(weights)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            checkpoints = getattr(self.list_of_parameters, "checkpoints", None)
+            name = checkpoints[number] if checkpoints else f"entry {number} of list_of_parameters"
+            raise ModelError(_why_not_loaded(name, error)) from error
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile; autocast only on CUDA, as in stock."""
@@ -197,8 +202,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         if self.list_of_parameters is None:
             yield self._roll(case, grid, window, on_tile)
             return
-        for weights in self.list_of_parameters:
-            self._load_weights(weights)
+        for number, weights in enumerate(self.list_of_parameters):
+            self._load_weights(weights, number)
             del weights
             yield self._roll(case, grid, window, on_tile)
 
@@ -223,7 +228,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         )
 
 
-def _why_not_loaded(checkpoint: Path, error: Exception) -> str:
+def _why_not_loaded(checkpoint: Path | str, error: Exception) -> str:
     """One line; of weights that do not fit, torch lists every tensor, and the first says enough."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, RuntimeError) and "state_dict" in lines[0] and len(lines) > 1:

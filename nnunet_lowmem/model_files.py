@@ -22,15 +22,16 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
     """
     names = sorted(name for name in os.listdir(folder) if name.endswith(file_ending))
     names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    cases: dict[str, list[str]] = {}
     for name in names:
-        if not re.fullmatch(r".+_\d\d\d\d" + re.escape(file_ending), name):
+        match = re.fullmatch(r"(.+)_\d\d\d\d" + re.escape(file_ending), name)
+        if match is None:
             raise UsageError(
                 f"{os.path.join(folder, name)} has no channel number: name the files CASE_0000{file_ending}, "
                 f"CASE_0001{file_ending} and so on, one for each channel"
             )
-    cases = sorted({name[: -(len(file_ending) + 5)] for name in names})
-    patterns = [(case, re.compile(re.escape(case) + r"_\d\d\d\d" + re.escape(file_ending))) for case in cases]
-    return [[os.path.join(folder, name) for name in names if pattern.fullmatch(name)] for _, pattern in patterns]
+        cases.setdefault(match[1], []).append(os.path.join(folder, name))
+    return [cases[case] for case in sorted(cases)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

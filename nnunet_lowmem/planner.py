@@ -158,6 +158,11 @@ class Plan:
         """Peak of a place: reserved plus the fullest stage."""
         return self.budget.reserved(place) + self.planned_bytes(place, self.fullest_stage(place))
 
+    def excess_bytes(self) -> int:
+        """How far the projected peaks are beyond their limits, added up."""
+        limits = [(place, self.budget.limit(place)) for place in Place]
+        return sum(max(0, self.projected_bytes(place) - limit) for place, limit in limits if limit is not None)
+
     def fits(self, place: Place) -> bool:
         """Whether the projected peak of a place is within its limit."""
         limit = self.budget.limit(place)
@@ -193,9 +198,10 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, w
     for plan in plans:
         if plan.fits(Place.RAM) and plan.fits(Place.VRAM):
             return plan
+    closest = min(plans, key=Plan.excess_bytes)
     if budget.binding:
-        raise BudgetError(refusal(plans[-1]))
-    return plans[-1]
+        raise BudgetError(refusal(closest))
+    return closest
 
 
 def refusal(plan: Plan) -> str:

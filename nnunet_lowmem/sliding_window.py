@@ -112,6 +112,8 @@ class RollingWindow:
         """
         origin = list(start)
         origin[self._axis] += 1 - self._position
+        inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
+        assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
         if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
             planes = logits.shape[0] * logits.shape[1]
             bits = self._buffer.numpy().view(np.uint16)

@@ -209,3 +209,12 @@ def test_refusal_names_what_where_and_how_much(budget, device, place, flag):
     assert {"--max_ram", "--max_vram"} & set(re.findall(r"--\w+", text)) == {flag}
     assert text == refusal(plan)
     assert "\n" not in text
+
+
+def test_refusal_speaks_of_the_placement_that_is_closest_to_fitting():
+    facts, limits = model(heads=600), (1 * GIB, 80 * GIB, 700 << 20, 0)
+    with pytest.raises(BudgetError) as caught:
+        plan_case(facts, case(), Budget(*limits, True), "cuda")
+    enough = plan_case(facts, case(), Budget(8 * GIB, *limits[1:], True), "cuda")
+    assert enough.window_on_device
+    assert f"projected {enough.projected_bytes(Place.RAM) / GIB:.2f} GiB" in str(caught.value)

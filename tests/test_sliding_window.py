@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.errors import NonFiniteLogitsError
+from nnunet_lowmem.errors import ModelError, NonFiniteLogitsError
 from nnunet_lowmem.export import collect_slabs
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.network_memory import LiveTensorBytes
@@ -325,3 +325,18 @@ def test_exception_of_the_network_passes_through_and_no_thread_stays():
     assert caught.value is error
     assert ours.network.calls == 3
     assert set(threading.enumerate()) == before
+
+
+def test_second_fold_that_does_not_fit_is_named():
+    ours = predictor(LowMemPredictor, (8, 10, 6), nn.Conv3d(1, HEADS, 1), folds=2)
+    ours.list_of_parameters = [ours.network.state_dict(), nn.Conv3d(1, HEADS + 1, 1).state_dict()]
+    with pytest.raises(ModelError, match=r"entry 1 of list_of_parameters do not fit.*size mismatch"):
+        ours._load_weights(ours.list_of_parameters[1], 1)
+
+
+def test_tile_outside_the_window_is_caught_before_the_kernel_writes():
+    grid = tile_grid((20, 8, 8), (8, 8, 8), 0.5)
+    with RowThreads(1) as threads:
+        window = RollingWindow(grid, HEADS, torch.ones(8, 8, 8, dtype=torch.half), threads)
+        with pytest.raises(AssertionError, match="outside"):
+            window.add(torch.zeros(HEADS, 8, 8, 8), (4, 0, 0))
