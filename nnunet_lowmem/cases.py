@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_lowmem.records import Recipe
 from nnunet_lowmem.types import PreprocessedCase
 
 
@@ -27,12 +28,15 @@ class Job:
         Returns the preprocessed case.
     files : (image files, file of the previous stage or None), or None
         What `load` reads, if it reads files: a worker can do it instead.
+    recipe : Recipe or None
+        What a done-record of the case is about; None where nothing is recorded.
     """
 
     name: str
     output: str | None
     load: Callable[[], PreprocessedCase]
     files: tuple[list[str], str | None] | None = None
+    recipe: Recipe | None = None
 
 
 def job_of_item(item: dict[str, Any]) -> Job:

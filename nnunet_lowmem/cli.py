@@ -6,27 +6,25 @@ import argparse
 import math
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_lowmem import __version__
-from nnunet_lowmem.errors import LowMemError, ModelError, UsageError
+from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
+from nnunet_lowmem.shell import guarded
 
 CITATION = (
     "Please cite nnU-Net when you use it: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. "
     "(2021). nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature Methods, "
     "18(2), 203-211."
 )
-INTERRUPTED = 130
 
 
 def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
     """Run ``nnUNetv2_predict_lowmem``."""
     parser = predict_parser()
     options = parser.parse_args(arguments)
-    return _guarded(lambda: _predict(options), options.verbose)
+    return guarded(lambda: _predict(options), options.verbose)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,24 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ensemble.add_argument("--verbose", action="store_true", help="show tracebacks")
     ensemble.set_defaults(run=_ensemble)
     options = parser.parse_args(arguments)
-    return _guarded(lambda: int(options.run(options)), options.verbose)
-
-
-def _guarded(command: Callable[[], int], verbose: bool) -> int:
-    """Turn exceptions into one line and an exit code; the traceback is shown with --verbose."""
-    try:
-        return command()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        known = isinstance(error, LowMemError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
-        hint = "" if known or verbose else " (--verbose shows where)"
-        print(f"error: {text}{hint}", file=sys.stderr)
-        return error.exit_code if isinstance(error, LowMemError) else 1
+    return guarded(lambda: int(options.run(options)), options.verbose)
 
 
 def predict_parser() -> argparse.ArgumentParser:
@@ -162,17 +143,22 @@ def _predict(options: argparse.Namespace) -> int:
     predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
     if options.estimate:
         return console.print_estimates(predictor.estimate(options.i))
-    predictor.predict_from_files(
-        options.i,
-        options.o,
-        save_probabilities=options.save_probabilities,
-        overwrite=not options.continue_prediction,
-        num_processes_preprocessing=options.npp,
-        num_processes_segmentation_export=options.nps,
-        folder_with_segs_from_prev_stage=options.prev_stage_predictions,
-        num_parts=options.num_parts,
-        part_id=options.part_id,
-    )
+    try:
+        predictor.predict_from_files(
+            options.i,
+            options.o,
+            save_probabilities=options.save_probabilities,
+            overwrite=not options.continue_prediction,
+            num_processes_preprocessing=options.npp,
+            num_processes_segmentation_export=options.nps,
+            folder_with_segs_from_prev_stage=options.prev_stage_predictions,
+            num_parts=options.num_parts,
+            part_id=options.part_id,
+        )
+    except CasesFailedError as error:
+        console.print_run(error.report, options.o)
+        return error.exit_code
+    console.print_run(predictor.run_report, options.o)
     return 0
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nnunet_lowmem import interruption
+
 #: Environment variable naming a file to which every stage change is appended as a JSON line.
 TRACE_VARIABLE = "nnUNet_lowmem_trace"
 
@@ -21,15 +23,18 @@ class StageClock:
     Attributes
     ----------
     case : str
-    on_stage : callable or None
+    listeners : list of callable
         Called with the name of each stage that is entered or returned to.
     seconds : dict
         Seconds per stage so far.
+    failed_stage : str
+        The innermost stage that an exception has left; empty if none has.
     """
 
     case: str
-    on_stage: Callable[[str], None] | None = None
+    listeners: list[Callable[[str], None]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    failed_stage: str = ""
     _stack: list[str] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
 
@@ -41,6 +46,9 @@ class StageClock:
         self._enter(name)
         try:
             yield
+        except Exception:
+            self.failed_stage = self.failed_stage or name
+            raise
         finally:
             self._switch()
             self._stack.pop()
@@ -57,8 +65,9 @@ class StageClock:
 
     def _enter(self, name: str) -> None:
         trace(f"{name}_start", self.case)
-        if self.on_stage is not None:
-            self.on_stage(name)
+        interruption.check()
+        for listener in self.listeners:
+            listener(name)
 
 
 def trace(event: str, case: str, seconds: dict[str, float] | None = None) -> None:

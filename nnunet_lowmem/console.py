@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.planner import Place, Plan, Stage
-from nnunet_lowmem.reporting import CaseReport
+from nnunet_lowmem.reporting import FAILURES_FILE, CaseReport, RunReport
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -72,6 +73,22 @@ def print_report(report: CaseReport) -> None:
         f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
         f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}"
     )
+
+
+def print_run(report: RunReport, folder: str) -> None:
+    """Print what became of every case."""
+    table = Table(title=f"predictions in {folder}")
+    for column in ("case", "", "stage", "why"):
+        table.add_column(column, overflow="fold")
+    for case in report.done:
+        table.add_row(case.case, "done", "", f"{sum(case.seconds.values()):.1f} s")
+    for skipped in report.skipped:
+        table.add_row(skipped.case, "skipped", "", skipped.reason)
+    for failed in report.failed:
+        table.add_row(failed.case, "failed", failed.stage, failed.reason)
+    Console().print(table)
+    if report.failed:
+        Console().print(f"{len(report.failed)} cases failed; see {Path(folder) / FAILURES_FILE}", highlight=False)
 
 
 def print_estimates(plans: Iterable[Plan]) -> int:

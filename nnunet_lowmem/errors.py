@@ -6,6 +6,8 @@ Each class carries the exit code that the command line returns for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LowMemError(Exception):
     """Base of all errors raised on purpose; anything else is a bug or comes from nnU-Net, torch or the system."""
@@ -39,3 +41,18 @@ class WorkerError(LowMemError):
 
 class WriteError(LowMemError, OSError):
     """An output file could not be written whole; nothing is left under its final name."""
+
+
+class CasesFailedError(LowMemError):
+    """Some cases of a run failed; the others are done.
+
+    Attributes
+    ----------
+    report : RunReport
+        What is done, failed and skipped; set by whoever raises this.
+    results : list
+        One result per case as the method returns it, None for those that failed.
+    """
+
+    report: Any = None
+    results: Any = None

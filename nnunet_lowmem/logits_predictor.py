@@ -16,7 +16,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
-from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem import export, interruption, model_files, nnunet_adapter
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, weight_bytes
@@ -49,6 +49,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Seconds without progress after which a worker counts as stalled; 0: never.
     prefetch : bool, optional
         Preprocess the next case in a process meanwhile; by default only beside a GPU.
+    continue_on_error : bool
+        Predict the other cases when one fails, then raise one `CasesFailedError`; False raises at once, as stock.
     on_plan : callable, optional
         Called with the `Plan` of each case before it is predicted.
     on_case : callable, optional
@@ -75,6 +77,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         probabilities_dtype: str = "float32",
         worker_timeout_s: float = 600.0,
         prefetch: bool | None = None,
+        continue_on_error: bool = True,
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
     ) -> None:
@@ -95,6 +98,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.probabilities_dtype = probabilities_dtype
         self.worker_timeout_s = worker_timeout_s
         self.prefetch = prefetch
+        self.continue_on_error = continue_on_error
         self.on_plan = on_plan
         self.on_case = on_case
 
@@ -210,7 +214,12 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     @contextmanager
     def _progress_bar(self, tiles: int) -> Iterator[Callable[[], object]]:
         with tqdm(total=tiles, disable=not self.allow_tqdm, unit="tile") as bar:
-            yield bar.update
+
+            def on_tile() -> None:
+                interruption.check()
+                bar.update()
+
+            yield on_tile
 
     # -- one case ----------------------------------------------------------------------------------------------------
 

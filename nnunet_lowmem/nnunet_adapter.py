@@ -159,7 +159,7 @@ def write_run_files(
     """Write what stock writes beside the predictions: the arguments, dataset.json and plans.json."""
     if target is None:
         return
-    folder = Path(target if isinstance(target, str) else os.path.dirname(target[0]))
+    folder = output_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     arguments = deepcopy(arguments)
@@ -167,6 +167,11 @@ def write_run_files(
     save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
     save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
     save_json(plans, str(folder / "plans.json"), sort_keys=False)
+
+
+def output_folder(target: str | list[str]) -> Path:
+    """Return where stock puts what belongs to a run as a whole: the folder of the first output."""
+    return Path(target if isinstance(target, str) else os.path.dirname(target[0]))
 
 
 def write_segmentation(

@@ -7,48 +7,37 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem import model_files, nnunet_adapter
 from nnunet_lowmem.budget import machine_budget
+from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
+from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, job_of_item
 from nnunet_lowmem.clock import StageClock, trace
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.files import atomic_output, temporary_folder
-from nnunet_lowmem.labelling import LabelRule, LogitsSlab
-from nnunet_lowmem.logits_predictor import LogitsPredictor
+from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.measuring import PeakSampler
-from nnunet_lowmem.planner import Budget, CaseFacts, Plan, plan_case
 from nnunet_lowmem.prefetching import Prefetcher
-from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
-from nnunet_lowmem.probabilities import label_and_export, npz_sink
-from nnunet_lowmem.reporting import CaseReport
-from nnunet_lowmem.spill import PlaneStore
-from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiling import tile_grid
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.records import Recipe, fingerprint
+from nnunet_lowmem.reporting import CaseReport, RunReport
+from nnunet_lowmem.stall_watch import StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
 
 logger = logging.getLogger(__name__)
 
-Segmentation = NDArray[Any]
-Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
 
-
-class LowMemPredictor(LogitsPredictor):
+class LowMemPredictor(CasePredictor):
     """Drop-in for ``nnUNetPredictor``: the same labels from a fraction of the memory.
 
     Parameters as for `LogitsPredictor`: stock's, and keyword-only ones of its own.
@@ -58,119 +47,6 @@ class LowMemPredictor(LogitsPredictor):
     Cases are preprocessed one after the other in this process, and exported in this process: the ``num_processes...``
     arguments are accepted and export never starts a process.
     """
-
-    def estimate(self, source_folder: str) -> Iterator[Plan]:
-        """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
-        budget = machine_budget(self.max_ram, self.max_vram, self.device)
-        facts = self._model_facts()
-        file_ending = self.dataset_json["file_ending"]
-        for files in model_files.list_cases(source_folder, file_ending):
-            geometry = nnunet_adapter.uncropped_geometry(files, self.plans_manager, self.configuration_manager)
-            case = CaseFacts(
-                name=model_files.case_name(files, file_ending),
-                grid=tile_grid(
-                    geometry.network_shape, tuple(self.configuration_manager.patch_size), self.tile_step_size
-                ),
-                original_shape=geometry.original_shape,
-                cropped_shape=geometry.cropped_shape,
-                streams=nnunet_adapter.label_rule(self.label_manager) is not None,
-            )
-            yield plan_case(
-                facts, case, replace(budget, binding=False), self.device.type, self.perform_everything_on_device
-            )
-
-    def _plan(self, case: PreprocessedCase, name: str, budget: Budget, streams: bool) -> Plan:
-        geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
-        facts = CaseFacts(name, self._grid(case), geometry.original_shape, geometry.cropped_shape, streams)
-        plan = plan_case(self._model_facts(), facts, budget, self.device.type, self.perform_everything_on_device)
-        if self.on_plan is not None:
-            self.on_plan(plan)
-        return plan
-
-    def _segment(
-        self, case: PreprocessedCase, job: Job, clock: StageClock, budget: Budget, folder: Path, probabilities: bool
-    ) -> tuple[Result, Plan]:
-        """Segmentation of a preprocessed case, in the axis order and grid of the file.
-
-        Probabilities are returned, or written where the job has an output.
-        """
-        geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
-        rule = nnunet_adapter.label_rule(self.label_manager)
-        resampling = nnunet_adapter.logits_resampling(
-            self.plans_manager, self.configuration_manager, geometry, case.properties
-        )
-        by_softmax = probabilities or (nnunet_adapter.TAKES_ARGMAX_OF_SOFTMAX and rule is not None and rule.ranked)
-        streams = rule is not None and resampling.tables is not None and not by_softmax
-        plan = self._plan(case, job.name, budget, streams)
-        grid = self._grid(case)
-        with ExitStack() as stack:
-            threads = stack.enter_context(RowThreads(self.kernel_threads))
-            stack.enter_context(clock.stage("prediction"))
-            trace("first_tile", job.name)
-            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder))
-            if rule is None:
-                return self._convert_as_stock(slabs, case, clock, probabilities), plan
-            if streams:
-                labels = export.label_slabs(slabs, resampling, geometry, rule, threads, clock)
-                return self._to_file_axes(labels), plan
-            store = stack.enter_context(
-                PlaneStore(self.label_manager.num_segmentation_heads, grid.image_shape, grid.roll_axis, folder)
-            )
-            export.store_slabs(slabs, store)
-            heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
-            with clock.stage("export"):
-                if not by_softmax:
-                    return self._to_file_axes(export.label_heads(heads, geometry, rule)), plan
-                if not probabilities:
-                    return self._to_file_axes(label_and_export(heads, geometry, rule, None)), plan
-                return self._probabilities(heads, geometry, rule, job, case.properties), plan
-
-    def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:
-        return labels.transpose(self.plans_manager.transpose_backward)
-
-    def _probabilities(
-        self,
-        heads: export.ResampledHeads,
-        geometry: nnunet_adapter.CaseGeometry,
-        rule: LabelRule,
-        job: Job,
-        properties: dict[str, Any],
-    ) -> Result:
-        """Return (segmentation, probabilities), or write the probabilities and return the segmentation."""
-        backward = self.plans_manager.transpose_backward
-        if job.output is None:
-            collected: list[NDArray[np.float32]] = []
-            labels = label_and_export(heads, geometry, rule, lambda head: collected.append(head.copy()))
-            stacked = np.stack(collected).transpose([0, *(axis + 1 for axis in backward)])
-            return self._to_file_axes(labels), stacked
-        shape = tuple(geometry.original_shape[axis] for axis in backward)
-        with (
-            atomic_output(Path(job.output + ".npz")) as path,
-            npz_sink(path, heads.heads, shape, backward, np.dtype(self.probabilities_dtype)) as sink,
-        ):
-            labels = label_and_export(heads, geometry, rule, sink)
-        nnunet_adapter.write_properties(properties, job.output + ".pkl")
-        return self._to_file_axes(labels)
-
-    def _convert_as_stock(
-        self, slabs: Iterator[LogitsSlab], case: PreprocessedCase, clock: StageClock, probabilities: bool
-    ) -> Result:
-        """Hold all logits and let stock convert them: for label managers whose rule is not known here."""
-        logger.warning(
-            "label manager %s is not nnU-Net's own: all logits are held for it, so memory is not bounded",
-            type(self.label_manager).__name__,
-        )
-        shape = self._grid(case).image_shape
-        logits = export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, shape)
-        with clock.stage("export"):
-            return convert_predicted_logits_to_segmentation_with_correct_shape(  # type: ignore[no-any-return]  # stock's
-                logits.cpu().numpy(),
-                self.plans_manager,
-                self.configuration_manager,
-                self.label_manager,
-                case.properties,
-                return_probabilities=probabilities,
-            )
 
     # -- nnU-Net's entry points ---------------------------------------------------------------------------------------
 
@@ -224,24 +100,59 @@ class LowMemPredictor(LogitsPredictor):
         if isinstance(source, str):
             source = model_files.list_cases(source, self.dataset_json["file_ending"])
         cases, outputs, stages = self._manage_input_and_output_lists(
-            source, target, stage_folder, overwrite, part_id, num_parts, save_probabilities
+            source, target, stage_folder, True, part_id, num_parts, save_probabilities
         )
-        if not cases:
-            return None
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
-        jobs = [
-            Job(
-                name=model_files.case_name(files, self.dataset_json["file_ending"]),
-                output=output,
-                load=partial(self._preprocess_files, files, stage),
-                files=(files, stage),
-            )
-            for files, output, stage in zip(cases, outputs or [None] * len(cases), stages, strict=True)
-        ]
-        if not self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0)):
-            return self._predict_jobs(jobs, save_probabilities)
-        with self._in_temporary_folder() as folder, self._prefetcher(folder) as prefetcher:
-            return [self._predict_job(job, folder, save_probabilities) for job in prefetcher.jobs(jobs)]
+        jobs = self._jobs(cases, outputs, stages, save_probabilities)
+        self.run_report = RunReport()
+        if not overwrite and outputs is not None:
+            jobs = without_those_done(jobs, self.run_report)
+        if not jobs:
+            return None
+        rule = nnunet_adapter.label_rule(self.label_manager)
+        require_space(jobs, self.dataset_json["file_ending"], 1 if rule is None else rule.dtype.itemsize)
+        with self._in_temporary_folder() as folder, ExitStack() as stack:
+            waiting: Iterable[Job] = jobs
+            if self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0)):
+                waiting = stack.enter_context(self._prefetcher(folder)).jobs(jobs)
+            try:
+                results = self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
+            finally:
+                if target is not None:
+                    self.run_report.write_failures(nnunet_adapter.output_folder(target))
+        raise_failures(self.run_report, results)
+        return results
+
+    def _jobs(
+        self, cases: list[list[str]], outputs: list[str] | None, stages: list[str | None], probabilities: bool
+    ) -> list[Job]:
+        ending = self.dataset_json["file_ending"]
+        written = [ending, ".npz", ".pkl"] if probabilities else [ending]
+        made_with = "" if outputs is None else self._fingerprint(probabilities)
+        targets: Sequence[str | None] = outputs or [None] * len(cases)
+        jobs = []
+        for files, output, stage in zip(cases, targets, stages, strict=True):
+            recipe = None
+            if output is not None:
+                inputs = tuple(map(Path, files if stage is None else [*files, stage]))
+                recipe = Recipe(tuple(Path(output + end) for end in written), inputs, made_with)
+            load = partial(self._preprocess_files, files, stage)
+            jobs.append(Job(model_files.case_name(files, ending), output, load, (files, stage), recipe))
+        return jobs
+
+    def _fingerprint(self, probabilities: bool) -> str:
+        """Checksum of all that the labels depend on, beside the images."""
+        description = {
+            "plans": self.plans_manager.plans,
+            "configuration": self.configuration_manager.configuration,
+            "dataset": self.dataset_json,
+            "step": self.tile_step_size,
+            "gaussian": self.use_gaussian,
+            "mirroring": list(self.allowed_mirroring_axes or ()) if self.use_mirroring else [],
+            "device": self.device.type,
+            "probabilities": self.probabilities_dtype if probabilities else None,
+        }
+        return fingerprint(description, getattr(self.list_of_parameters, "checkpoints", ()))
 
     def _prefetches(self, cases: int, processes: int) -> bool:
         """Prefetch beside a GPU; on the CPU a worker would take the cores that the network needs."""
@@ -262,7 +173,8 @@ class LowMemPredictor(LogitsPredictor):
     ) -> list[Result]:
         """Predict preprocessed cases: dicts with 'data', 'ofile' and 'data_properties', as stock's iterators give."""
         _note_exact(use_cropped_logits_resampling)
-        return self._predict_jobs(map(job_of_item, data_iterator), save_probabilities)
+        jobs = map(job_of_item, data_iterator)
+        return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
 
     def predict_from_list_of_npy_arrays(
         self,
@@ -288,7 +200,7 @@ class LowMemPredictor(LogitsPredictor):
                 zip(images, stage_list, properties, outputs, strict=True)
             )
         ]
-        return self._predict_jobs(jobs, save_probabilities)
+        return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
 
     def predict_single_npy_array(
         self,
@@ -302,13 +214,23 @@ class LowMemPredictor(LogitsPredictor):
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
         load = partial(self._preprocess_array, input_image, segmentation_previous_stage, image_properties)
-        return self._predict_jobs([Job("array", output_file_truncated, load)], save_or_return_probabilities)[0]
+        job = Job("array", output_file_truncated, load)
+        return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
 
     # -- cases in a row ----------------------------------------------------------------------------------------------
 
-    def _predict_jobs(self, jobs: Iterable[Job], probabilities: bool) -> list[Result]:
+    def _predict_unrecorded(self, jobs: Iterable[Job], probabilities: bool, keep_going: bool) -> list[Result]:
+        """Predict what has no input files, or is not written: arrays and iterators."""
+        self.run_report = RunReport()
         with self._in_temporary_folder() as folder:
-            return [self._predict_job(job, folder, probabilities) for job in jobs]
+            results = self._predict_jobs(jobs, folder, probabilities, keep_going)
+        raise_failures(self.run_report, results)
+        return results
+
+    def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, keep_going: bool) -> list[Result]:
+        with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device)) as watch:
+            predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)
+            return run_cases(jobs, predict, self.run_report, keep_going)
 
     @contextmanager
     def _in_temporary_folder(self) -> Iterator[Path]:
@@ -319,67 +241,26 @@ class LowMemPredictor(LogitsPredictor):
             compute_gaussian.cache_clear()
             empty_cache(self.device)
 
-    def _predict_job(self, job: Job, folder: Path, probabilities: bool) -> Result:
+    def _predict_job(
+        self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
+    ) -> tuple[Result, CaseReport]:
         budget = machine_budget(self.max_ram, self.max_vram, self.device)
         with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
-            clock = StageClock(job.name, sampler.mark if sampler else None)
+            clock.listeners += [partial(watch.mark, job.name), *([sampler.mark] if sampler else [])]
             with clock.stage("preprocessing"):
-                case = _load(job)
+                case = job.load()
             result, plan = self._segment(case, job, clock, budget, folder, probabilities)
             if job.output is not None:
                 with clock.stage("writing"):
                     self._write(result, job.output, case.properties)
+                    if job.recipe is not None:
+                        job.recipe.write_record()
                 result = None
         trace("case_end", job.name, clock.seconds)
+        report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})
         if self.on_case is not None:
-            assert sampler is not None
-            self.on_case(CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes()))
-        return result
-
-    def _preprocess_files(self, files: list[str], previous_stage: str | None) -> PreprocessedCase:
-        return preprocess_case(
-            files,
-            previous_stage,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-            threads=self.kernel_threads,
-            verbose=self.verbose_preprocessing,
-        )
-
-    def _preprocess_array(
-        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
-    ) -> PreprocessedCase:
-        return preprocess_array(
-            image,
-            previous_stage,
-            properties,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-            threads=self.kernel_threads,
-            verbose=self.verbose_preprocessing,
-        )
-
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def _write(self, result: Result, output: str, properties: dict[str, Any]) -> None:
-        """Write through the model's own writer; each file appears under its name when it is complete."""
-        assert result is not None
-        segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
-        if probabilities is not None:
-            nnunet_adapter.write_probabilities(probabilities, output + ".npz")
-            nnunet_adapter.write_properties(properties, output + ".pkl")
-        nnunet_adapter.write_segmentation(
-            segmentation, properties, output + self.dataset_json["file_ending"], self.plans_manager
-        )
-
-
-def _load(job: Job) -> PreprocessedCase:
-    try:
-        return job.load()
-    except UsageError as error:
-        raise type(error)(f"case {job.name}, preprocessing: {error}") from error
+            self.on_case(report)
+        return result, report
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -68,10 +68,17 @@ class Prefetcher:
             yield replace(job, load=partial(self._load, job, following))
 
     def _load(self, job: Job, following: Job | None) -> PreprocessedCase:
-        case = self.take(job)
-        if following is not None:
-            self.start(following)
+        try:
+            case = self.take(job)
+        except Exception:
+            self._start_if_any(following)  # a case that fails costs the next one nothing
+            raise
+        self._start_if_any(following)
         return case
+
+    def _start_if_any(self, job: Job | None) -> None:
+        if job is not None:
+            self.start(job)
 
     def start(self, job: Job) -> None:
         """Begin with `job` in the background, if it is one of files and a process can be started."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,69 @@ def verify_label_file(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Non
     expected_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     if held_bytes is not None and held_bytes < expected_bytes:
         raise DamagedFileError(f"{path.name} holds {held_bytes} bytes of voxels, not {expected_bytes}")
+
+
+def verify_whole(path: Path) -> None:
+    """Decode an output that nobody remembers, and compare it with what its own header promises.
+
+    Label files as for `verify_label_file`; of ``.npz`` the checksum of every member; pictures are decoded.
+
+    Raises
+    ------
+    DamagedFileError
+        If the file is not whole.
+    OSError
+        If it cannot be read.
+    """
+    name = path.name.lower()
+    if path.stat().st_size == 0:
+        raise DamagedFileError(f"{path.name} is empty")
+    if name.endswith(".npz"):
+        _verify_archive(path)
+    elif name.endswith(tuple(_VOXEL_BYTES)):
+        if name.endswith(".nii.gz"):
+            verify_gzip(path)  # a damaged stream fails in many ways where its header is read
+        shape, dtype = _promised(path)
+        verify_label_file(path, shape, dtype)
+    else:
+        _decode_picture(path)
+
+
+def _promised(path: Path) -> tuple[Sequence[int], np.dtype[Any]]:
+    """Return shape and type of the voxels by the header alone."""
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        image = _nifti_image(path)
+        return image.shape, image.get_data_dtype()
+    import SimpleITK
+
+    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise DamagedFileError(f"{path.name}: {str(error).strip().splitlines()[-1]}") from error
+    make_image: Any = SimpleITK.Image
+    voxel = make_image([1] * reader.GetDimension(), reader.GetPixelIDValue())
+    return reader.GetSize(), SimpleITK.GetArrayViewFromImage(voxel).dtype
+
+
+def _verify_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DamagedFileError(f"{path.name}: {error}") from error
+    if damaged is not None:
+        raise DamagedFileError(f"{path.name}: the checksum of its member {damaged} is wrong")
+
+
+def _decode_picture(path: Path) -> None:
+    from skimage import io
+
+    try:
+        io.imread(path)
+    except Exception as error:  # each of its decoders has its own
+        raise DamagedFileError(f"{path.name}: {error}") from error
 
 
 def _verify_nifti_header(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> None:

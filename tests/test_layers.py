@@ -19,22 +19,26 @@ PACKAGE = Path(nnunet_lowmem.__file__).parent
 ROOMS = """
 __main__
 cli
-demo ensembling
+demo ensembling shell
 predictor
+case_predictor case_loop
 probabilities logits_predictor prefetching
 export
 preprocessing sliding_window nnunet_adapter workers console budget
-image_reading labelling cases reporting job network_memory files
+image_reading labelling cases reporting job network_memory stall_watch
+records
+files
 label_kernels device_labelling planner memory process_tree
 kernels spline
 resampling spill tiling halves headers threads nonzero model_files measuring verifying watchdog clock
-types
+types interruption
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
 
 MAY_IMPORT_NNUNET = {
     "predictor",
+    "case_predictor",
     "logits_predictor",
     "preprocessing",
     "nnunet_adapter",

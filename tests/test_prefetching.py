@@ -12,8 +12,8 @@ from factory import ModelSpec
 from oracle import make_predictor, read_voxels
 
 from nnunet_lowmem import LowMemPredictor, prefetching
-from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.workers import Worker, WorkerDiedError, WorkerStartError
+from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.workers import Worker, WorkerStartError
 
 
 def workers() -> list[psutil.Process]:
@@ -67,7 +67,7 @@ def test_worker_that_is_killed_twice_is_an_error_that_names_case_and_signal(case
             os.kill(self.pid, signal.SIGKILL)
 
     monkeypatch.setattr(prefetching, "Worker", Killed)
-    with pytest.raises(WorkerDiedError, match=r"head_margin.*SIGKILL"):
+    with pytest.raises(CasesFailedError, match=r"head_margin.*SIGKILL"):
         predict(models(ModelSpec(), cases[0]), cases[:2], tmp_path / "out", prefetch=True)
     assert (tmp_path / "out" / "head.nii.gz").exists()
     assert not workers()
@@ -85,6 +85,6 @@ def test_goes_on_in_process_where_no_worker_can_be_started(cases, models, tmp_pa
 def test_bad_input_in_the_worker_is_reported_as_in_process(cases, models, tmp_path):
     broken = tmp_path / "broken_0000.nii.gz"
     broken.write_bytes(b"no image")
-    with pytest.raises(UsageError, match=r"case broken, preprocessing: .*broken_0000\.nii\.gz"):
+    with pytest.raises(CasesFailedError, match=r"case broken, preprocessing: .*broken_0000\.nii\.gz"):
         predict(models(ModelSpec(), cases[0]), [cases[0], [str(broken)]], tmp_path / "out", prefetch=True)
     assert (tmp_path / "out" / "head.nii.gz").exists()

@@ -1,0 +1,131 @@
+"""Cases in a row: one that fails costs itself and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nnunet_lowmem import interruption
+from nnunet_lowmem.cases import Job
+from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
+from nnunet_lowmem.files import require_free_bytes
+from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
+
+logger = logging.getLogger(__name__)
+
+Predict = Callable[[Job, StageClock], tuple[Any, CaseReport]]
+
+# deflate never shrinks anything to less
+_GREATEST_COMPRESSION = 1032
+_UNCOMPRESSED_ENDINGS = (".nii",)
+
+
+def run_cases(jobs: Iterable[Job], predict: Predict, report: RunReport, keep_going: bool) -> list[Any]:
+    """Predict each job and note how it went.
+
+    Parameters
+    ----------
+    jobs : iterable of Job
+    predict : callable
+        (job, clock) -> (result, report of the case)
+    report : RunReport
+        Filled case by case.
+    keep_going : bool
+        Whether the other cases are predicted when one fails.
+
+    Returns
+    -------
+    list
+        One result per job, None for those that failed.
+
+    Raises
+    ------
+    ModelError
+        At once, since it would fail every case.
+    Exception
+        Of the first case that fails, without `keep_going`.
+    """
+    results = []
+    for job in jobs:
+        interruption.check()
+        clock = StageClock(job.name)
+        try:
+            result, case_report = predict(job, clock)
+        except ModelError:
+            raise
+        except Exception as error:
+            if not keep_going:
+                _name_case(error, job.name, clock.failed_stage)
+                raise
+            result = None
+            failed = FailedCase.of(job.name, clock.failed_stage or "start", error)
+            report.failed.append(failed)
+            logger.error("%s", failed.in_words())
+            logger.debug("%s", failed.traceback_text)
+        else:
+            report.done.append(case_report)
+        results.append(result)
+    return results
+
+
+def _name_case(error: Exception, case: str, stage: str) -> None:
+    """Say case and stage in an error that the user can mend."""
+    if isinstance(error, UsageError):
+        error.args = (f"case {case}, {stage}: {error}",)
+
+
+def raise_failures(report: RunReport, results: list[Any]) -> None:
+    """Raise one error for all cases that failed, if any.
+
+    Raises
+    ------
+    CasesFailedError
+        With the report and the results of the others.
+    """
+    if not report.failed:
+        return
+    error = CasesFailedError(report.failures_in_words())
+    error.exit_code, error.report, error.results = report.exit_code, report, results
+    raise error
+
+
+def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
+    """Leave out the cases whose output is there, whole, and made from the same input; note them as skipped."""
+    remaining = []
+    for job in jobs:
+        assert job.recipe is not None, "a job with files and an output has a recipe"
+        standing = job.recipe.standing()
+        if standing.keeps:
+            report.skipped.append(SkippedCase(job.name, standing.value))
+            logger.info("case %s is skipped: %s", job.name, standing.value)
+        else:
+            remaining.append(job)
+            logger.info("case %s is predicted: %s", job.name, standing.value)
+    return remaining
+
+
+def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int) -> None:
+    """Refuse a run whose label maps cannot fit the disk, however well they compress.
+
+    Raises
+    ------
+    WriteError
+        With the bytes needed and free.
+    """
+    shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
+    needed: dict[Path, int] = {}
+    for job in jobs:
+        if job.output is None or job.files is None:
+            continue
+        with suppress(UsageError):  # a header that cannot be read is told of when its turn comes
+            shape, _ = read_header(job.files[0][0])
+            folder = Path(job.output).parent
+            needed[folder] = needed.get(folder, 0) + math.prod(shape) * voxel_bytes // shrinks
+    for folder, size_bytes in needed.items():
+        require_free_bytes(folder, size_bytes)

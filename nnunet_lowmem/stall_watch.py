@@ -1,0 +1,94 @@
+"""The main process under the same clock as its workers: a stage without progress says where it is, and goes on waiting.
+
+Progress is a change of stage or CPU time that grows, anywhere in the process tree. Nothing is ended here: who waits for
+a network file system or a driver may still get it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+
+from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.process_tree import ProcessTree
+from nnunet_lowmem.watchdog import ProgressClock, WorkerLimits
+
+logger = logging.getLogger(__name__)
+
+
+class StallWatch:
+    """A context manager with one thread that looks at the clock; off where the limit is 0.
+
+    Parameters
+    ----------
+    limits : WorkerLimits
+    device : str
+        Named in what is logged.
+    """
+
+    def __init__(self, limits: WorkerLimits, device: str) -> None:
+        self._clock = ProgressClock(limits, time.monotonic())
+        self._device = device
+        self._case, self._stage = "", ""
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._tree = ProcessTree(os.getpid())
+        on = limits.stall_s > 0
+        self._thread = threading.Thread(target=self._run, name="nnunet_lowmem stall watch", daemon=True) if on else None
+
+    def __enter__(self) -> StallWatch:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def mark(self, case: str, stage: str) -> None:
+        """Note that a stage begins."""
+        with self._lock:
+            self._case, self._stage = case, stage
+            self._clock.report(time.monotonic(), new_stage=True)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._clock.look_s):
+            with self._lock:
+                now = time.monotonic()
+                self._clock.look(now, self._tree.cpu_s())
+                overdue = self._clock.overdue()
+                if overdue:
+                    self._clock.report(now, new_stage=True)  # say it once per limit
+            if overdue:
+                self._tell(overdue)
+
+    def _tell(self, overdue: str) -> None:
+        logger.warning(
+            "case %s, %s: the main process %s; it is %s and holds %s, device %s. It goes on waiting. Its threads:\n%s",
+            self._case or "none",
+            self._stage or "between cases",
+            overdue,
+            self._tree.state(),
+            format_gib(self._tree.resident_bytes()),
+            self._device,
+            _stacks(),
+        )
+
+
+def _stacks() -> str:
+    """Return where every Python thread is, except the one that asks."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    told = [
+        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    return "\n".join(told)
