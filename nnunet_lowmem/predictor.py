@@ -161,8 +161,7 @@ class LowMemPredictor(CasePredictor):
 
     def _prefetcher(self, folder: Path) -> Prefetcher:
         model = (self.plans_manager, self.configuration_manager, self.dataset_json)
-        limits = WorkerLimits(stall_s=self.worker_timeout_s)
-        return Prefetcher(model, folder, limits, max(1, self.kernel_threads // 2))
+        return Prefetcher(model, folder, self.worker_timeout_s, max(1, self.kernel_threads // 2))
 
     def predict_from_data_iterator(
         self,

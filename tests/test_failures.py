@@ -1,0 +1,210 @@
+"""A case that fails costs itself: the others are predicted, the failure is told, nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from factory import ModelSpec
+from oracle import make_predictor, read_voxels
+
+from nnunet_lowmem import LowMemPredictor, cli
+from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
+from nnunet_lowmem.reporting import FAILURES_FILE
+from nnunet_lowmem.verifying import verify_whole
+
+
+@pytest.fixture(scope="module")
+def cases(images) -> list[list[str]]:
+    return [images("head"), images("small"), images("zeros")]
+
+
+@pytest.fixture(scope="module")
+def model(models, cases) -> str:
+    return models(ModelSpec(), cases[0])
+
+
+@pytest.fixture(scope="module")
+def expected(model, cases, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected")
+    predict(model, cases, folder)
+    return label_maps(folder)
+
+
+def outputs(cases: list[list[str]], folder: Path) -> list[str]:
+    return [str(folder / os.path.basename(files[0]).removesuffix("_0000.nii.gz")) for files in cases]
+
+
+def predict(model: str, cases: list[list[str]], folder: Path, overwrite: bool = True, **options):
+    predictor = make_predictor(LowMemPredictor, model, (0,), **options)
+    return predictor, predictor.predict_from_files(cases, outputs(cases, folder), overwrite=overwrite)
+
+
+def label_maps(folder: Path) -> dict[str, bytes]:
+    return {path.name: read_voxels(path).tobytes() for path in folder.glob("*.nii.gz")}
+
+
+def broken(folder: Path, name: str = "broken") -> list[str]:
+    path = folder / f"{name}_0000.nii.gz"
+    path.write_bytes(b"this is no image")
+    return [str(path)]
+
+
+def test_the_others_are_predicted_and_one_error_tells(model, cases, expected, tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        CasesFailedError, match=r"1 of 4 cases failed: case broken, preprocessing: .*broken_0000"
+    ) as raised:
+        predict(model, [cases[0], broken(tmp_path), *cases[1:]], tmp_path / "out")
+    assert label_maps(tmp_path / "out") == expected
+    report = raised.value.report
+    assert [case.case for case in report.done] == ["head", "small", "zeros"]
+    assert [(case.case, case.stage) for case in report.failed] == [("broken", "preprocessing")]
+    told = json.loads((tmp_path / "out" / FAILURES_FILE).read_text())
+    assert told["done"] == ["head", "small", "zeros"]
+    assert [(case["case"], case["stage"]) for case in told["failed"]] == [("broken", "preprocessing")]
+    assert caplog.text.count("case broken, preprocessing") == 1
+
+
+def test_failures_file_goes_when_nothing_fails_any_more(model, cases, tmp_path):
+    with pytest.raises(CasesFailedError):
+        predict(model, [broken(tmp_path)], tmp_path)
+    assert (tmp_path / FAILURES_FILE).exists()
+    predict(model, cases[1:2], tmp_path)
+    assert not (tmp_path / FAILURES_FILE).exists()
+
+
+def test_stocks_way_on_request(model, cases, tmp_path):
+    with pytest.raises(UsageError, match=r"case broken, preprocessing: .*broken_0000"):
+        predict(model, [broken(tmp_path), cases[0]], tmp_path, continue_on_error=False)
+    assert not (tmp_path / "head.nii.gz").exists()
+
+
+def test_tile_that_fails(model, cases, expected, tmp_path):
+    predictor = make_predictor(LowMemPredictor, model, (0,))
+    real, calls = predictor._network_tile, []
+
+    def fails_once(tile: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("a tile of the first case failed")
+        return real(tile)
+
+    predictor._network_tile = fails_once
+    with pytest.raises(CasesFailedError, match="case head, prediction: RuntimeError: a tile of the first case failed"):
+        predictor.predict_from_files(cases, outputs(cases, tmp_path))
+    assert len(calls) > 3
+    assert label_maps(tmp_path) == {name: labels for name, labels in expected.items() if name != "head.nii.gz"}
+
+
+def test_failed_case_leaves_no_array_alive(model, cases, tmp_path):
+    """An exception holds its frames, and these the arrays of the case: the report keeps words only."""
+    predictor = make_predictor(LowMemPredictor, model, (0,))
+    held: list = []
+
+    def fails(tile: torch.Tensor) -> torch.Tensor:
+        held.append(tile.untyped_storage()._weak_ref())
+        raise RuntimeError("no")
+
+    predictor._network_tile = fails
+    with pytest.raises(CasesFailedError) as raised:
+        predictor.predict_from_files(cases[:1], outputs(cases[:1], tmp_path))
+    assert raised.value.report.failed
+    assert raised.value.__context__ is None
+    assert torch.UntypedStorage._expired(held[0])
+
+
+def test_model_that_is_broken_ends_the_run_at_once(models, cases, tmp_path):
+    model = Path(models(ModelSpec(folds=(0, 1)), cases[0]))
+    predictor = make_predictor(LowMemPredictor, str(model), (0, 1))
+    checkpoint = torch.load(model / "fold_1/checkpoint_final.pth", weights_only=False)
+    del checkpoint["network_weights"][next(iter(checkpoint["network_weights"]))]
+    torch.save(checkpoint, tmp_path / "checkpoint_final.pth")
+    predictor.list_of_parameters.checkpoints = (
+        predictor.list_of_parameters.checkpoints[0],
+        tmp_path / "checkpoint_final.pth",
+    )
+    with pytest.raises(ModelError):
+        predictor.predict_from_files(cases, outputs(cases, tmp_path))
+
+
+def test_arrays_of_the_others_come_with_the_error(model, images):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    predictor = make_predictor(LowMemPredictor, model, (0,))
+    array, properties = SimpleITKIO().read_images(images("small"))
+    two_channels = array.repeat(2, axis=0)
+    with pytest.raises(CasesFailedError, match=r"case array 0, preprocessing: .*2 channels") as raised:
+        predictor.predict_from_list_of_npy_arrays([two_channels, array], None, [properties, dict(properties)], None)
+    failed, done = raised.value.results
+    assert failed is None
+    assert done.shape == array.shape[1:]
+
+
+def test_command_tells_and_ends_with_1(model, cases, tmp_path, capsys):
+    for files in cases[:2]:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / os.path.basename(files[0])).write_bytes(Path(files[0]).read_bytes())
+    broken(tmp_path / "in")
+    flags = ["-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model, "-f", "0", "-device", "cpu"]
+    assert cli.predict_entry_point([*map(str, flags), "--disable_progress_bar"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: case broken, preprocessing: ")
+    assert err.count("\n") == 1
+    for words in (("head", "done"), ("small", "done"), ("broken", "failed", "preprocessing")):
+        assert any(all(word in line for word in words) for line in out.splitlines()), words
+
+
+# -- the disk
+
+
+def test_run_that_cannot_fit_the_disk_is_refused_before_it_starts(model, cases, tmp_path, monkeypatch):
+    """What is free is the only thing made up: 50 bytes, of which 59,000 voxels need at least 57."""
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
+    with pytest.raises(WriteError, match=r"needs .* GiB, but .* has only .* GiB free"):
+        predict(model, cases[:1], tmp_path)
+    assert not list(tmp_path.glob("*.nii.gz"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount an empty file system of a given size; only root may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str, *more: str) -> Path:
+        options = ",".join([f"size={size}", *more])
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
+
+
+def test_full_disk_until_the_run_fits(model, cases, expected, small_disk):
+    """The file system grows page by page under a run that is continued: each map is whole or absent at any time."""
+    folder = small_disk("8k")
+    told = []
+    for pages in range(3, 64):
+        try:
+            predict(model, cases, folder, overwrite=False)
+            break
+        except (CasesFailedError, WriteError, OSError) as error:
+            told.append(str(error))
+        for path in folder.glob("*.nii.gz"):
+            verify_whole(path)
+            assert read_voxels(path).tobytes() == expected[path.name]
+        assert not list(folder.glob(".partial*"))
+        small_disk(f"{4 * pages}k", "remount")
+    assert told
+    assert all("No space left" in text or "free" in text for text in told)
+    assert label_maps(folder) == expected
