@@ -7,6 +7,7 @@ every class owns an area with a boundary, for 2 classes as for 700.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -191,7 +192,7 @@ def _fitted_network(
     labels = manager.get_label_manager(dataset)
     heads = labels.num_segmentation_heads
     channels = determine_num_input_channels(manager, configuration, dataset)
-    network = nnUNetTrainer.build_network_architecture(manager, configuration, channels, heads, False)
+    network = nnUNetTrainer.build_network_architecture(*_architecture(manager, configuration), channels, heads, False)
     preprocessor = configuration.preprocessor_class(verbose=False)
     data, seg, _ = preprocessor.run_case(list(image), previous_stage, manager, configuration, dataset)
     if spec.previous_stage:
@@ -204,6 +205,17 @@ def _fitted_network(
     head.weight.data = weight.reshape(head.weight.shape)
     head.bias.data = bias
     return network.eval()
+
+
+def _architecture(manager: PlansManager, configuration: Any) -> tuple[Any, ...]:
+    """What the installed nnU-Net's trainer builds its network from: before 2.6 the parts of the configuration."""
+    if "architecture_class_name" not in inspect.signature(nnUNetTrainer.build_network_architecture).parameters:
+        return manager, configuration
+    return (
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+    )
 
 
 def _smooth_weights(network: nn.Module, rng: torch.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage import io
 
 PROBABILITY_TOLERANCE = 2.0**-21  # stock's own softmax varies by as much with its number of threads
+OLD = tuple(map(int, version("nnunetv2").split(".")[:2])) < (2, 8)
 ARGS = "predict_from_raw_data_args.json"  # names its function's parameters, so it differs between the two
 
 
@@ -26,7 +28,19 @@ def make_predictor(cls: type[nnUNetPredictor], model: str, folds: Any = (0,), **
 
 
 def predict_stock(predictor: nnUNetPredictor, cases: Any, out: Any, previous: str | None = None, **kwargs: Any) -> Any:
-    """Predict in this process: workers would give the same and cost seconds."""
+    """Predict in this process: workers would give the same and cost seconds.
+
+    Before 2.8 stock's sequential prediction forgets the one-hot of a cascade's previous stage: workers there.
+    """
+    if previous is not None and OLD:
+        return predictor.predict_from_files(
+            cases,
+            out,
+            num_processes_preprocessing=1,
+            num_processes_segmentation_export=1,
+            folder_with_segs_from_prev_stage=previous,
+            **kwargs,
+        )
     return predictor.predict_from_files_sequential(cases, out, folder_with_segs_from_prev_stage=previous, **kwargs)
 
 
@@ -53,6 +67,8 @@ def assert_same_file(stock: Path, ours: Path) -> None:
         assert_same_archive(stock, ours)
     elif stock.suffix == ".pkl":
         expected = pickle.loads(stock.read_bytes())
+        if OLD and isinstance(expected, np.ndarray):
+            return  # stock's ensembling pickles the averaged probabilities there, by mistake
         expected.pop("class_locations", None)  # sampled for training from a previous stage; left out on purpose
         assert_same_object(expected, pickle.loads(ours.read_bytes()), stock.name)
     else:
