@@ -1,7 +1,8 @@
 """nnU-Net v2 prediction in bounded memory, with stock nnU-Net's labels.
 
 ``from nnunet_lowmem import LowMemPredictor`` gives a drop-in replacement for ``nnUNetPredictor``. Importing this
-package imports neither torch nor nnU-Net; the predictor is loaded when it is first asked for.
+package imports neither torch nor nnU-Net; the predictor is loaded when it is first asked for. ``enable`` puts it in
+the place of ``nnUNetPredictor`` for tools that know nothing of it, ``disable`` takes it back.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nnunet_lowmem.predictor import LowMemPredictor
+    from nnunet_lowmem.switching import disable, enable
 
 __version__ = "0.1.0"
-__all__ = ["LowMemPredictor", "__version__"]
+__all__ = ["LowMemPredictor", "__version__", "disable", "enable"]
 
 
 def __getattr__(name: str) -> object:
@@ -20,4 +22,8 @@ def __getattr__(name: str) -> object:
         from nnunet_lowmem.predictor import LowMemPredictor
 
         return LowMemPredictor
+    if name in ("enable", "disable"):
+        from nnunet_lowmem import switching
+
+        return getattr(switching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,14 @@ CITATION = (
     "(2021). nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature Methods, "
     "18(2), 203-211."
 )
+#: Arguments of the predictor and the flags that give them; what is not given is looked for in environment and plans.
+LIMIT_FLAGS = {
+    "max_ram": "max_ram",
+    "max_vram": "max_vram",
+    "tmp_dir": "tmp_dir",
+    "worker_timeout_s": "worker_timeout",
+    "probabilities_dtype": "probabilities_dtype",
+}
 
 
 def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ensemble.add_argument("--save_npz", action="store_true", help="write the averaged probabilities, too")
     ensemble.add_argument("--verbose", action="store_true", help="show tracebacks")
     ensemble.set_defaults(run=_ensemble)
+    run = commands.add_parser(
+        "run", help="run a tool that uses nnU-Net, with this package in its place: run -- COMMAND"
+    )
+    run.add_argument("--predictor", default="lowmem", metavar="NAME", help="or plans: what the model's plans name")
+    run.add_argument("--verbose", action="store_true", help="show tracebacks")
+    run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
+    run.set_defaults(run=_run)
     options = parser.parse_args(arguments)
     return guarded(lambda: int(options.run(options)), options.verbose)
 
@@ -87,15 +102,13 @@ def predict_parser() -> argparse.ArgumentParser:
     more.add_argument(
         "--worker_timeout",
         type=float,
-        default=600.0,
         metavar="SECONDS",
-        help="time without progress after which a worker counts as stalled; 0: never (default: %(default)g)",
+        help="time without progress after which a worker counts as stalled; 0: never (default: 600)",
     )
     more.add_argument(
         "--probabilities_dtype",
         choices=("float32", "float16"),
-        default="float32",
-        help="of the .npz files; float16 halves them but is not stock's file (default: %(default)s)",
+        help="of the .npz files; float16 halves them but is not stock's file (default: float32)",
     )
     more.add_argument("--estimate", action="store_true", help="print the plan of every case and stop")
     return parser
@@ -115,7 +128,7 @@ def _from_environment(variable: str, default: int) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     model_folder = _check(options)
-    from nnunet_lowmem import console
+    from nnunet_lowmem import console, model_files, plugin
 
     print(CITATION)
     device = console.choose_device(options.device)
@@ -124,6 +137,8 @@ def _predict(options: argparse.Namespace) -> int:
     console.set_torch_threads(device)
     from nnunet_lowmem.predictor import LowMemPredictor
 
+    given = {name: getattr(options, flag) for name, flag in LIMIT_FLAGS.items() if getattr(options, flag) is not None}
+    plans = model_files.read_json(Path(model_folder) / "plans.json")
     predictor = LowMemPredictor(
         tile_step_size=options.step_size,
         use_mirroring=not options.disable_tta,
@@ -132,13 +147,9 @@ def _predict(options: argparse.Namespace) -> int:
         verbose=options.verbose,
         verbose_preprocessing=options.verbose,
         allow_tqdm=not options.disable_progress_bar,
-        max_ram=options.max_ram,
-        max_vram=options.max_vram,
-        tmp_dir=options.tmp_dir,
-        worker_timeout_s=options.worker_timeout,
-        probabilities_dtype=options.probabilities_dtype,
         on_plan=console.print_plan if options.verbose else None,
         on_case=console.print_report if options.verbose else None,
+        **{**plugin.options("lowmem", LowMemPredictor, plans), **given},
     )
     predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
     if options.estimate:
@@ -181,6 +192,15 @@ def _ensemble(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run(options: argparse.Namespace) -> int:
+    from nnunet_lowmem import plugin, running, switching
+
+    if options.predictor != switching.BY_PLANS:
+        plugin.find(options.predictor)
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    return running.run(words, options.predictor)
+
+
 def _check(options: argparse.Namespace) -> str:
     """Refuse what cannot work, by looking at arguments and folders only; return the model folder."""
     from nnunet_lowmem import model_files
@@ -189,7 +209,11 @@ def _check(options: argparse.Namespace) -> str:
         raise UsageError(f"-step_size must be larger than 0 and at most 1, got {options.step_size}")
     if not 0 <= options.part_id < options.num_parts:
         raise UsageError(f"-part_id counts from 0 and must be below -num_parts {options.num_parts}: {options.part_id}")
-    for flag, number in (("-npp", options.npp), ("-nps", options.nps), ("--worker_timeout", options.worker_timeout)):
+    for flag, number in (
+        ("-npp", options.npp),
+        ("-nps", options.nps),
+        ("--worker_timeout", options.worker_timeout or 0),
+    ):
         if not 0 <= number < math.inf:
             raise UsageError(f"{flag} must be a number that is not negative, got {number}")
     _check_sizes(options)

@@ -19,7 +19,8 @@ PACKAGE = Path(nnunet_lowmem.__file__).parent
 ROOMS = """
 __main__
 cli
-demo ensembling shell
+demo ensembling shell startup
+switching
 predictor
 case_predictor case_loop
 probabilities logits_predictor prefetching
@@ -31,6 +32,7 @@ files
 label_kernels device_labelling planner memory process_tree
 kernels spline
 resampling spill tiling halves headers threads nonzero model_files measuring verifying watchdog clock
+plugin rebinding running
 types interruption
 errors
 """
@@ -107,7 +109,22 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "__main__", "model_files", "memory", "measuring", "errors", "files", "workers", "job"]
+    "module",
+    [
+        "cli",
+        "__main__",
+        "model_files",
+        "memory",
+        "measuring",
+        "errors",
+        "files",
+        "workers",
+        "job",
+        "plugin",
+        "switching",
+        "startup",
+        "running",
+    ],
 )
 def test_light_rooms_import_neither_torch_nor_nnunet(module):
     """Nor does anything that they import when they are imported."""
@@ -147,6 +164,6 @@ assert not heavy, heavy
 
 
 def test_package_gives_its_predictor_and_nothing_else():
-    assert set(nnunet_lowmem.__all__) == {"LowMemPredictor", "__version__"}
+    assert set(nnunet_lowmem.__all__) == {"LowMemPredictor", "__version__", "disable", "enable"}
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         nnunet_lowmem.nonsense  # noqa: B018
