@@ -16,6 +16,7 @@ from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
 from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
+from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, read_raw_header
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,10 @@ def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int) -> No
         if job.output is None or job.files is None:
             continue
         with suppress(UsageError):  # a header that cannot be read is told of when its turn comes
-            shape, _ = read_header(job.files[0][0])
+            file = job.files[0][0]
+            if file.lower().endswith(KNOWN_ENDINGS):
+                read_raw_header(file)  # one that promises more than its file can hold needs no space
+            shape, _ = read_header(file)
             folder = Path(job.output).parent
             needed[folder] = needed.get(folder, 0) + math.prod(shape) * voxel_bytes // shrinks
     for folder, size_bytes in needed.items():

@@ -159,6 +159,7 @@ class CasePredictor(LogitsPredictor):
             self.dataset_json,
             threads=self.kernel_threads,
             verbose=self.verbose_preprocessing,
+            accept_nan=self.accept_nan,
         )
 
     def _preprocess_array(
@@ -173,6 +174,7 @@ class CasePredictor(LogitsPredictor):
             self.dataset_json,
             threads=self.kernel_threads,
             verbose=self.verbose_preprocessing,
+            accept_nan=self.accept_nan,
         )
 
     # -- files -------------------------------------------------------------------------------------------------------

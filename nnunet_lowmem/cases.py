@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from nnunet_lowmem import model_files
+from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.records import Recipe
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -55,3 +57,18 @@ def job_of_item(item: dict[str, Any]) -> Job:
 
     output = item["ofile"]
     return Job(os.path.basename(output) if output else "array", output, load)
+
+
+def unless_misnumbered(job: Job, file_ending: str) -> Job:
+    """Let a case of a folder fail when its turn comes, if one of its channels is missing between the others."""
+    assert job.files is not None, "a case of a folder has files"
+    try:
+        model_files.check_numbers(job.files[0], file_ending)
+    except UsageError as error:
+        text = str(error)
+
+        def refuse() -> NoReturn:
+            raise UsageError(text)
+
+        return replace(job, load=refuse, files=None)
+    return job

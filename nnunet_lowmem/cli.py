@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_lowmem import __version__
-from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
+from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.shell import guarded
 
 CITATION = (
@@ -25,6 +25,9 @@ LIMIT_FLAGS = {
     "tmp_dir": "tmp_dir",
     "worker_timeout_s": "worker_timeout",
     "probabilities_dtype": "probabilities_dtype",
+    "accept_nan": "accept_nan",
+    "trust": "trust",
+    "trust_model": "trust_model",
 }
 
 
@@ -109,6 +112,21 @@ def predict_parser() -> argparse.ArgumentParser:
         "--probabilities_dtype",
         choices=("float32", "float16"),
         help="of the .npz files; float16 halves them but is not stock's file (default: float32)",
+    )
+    more.add_argument(
+        "--accept_nan", action="store_true", default=None, help="set NaN and infinite voxels to 0 instead of failing"
+    )
+    more.add_argument(
+        "--trust",
+        action="append",
+        metavar="PACKAGE",
+        help="a package whose code this model may use, beside nnU-Net's and torch's; may be given several times",
+    )
+    more.add_argument(
+        "--trust_model",
+        action="store_true",
+        default=None,
+        help="run whatever code this model's files hold or name",
     )
     more.add_argument("--estimate", action="store_true", help="print the plan of every case and stop")
     return parser
@@ -235,9 +253,7 @@ def _check_cases(folder: str, model_folder: Path) -> None:
 
     model_files.read_json(model_folder / "plans.json")
     dataset_json = model_folder / "dataset.json"
-    file_ending = model_files.read_json(dataset_json).get("file_ending")
-    if not isinstance(file_ending, str):
-        raise ModelError(f"{dataset_json} does not say which 'file_ending' the images have")
+    file_ending = model_files.check_file_ending(model_files.read_json(dataset_json), dataset_json)
     if not model_files.list_cases(folder, file_ending):
         raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import nibabel
@@ -22,15 +23,26 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.finite_voxels import check_values
+from nnunet_lowmem.stored_voxels import (
+    KNOWN_ENDINGS,
+    is_nifti,
+    itk_dtype,
+    itk_information,
+    read_nifti,
+    reason,
+    verify_voxels,
+)
 
 Volume = NDArray[Any]
 """One channel, shape (x, y, z) in nnU-Net's order of axes, of any real type."""
 
-_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 _logger = logging.getLogger(__name__)
 
 
-def read_channels(reader: type[BaseReaderWriter], files: Sequence[str]) -> tuple[list[Volume], dict[str, Any]]:
+def read_channels(
+    reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool = False
+) -> tuple[list[Volume], dict[str, Any]]:
     """Read the channels of one case.
 
     Parameters
@@ -39,6 +51,8 @@ def read_channels(reader: type[BaseReaderWriter], files: Sequence[str]) -> tuple
         The model's reader class.
     files : sequence of str
         One file per channel, as a rule.
+    accept_nan : bool
+        Set NaN and infinity to 0 instead of refusing them.
 
     Returns
     -------
@@ -52,21 +66,36 @@ def read_channels(reader: type[BaseReaderWriter], files: Sequence[str]) -> tuple
     UsageError
         If a file cannot be read as one scalar image, or the files do not lie on one grid.
     """
-    if all(str(file).lower().endswith(_ENDINGS) for file in files):
+    if all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
         if reader is SimpleITKIO:
-            return _read_with_simpleitk(files)
+            return _read_with_simpleitk(files, accept_nan)
         if reader is NibabelIO:
-            return _read_with_nibabel(files)
-    image, properties = reader().read_images(list(files))
+            return _read_with_nibabel(files, accept_nan)
+        for file in files:
+            check_stored(file, accept_nan)
+    image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
+    for number, channel in enumerate(image):
+        name = files[number] if len(files) == len(image) else f"{files[0]}, channel {number}"
+        check_values(channel, name, accept_nan)
     return list(image), properties
 
 
-def _read_with_simpleitk(files: Sequence[str]) -> tuple[list[Volume], dict[str, Any]]:
+def check_stored(file: str, accept_nan: bool) -> None:
+    """Check what another reader is about to read: SimpleITK makes 0 of NaN in a NIfTI file without a word."""
+    if not file.lower().endswith(KNOWN_ENDINGS):
+        return
+    if not is_nifti(file):
+        verify_voxels(file)
+    else:
+        check_values(_guarded(read_nifti, file)[0], file, accept_nan)
+
+
+def _read_with_simpleitk(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
     arrays: list[Volume] = []
     geometries: list[dict[str, tuple[float, ...]]] = []
     for file in files:
-        image = _guarded(SimpleITK.ReadImage, file)
-        components = image.GetNumberOfComponentsPerPixel()
+        image, array = _guarded(partial(_itk_voxels, accept_nan=accept_nan), file)
+        components = image.GetNumberOfComponents()
         if components != 1:
             raise UsageError(
                 f"{file} has {components} values per voxel, 1 is needed. Store every channel in a file of its own."
@@ -74,13 +103,30 @@ def _read_with_simpleitk(files: Sequence[str]) -> tuple[list[Volume], dict[str, 
         geometries.append(
             {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
         )
-        array = SimpleITK.GetArrayFromImage(image)
         arrays.append(array[None] if array.ndim == 2 else array)
-    _check_grid(files, [array.shape for array in arrays], [geometry["spacing"] for geometry in geometries])
+    check_grid(files, [array.shape for array in arrays], [geometry["spacing"] for geometry in geometries])
     for name in ("origin", "direction"):
         _warn_if_different(files, name, [geometry[name] for geometry in geometries])
     channels = [channel for array in arrays for channel in (array if array.ndim == 4 else [array])]
     return channels, {"sitk_stuff": geometries[0], "spacing": _spacing(geometries[0]["spacing"])}
+
+
+def _itk_voxels(file: str, accept_nan: bool) -> tuple[Any, Volume]:
+    """Return SimpleITK's reader of the header, and the voxels that it would read, every one of them from the file."""
+    information = itk_information(file)
+    if not is_nifti(file):
+        verify_voxels(file)
+        array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
+        check_values(array, file, accept_nan)
+        return information, array
+    voxels, (slope, intercept) = read_nifti(file)
+    check_values(voxels, file, accept_nan)
+    native = voxels.dtype.newbyteorder("=")
+    scaled = not (slope in (0, 1) and intercept == 0) and np.isfinite(slope)
+    if scaled or native != itk_dtype(information) or voxels.shape != information.GetSize()[::-1]:
+        del voxels
+        return information, SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
+    return information, voxels if voxels.dtype == native else voxels.byteswap(inplace=True).view(native)
 
 
 def _spacing(spacing: tuple[float, ...]) -> list[float]:
@@ -91,7 +137,7 @@ def _spacing(spacing: tuple[float, ...]) -> list[float]:
     return list(np.abs(last_three))
 
 
-def _read_with_nibabel(files: Sequence[str]) -> tuple[list[Volume], dict[str, Any]]:
+def _read_with_nibabel(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
     channels, affines, spacings = [], [], []
     for file in files:
         image = _guarded(nibabel.load, file)
@@ -99,35 +145,37 @@ def _read_with_nibabel(files: Sequence[str]) -> tuple[list[Volume], dict[str, An
             raise UsageError(f"{file} has {image.ndim} dimensions, 3 are needed by the model's reader, NibabelIO.")
         affines.append(image.affine)
         spacings.append([float(step) for step in image.header.get_zooms()[::-1]])
-        channels.append(_guarded(_nibabel_voxels, image, file=file).transpose(2, 1, 0))
-    _check_grid(files, [channel.shape for channel in channels], spacings)
+        channel = _guarded(partial(_nibabel_voxels, image), file)
+        check_values(channel, file, accept_nan)
+        channels.append(channel)
+    check_grid(files, [channel.shape for channel in channels], spacings)
     _warn_if_different(files, "affine", affines)
     return channels, {"nibabel_stuff": {"original_affine": affines[0]}, "spacing": spacings[0]}
 
 
-def _nibabel_voxels(image: Any) -> Volume:
+def _nibabel_voxels(image: Any, file: str) -> Volume:
     """Voxels as stored where float32 follows from them alone; else float32, by way of float64 as in ``get_fdata``."""
-    proxy = image.dataobj
-    stored = proxy.get_unscaled()
-    slope, intercept = np.float64(proxy.slope), np.float64(proxy.inter)
+    stored, _ = read_nifti(file)
+    slope, intercept = np.float64(image.dataobj.slope), np.float64(image.dataobj.inter)
     if (slope, intercept) == (1.0, 0.0) and (stored.dtype.kind == "f" or stored.dtype.itemsize <= 4):
-        return np.asarray(stored)
-    voxels = np.empty(stored.shape, np.float32, order="F")
-    for plane in range(stored.shape[2]):
-        voxels[..., plane] = apply_read_scaling(stored[..., plane], slope, intercept).astype(np.float64)
+        return stored
+    voxels = np.empty(stored.shape, np.float32)
+    for plane, values in zip(voxels, stored, strict=True):
+        plane[...] = apply_read_scaling(values, slope, intercept).astype(np.float64)
     return voxels
 
 
-def _guarded(read: Callable[[Any], Any], source: Any, file: str | None = None) -> Any:
-    """Call ``read(source)`` and name the file if it fails."""
+def _guarded(read: Callable[[Any], Any], source: Any, name: str | None = None) -> Any:
+    """Call ``read(source)`` and name the file if it fails; readers raise whatever they like."""
     try:
         return read(source)
-    except (RuntimeError, OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise UsageError(f"{file or source} cannot be read: {reason[0]}") from error
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{name or source} cannot be read: {reason(error)}") from error
 
 
-def _check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings: Sequence[Sequence[float]]) -> None:
+def check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings: Sequence[Sequence[float]]) -> None:
     """Refuse channels of different shape, or of different spacing by nnU-Net's tolerance."""
     for name, values in (("shape", shapes), ("spacing", spacings)):
         for file, value in zip(files, values, strict=True):

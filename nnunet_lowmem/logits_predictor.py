@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lowmem import export, interruption, model_files, nnunet_adapter
-from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
 from nnunet_lowmem.labelling import LogitsSlab
+from nnunet_lowmem.model_loading import check_finite, load_model
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, weight_bytes
 from nnunet_lowmem.planner import ModelFacts, Plan
 from nnunet_lowmem.reporting import CaseReport
@@ -26,7 +28,10 @@ from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_fold
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, usable_cores
 from nnunet_lowmem.tiling import TileGrid, tile_grid
+from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import PreprocessedCase
+
+logger = logging.getLogger(__name__)
 
 
 class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
@@ -51,6 +56,12 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Preprocess the next case in a process meanwhile; by default only beside a GPU.
     continue_on_error : bool
         Predict the other cases when one fails, then raise one `CasesFailedError`; False raises at once, as stock.
+    accept_nan : bool
+        Set NaN and infinite voxels to 0, and log how many, instead of refusing the case.
+    trust : sequence of str
+        Packages whose code a model may name, beside nnU-Net's, ``dynamic_network_architectures`` and ``torch.nn``.
+    trust_model : bool
+        Run whatever code a model's files hold or name, as stock does.
     on_plan : callable, optional
         Called with the `Plan` of each case before it is predicted.
     on_case : callable, optional
@@ -78,6 +89,9 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         worker_timeout_s: float = 600.0,
         prefetch: bool | None = None,
         continue_on_error: bool = True,
+        accept_nan: bool = False,
+        trust: Sequence[str] = (),
+        trust_model: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
     ) -> None:
@@ -99,6 +113,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.worker_timeout_s = worker_timeout_s
         self.prefetch = prefetch
         self.continue_on_error = continue_on_error
+        self.accept_nan = accept_nan
+        self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
         self.on_plan = on_plan
         self.on_case = on_case
 
@@ -118,23 +134,36 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             If a file is missing or unreadable, or the weights do not fit the network of the plans.
         """
         checkpoints = model_files.checkpoint_files(model_training_output_dir, use_folds, checkpoint_name)
+        if self.trust.everything:
+            logger.warning("%s is trusted: the code it holds or names is run", model_training_output_dir)
         try:
-            super().initialize_from_trained_model_folder(
-                model_training_output_dir, [model_files.fold_of(checkpoints[0])], checkpoint_name
-            )
+            model = load_model(Path(model_training_output_dir), checkpoints[0], self.trust)
+        except LowMemError:
+            raise
         except Exception as error:
             raise ModelError(_why_not_loaded(checkpoints[0], error)) from error
-        self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints)
+        self.plans_manager, self.configuration_manager = model.plans_manager, model.configuration_manager
+        self.label_manager, self.dataset_json = model.label_manager, model.dataset_json
+        self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
+        self.network = model.network
+        self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints, self.trust)
+        self._load_weights(model.weights, 0)
         nnunet_adapter.check_reader(self.plans_manager)
+        if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
+            self.network = torch.compile(self.network)
 
-    def _load_weights(self, weights: dict[str, torch.Tensor], number: int) -> None:
+    def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        name = self._weights_name(number)
+        check_finite(weights, name)
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
-            checkpoints = getattr(self.list_of_parameters, "checkpoints", None)
-            name = checkpoints[number] if checkpoints else f"entry {number} of list_of_parameters"
             raise ModelError(_why_not_loaded(name, error)) from error
+
+    def _weights_name(self, number: int) -> str:
+        checkpoints = getattr(self.list_of_parameters, "checkpoints", None)
+        return str(checkpoints[number]) if checkpoints else f"entry {number} of list_of_parameters"
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile; autocast only on CUDA, as in stock."""
@@ -209,7 +238,13 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         for number, weights in enumerate(self.list_of_parameters):
             self._load_weights(weights, number)
             del weights
-            yield self._roll(case, grid, window, on_tile)
+            yield self._naming_fold(self._roll(case, grid, window, on_tile), number)
+
+    def _naming_fold(self, slabs: Iterator[LogitsSlab], number: int) -> Iterator[LogitsSlab]:
+        try:
+            yield from slabs
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(f"{self._weights_name(number)}: {error}") from error
 
     @contextmanager
     def _progress_bar(self, tiles: int) -> Iterator[Callable[[], object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_lowmem.errors import ModelError, UsageError
+
+_SHOWN = 8
+_logger = logging.getLogger(__name__)
 
 
 def list_cases(folder: str, file_ending: str) -> list[list[str]]:
@@ -34,6 +38,43 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
     return [cases[case] for case in sorted(cases)]
 
 
+def check_numbers(files: Sequence[str], file_ending: str) -> None:
+    """Refuse a case of a folder whose channels are not numbered from 0 without a gap.
+
+    Raises
+    ------
+    UsageError
+        With the first file that is missing.
+    """
+    for number, file in enumerate(files):
+        if not file.endswith(f"_{number:04d}{file_ending}"):
+            missing = file[: -(len(file_ending) + 4)] + f"{number:04d}{file_ending}"
+            reason = "is a broken link" if os.path.islink(missing) else "is not a file there"
+            raise UsageError(f"channel {number} is missing: {missing} {reason}, although there is {file}")
+
+
+def tell_skipped(folder: str, file_ending: str) -> None:
+    """Log once which names in a folder of images are no images, and why; hidden names are nobody's."""
+    reasons: dict[str, list[str]] = {}
+    for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
+        reason = _why_skipped(os.path.join(folder, name), file_ending)
+        if reason:
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        _logger.warning("%s: skipped, %s: %s", folder, reason, shown)
+
+
+def _why_skipped(path: str, file_ending: str) -> str | None:
+    if not os.path.exists(path):
+        return "broken links"
+    if os.path.isdir(path):
+        return "folders" if path.endswith(file_ending) else None
+    if not os.path.isfile(path):
+        return "neither files nor links to files"
+    return None if path.endswith(file_ending) else f"without the ending {file_ending}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a model folder.
 
@@ -49,6 +90,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object")
     return content
+
+
+def check_file_ending(dataset_json: dict[str, Any], path: Path) -> str:
+    """Return the ending of images and segmentations; names of files are made with it, so it must not lead elsewhere.
+
+    Raises
+    ------
+    ModelError
+        If there is none, or it is more than an ending.
+    """
+    ending = dataset_json.get("file_ending")
+    if not isinstance(ending, str):
+        raise ModelError(f"{path} does not say which 'file_ending' the images have")
+    if not re.fullmatch(r"(\.\w[\w+-]*){1,4}", ending, re.ASCII) or len(ending) > 32:
+        raise ModelError(f"{path}: 'file_ending' {ending!r} is not the ending of a file name, such as .nii.gz")
+    return ending
 
 
 def case_name(files: Sequence[str], file_ending: str) -> str:

@@ -35,6 +35,7 @@ from nnunet_lowmem.files import atomic_output, remove_stale
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
+from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import Shape3
 from nnunet_lowmem.verifying import verify_gzip
 
@@ -89,8 +90,9 @@ class LogitsResampling:
 class LazyParameters(Sequence[dict[str, torch.Tensor]]):
     """The weights of each fold, read from its checkpoint whenever they are asked for and not kept."""
 
-    def __init__(self, checkpoints: Sequence[Path]) -> None:
+    def __init__(self, checkpoints: Sequence[Path], trust: Trust) -> None:
         self.checkpoints = tuple(checkpoints)
+        self._trust = trust
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -98,27 +100,10 @@ class LazyParameters(Sequence[dict[str, torch.Tensor]]):
     def __getitem__(self, fold: Any) -> Any:
         if isinstance(fold, slice):
             return [self[i] for i in range(*fold.indices(len(self)))]
-        return load_checkpoint(self.checkpoints[fold])["network_weights"]
+        return self._trust.load_checkpoint(self.checkpoints[fold])["network_weights"]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return (self[fold] for fold in range(len(self)))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as stock does, tensors on the CPU.
-
-    Raises
-    ------
-    ModelError
-        If the file cannot be read as a checkpoint.
-    """
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise ModelError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
-        raise ModelError(f"checkpoint {path} holds no 'network_weights': it was not written by an nnU-Net v2 trainer")
-    return checkpoint
 
 
 def label_rule(label_manager: LabelManager) -> LabelRule | None:

@@ -21,6 +21,8 @@ GROUP = "nnunetv2.predictors"
 #: Known without looking through the installed packages, so that a start-up costs nothing and needs no metadata.
 OWN = EntryPoint("lowmem", "nnunet_lowmem.predictor:LowMemPredictor", GROUP)
 
+# a model that could say whom to trust would say itself
+_NOT_FOR_MODELS = ("trust", "trust_model")
 _TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -119,8 +121,8 @@ def _from_plans(name: str, predictor: type, plans: Mapping[str, Any]) -> dict[st
     for option, value in block.items():
         origin = f"'predictor_options' of the plans: {option}"
         argument, converted = _argument(predictor, option, str(value), origin)
-        if "PathLike" in _keywords(predictor)[argument]:
-            raise ModelError(f"{origin} is a path, which a model may not choose; it may choose sizes and numbers")
+        if "PathLike" in _keywords(predictor)[argument] or argument in _NOT_FOR_MODELS:
+            raise ModelError(f"{origin} is not for a model to choose; it may choose sizes and numbers")
         found[argument] = converted
     return found
 
@@ -147,6 +149,8 @@ def _keywords(predictor: type) -> dict[str, str]:
 def _converter(annotation: str) -> Callable[[str], Any]:
     if "bool" in annotation:
         return lambda text: _TRUTHS[text.lower()]
+    if "Sequence" in annotation:
+        return lambda text: tuple(word.strip() for word in text.split(",") if word.strip())
     if "str" in annotation or "Path" in annotation:
         return str
     return float if "float" in annotation else int

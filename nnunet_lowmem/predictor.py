@@ -23,7 +23,7 @@ from nnunet_lowmem import model_files, nnunet_adapter
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
-from nnunet_lowmem.cases import Job, job_of_item
+from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
 from nnunet_lowmem.clock import StageClock, trace
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
@@ -97,13 +97,17 @@ class LowMemPredictor(CasePredictor):
                 f"{previous_stage!r}: give their folder with -prev_stage_predictions"
             )
         nnunet_adapter.write_run_files(target, arguments, self.dataset_json, self.plans_manager.plans)
-        if isinstance(source, str):
+        from_folder = isinstance(source, str)
+        if from_folder:
+            model_files.tell_skipped(source, self.dataset_json["file_ending"])
             source = model_files.list_cases(source, self.dataset_json["file_ending"])
         cases, outputs, stages = self._manage_input_and_output_lists(
             source, target, stage_folder, True, part_id, num_parts, save_probabilities
         )
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
         jobs = self._jobs(cases, outputs, stages, save_probabilities)
+        if from_folder:
+            jobs = [unless_misnumbered(job, self.dataset_json["file_ending"]) for job in jobs]
         self.run_report = RunReport()
         if not overwrite and outputs is not None:
             jobs = without_those_done(jobs, self.run_report)
@@ -150,6 +154,7 @@ class LowMemPredictor(CasePredictor):
             "gaussian": self.use_gaussian,
             "mirroring": list(self.allowed_mirroring_axes or ()) if self.use_mirroring else [],
             "device": self.device.type,
+            "accept_nan": self.accept_nan,
             "probabilities": self.probabilities_dtype if probabilities else None,
         }
         return fingerprint(description, getattr(self.list_of_parameters, "checkpoints", ()))
@@ -161,7 +166,7 @@ class LowMemPredictor(CasePredictor):
 
     def _prefetcher(self, folder: Path) -> Prefetcher:
         model = (self.plans_manager, self.configuration_manager, self.dataset_json)
-        return Prefetcher(model, folder, self.worker_timeout_s, max(1, self.kernel_threads // 2))
+        return Prefetcher(model, folder, self.worker_timeout_s, max(1, self.kernel_threads // 2), self.accept_nan)
 
     def predict_from_data_iterator(
         self,

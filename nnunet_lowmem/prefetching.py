@@ -49,14 +49,19 @@ class Prefetcher:
         Seconds without progress after which a worker is ended; 0: never, nor for being busy too long.
     threads : int
         Threads of the compiled kernels in the worker.
+    accept_nan : bool
+        Set NaN and infinite voxels to 0 instead of refusing the case.
     """
 
-    def __init__(self, model: tuple[Any, Any, Any], folder: Path, stall_s: float, threads: int) -> None:
+    def __init__(
+        self, model: tuple[Any, Any, Any], folder: Path, stall_s: float, threads: int, accept_nan: bool = False
+    ) -> None:
         self._model_file = folder / "model.pkl"
         self._model_file.write_bytes(pickle.dumps(model))
         self._folder = folder
         self._stall_s = stall_s
         self._threads = threads
+        self._accept_nan = accept_nan
         self._job: Job | None = None
         self._worker: Worker[dict[str, Any], dict[str, str]] | None = None
 
@@ -92,7 +97,13 @@ class Prefetcher:
         self._close()
         if job.files is None:
             return
-        argument = {"files": job.files, "model": self._model_file, "folder": self._folder, "threads": self._threads}
+        argument = {
+            "files": job.files,
+            "model": self._model_file,
+            "folder": self._folder,
+            "threads": self._threads,
+            "accept_nan": self._accept_nan,
+        }
         try:
             self._worker = Worker(preprocess_to_files, argument, case=job.name, limits=self._limits(job))
             self._job = job
@@ -153,6 +164,7 @@ def preprocess_to_files(argument: dict[str, Any], report: Report) -> dict[str, s
         configuration_manager,
         dataset_json,
         threads=argument["threads"],
+        accept_nan=argument["accept_nan"],
         allocate=allocate,
     )
     report("handing over")

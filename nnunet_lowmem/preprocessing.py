@@ -40,7 +40,9 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import spline
 from nnunet_lowmem.errors import ModelError, UsageError
-from nnunet_lowmem.image_reading import Volume, read_channels
+from nnunet_lowmem.finite_voxels import check_values
+from nnunet_lowmem.image_reading import Volume, check_stored, read_channels
+from nnunet_lowmem.input_checks import check_case
 from nnunet_lowmem.nonzero import nonzero_box, nonzero_mask
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase, Shape3
@@ -84,6 +86,7 @@ def preprocess_case(
     threads: int = 1,
     allocate: Allocate = np.empty,
     verbose: bool = False,
+    accept_nan: bool = False,
 ) -> PreprocessedCase:
     """Read and preprocess one case, as ``DefaultPreprocessor.run_case`` does.
 
@@ -101,6 +104,8 @@ def preprocess_case(
         ``allocate(shape, dtype)`` makes the preprocessed image, float32 of shape (channels, z, y, x); in a file, say.
     verbose : bool
         Handed to a preprocessor that is not nnU-Net's own.
+    accept_nan : bool
+        Set NaN and infinity to 0 instead of refusing them; a preprocessor that is not nnU-Net's own reads by itself.
 
     Returns
     -------
@@ -112,14 +117,19 @@ def preprocess_case(
     UsageError
         If the files cannot be read, do not fit each other or have another number of channels than the model.
     """
+    reader = plans_manager.image_reader_writer_class
+    check_case(image_files, reader, len(configuration_manager.normalization_schemes), configuration_manager.spacing)
+    if previous_stage_file is not None:
+        check_stored(previous_stage_file, accept_nan)
     if configuration_manager.preprocessor_class is not DefaultPreprocessor:
+        for file in image_files:
+            check_stored(file, accept_nan)
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case(
             list(image_files), previous_stage_file, plans_manager, configuration_manager, dataset_json
         )
         return _from_preprocessor(result, result[2], previous_stage_file is not None, allocate)
-    reader = plans_manager.image_reader_writer_class
-    channels, properties = read_channels(reader, image_files)
+    channels, properties = read_channels(reader, image_files, accept_nan)
     previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
     case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
     return case.preprocess(threads, allocate)
@@ -136,6 +146,7 @@ def preprocess_array(
     threads: int = 1,
     allocate: Allocate = np.empty,
     verbose: bool = False,
+    accept_nan: bool = False,
 ) -> PreprocessedCase:
     """Preprocess an image in memory, as ``DefaultPreprocessor.run_case_npy`` does.
 
@@ -147,7 +158,8 @@ def preprocess_array(
         Labels of the previous stage of a cascade; not modified.
     properties : dict
         Needs ``spacing`` in mm, axes as in `image`; receives what nnU-Net's export reads (crop and shapes).
-    plans_manager, configuration_manager, dataset_json, threads, allocate, verbose
+    plans_manager, configuration_manager, dataset_json, threads, allocate, verbose, \
+    accept_nan
         As for `preprocess_case`.
 
     Returns
@@ -166,6 +178,10 @@ def preprocess_array(
             image, previous_stage, properties, plans_manager, configuration_manager, dataset_json
         )
         return _from_preprocessor(result, properties, previous_stage is not None, allocate)
+    if accept_nan and image.dtype.kind == "f" and not np.isfinite(image).all():
+        image = image.copy(order="K")
+    for number, channel in enumerate(image):
+        check_values(channel, f"channel {number}", accept_nan)
     interleaved = len(image) > 1 and not image.flags.c_contiguous
     # float32 sums depend on strides; the copy keeps what stock's cast of the whole array makes of them
     channels = list(image.astype(np.float32) if interleaved else image)

@@ -142,7 +142,7 @@ class RollingWindow:
             logits = self._buffer.select(self._axis + 1, plane)
             logits.div_(self._weight_sum.select(self._axis, plane))
             if not torch.isfinite(logits).all():
-                raise NonFiniteLogitsError(_describe_non_finite(logits, self._axis, start + plane - 1))
+                raise NonFiniteLogitsError(_describe_non_finite(logits, self._grid, start + plane - 1))
         return self._slab(start, stop)
 
     def _slab(self, start: int, stop: int) -> LogitsSlab:
@@ -177,12 +177,20 @@ class RollingWindow:
         self._position = stop
 
 
-def _describe_non_finite(logits: torch.Tensor, axis: int, plane: int) -> str:
+def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> str:
     infinite = int(torch.isinf(logits).sum())
     nan = int(torch.isnan(logits).sum())
+    where = torch.nonzero(~torch.isfinite(logits))[0, 1:].tolist()
+    where.insert(grid.roll_axis, plane)
+    covering = [
+        [start for start in grid.starts[axis] if start <= where[axis] < start + grid.tile_shape[axis]]
+        for axis in range(3)
+    ]
+    first, last = tuple(low for low, *_ in covering), tuple(high for *_, high in covering)
     return (
-        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {plane} of axis {axis} "
-        "(network space). Check the weights and the image for NaN, and for values beyond half precision (65504)."
+        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {plane} of axis "
+        f"{grid.roll_axis} (network space), the first at {tuple(where)} in the tiles that start at {first} to {last}. "
+        "Check the image for values far out of the ordinary: logits beyond half precision (65504) become infinite."
     )
 
 

@@ -75,12 +75,48 @@ def verify_label_file(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Non
     if path.stat().st_size == 0:
         raise DamagedFileError(f"{path.name} is empty")
     name = path.name.lower()
-    held_bytes = next((count(path) for ending, count in _VOXEL_BYTES.items() if name.endswith(ending)), None)
+    held_bytes = voxel_bytes(path)
     if name.endswith((".nii", ".nii.gz")):
         _verify_nifti_header(path, shape, np.dtype(dtype))
     expected_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     if held_bytes is not None and held_bytes < expected_bytes:
         raise DamagedFileError(f"{path.name} holds {held_bytes} bytes of voxels, not {expected_bytes}")
+
+
+def voxel_bytes(path: Path) -> int | None:
+    """Return how many bytes of voxels the file holds, decoded with its checksums; None for formats not known here.
+
+    Raises
+    ------
+    DamagedFileError
+        If it is cut or changed.
+    OSError
+        If it cannot be read.
+    """
+    name = path.name.lower()
+    return next((count(path) for ending, count in _VOXEL_BYTES.items() if name.endswith(ending)), None)
+
+
+def text_header(path: Path) -> dict[str, str]:
+    """Return the fields of the header of a ``.nrrd`` or ``.mha`` file, names in lower case.
+
+    Raises
+    ------
+    DamagedFileError
+        If the file ends within its header.
+    """
+    with path.open("rb") as file:
+        if path.name.lower().endswith(".mha"):
+            return _header_fields(file, path, b"=", _is_last_of_mha)
+        return _header_fields(file, path, b":", _is_last_of_nrrd)
+
+
+def _is_last_of_mha(line: bytes) -> bool:
+    return line.startswith(b"ElementDataFile")
+
+
+def _is_last_of_nrrd(line: bytes) -> bool:
+    return not line.strip()
 
 
 def verify_whole(path: Path) -> None:
@@ -182,7 +218,7 @@ def _nii_gz_bytes(path: Path) -> int:
 def _nrrd_bytes(path: Path) -> int | None:
     """Return the bytes of voxels after the header, which ends with an empty line; None if they are elsewhere."""
     with path.open("rb") as file:
-        fields = _header_fields(file, path, b":", lambda line: not line.strip())
+        fields = _header_fields(file, path, b":", _is_last_of_nrrd)
         encoding = fields.get("encoding", "")
         if "data file" in fields or "datafile" in fields:
             return None
@@ -194,7 +230,7 @@ def _nrrd_bytes(path: Path) -> int | None:
 def _mha_bytes(path: Path) -> int | None:
     """Return the bytes of voxels after the header, whose last field is ElementDataFile; None if they are elsewhere."""
     with path.open("rb") as file:
-        fields = _header_fields(file, path, b"=", lambda line: line.startswith(b"ElementDataFile"))
+        fields = _header_fields(file, path, b"=", _is_last_of_mha)
         if fields.get("elementdatafile") != "LOCAL":
             return None
         if fields.get("compresseddata") == "True":

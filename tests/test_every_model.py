@@ -188,15 +188,15 @@ def test_unknown_class_or_function_equals_stock(kind: str, regions: bool, images
     value = (thing.__name__,) if kind == "normalisation" else thing.__name__
     files = images("head_margin")
     model = models(ModelSpec(**{kind: value}, **(REGIONS if regions else {})), files)
-    predictors = [make_predictor(cls, model) for cls in (nnUNetPredictor, LowMemPredictor)]
-    compare_written(*predictors, [files], tmp_path)
+    stock, ours = make_predictor(nnUNetPredictor, model), make_predictor(LowMemPredictor, model, trust=(__name__,))
+    compare_written(stock, ours, [files], tmp_path)
 
 
 def test_unknown_label_manager_is_logged_as_unbounded(images, models, monkeypatch, caplog):
     monkeypatch.setattr(label_handling, "LastOfTheBest", LastOfTheBest, raising=False)
     model = models(ModelSpec(label_manager="LastOfTheBest"), images("head"))
     with caplog.at_level(logging.WARNING, logger="nnunet_lowmem"):
-        predict_ours(make_predictor(LowMemPredictor, model), [images("head")], None)
+        predict_ours(make_predictor(LowMemPredictor, model, trust=(__name__,)), [images("head")], None)
     assert "LastOfTheBest" in caplog.text
     assert "memory" in caplog.text
 

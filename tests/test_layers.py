@@ -25,12 +25,13 @@ predictor
 case_predictor case_loop
 probabilities logits_predictor prefetching
 export
-preprocessing sliding_window nnunet_adapter workers console budget
-image_reading labelling cases reporting job network_memory stall_watch
+preprocessing sliding_window nnunet_adapter model_loading workers console budget
+input_checks
+trust model_limits image_reading labelling cases reporting job network_memory stall_watch
 records
 files
 label_kernels device_labelling planner memory process_tree
-kernels spline
+kernels spline stored_voxels finite_voxels
 resampling spill tiling halves headers threads nonzero model_files measuring verifying watchdog clock
 plugin rebinding running
 types interruption
@@ -45,6 +46,9 @@ MAY_IMPORT_NNUNET = {
     "preprocessing",
     "nnunet_adapter",
     "image_reading",
+    "model_loading",
+    "trust",
+    "input_checks",
     "ensembling",
 }
 MUST_BE_PURE = {"planner", "tiling", "types", "errors", "resampling"}

@@ -87,7 +87,14 @@ def test_options_of_the_plans_are_overruled_by_the_environment(monkeypatch):
     assert plugin.options("lowmem", LowMemPredictor, {**plans, "predictor": "other"}) == {"max_ram": "4G"}
 
 
-@pytest.mark.parametrize("block", [["max_ram"], {"tmp_dir": "/etc"}])
-def test_plans_cannot_choose_paths(block):
-    with pytest.raises(ModelError, match=r"JSON object|is a path"):
+def test_packages_to_trust_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("nnUNet_lowmem_trust", "mine, yours")
+    assert plugin.options("lowmem", LowMemPredictor) == {"trust": ("mine", "yours")}
+
+
+@pytest.mark.parametrize(
+    "block", [["max_ram"], {"tmp_dir": "/etc"}, {"trust_model": True}, {"trust": "os"}, {"TRUST_MODEL": 1}]
+)
+def test_plans_cannot_choose_paths_nor_whom_to_trust(block):
+    with pytest.raises((ModelError, UsageError), match=r"JSON object|not for a model|has no option 'TRUST"):
         plugin.options("lowmem", LowMemPredictor, {"predictor": "lowmem", "predictor_options": block})

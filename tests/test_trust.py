@@ -1,0 +1,384 @@
+"""Malicious and damaged model folders: nothing of theirs runs, and one line says what they asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factory import ModelSpec
+from oracle import make_predictor
+from test_cli import assert_one_line
+
+import nnunet_lowmem
+from nnunet_lowmem import LowMemPredictor, cli, trust
+from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.trust import Trust
+
+BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
+
+
+@pytest.fixture
+def model(images, models, tmp_path: Path) -> Path:
+    """A good model folder of one's own to spoil."""
+    return Path(shutil.copytree(models(ModelSpec(), images("head")), tmp_path / "model"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "it_ran"
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def configuration(plans: dict[str, Any]) -> dict[str, Any]:
+    return plans["configurations"]["3d_fullres"]
+
+
+def arch_kwargs(plans: dict[str, Any]) -> dict[str, Any]:
+    return configuration(plans)["architecture"]["arch_kwargs"]
+
+
+def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = model / "fold_0/checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def predict(model: Path, image: str, out: Path, *flags: str) -> int:
+    folders = ["-i", str(Path(image).parent), "-o", str(out), "-m", str(model)]
+    return cli.predict_entry_point([*folders, "-f", "0", "-device", "cpu", "--disable_progress_bar", *flags])
+
+
+class Runs:
+    """Unpickled without a gate, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.command = f"touch {marker}"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+# -- checkpoints
+
+
+def test_pickle_that_runs_code_does_not(model, images, marker, tmp_path, capsys):
+    spoil_checkpoint(model, lambda c: c.update(logging=Runs(marker)))
+    assert predict(model, images("head")[0], tmp_path / "out") == 2
+    assert not marker.exists()
+    assert_one_line(capsys.readouterr().err, ("checkpoint_final.pth", "posix.system", "--trust_model"))
+
+
+def test_trusting_the_model_runs_it_and_says_so(model, images, marker, tmp_path, capsys):
+    """The control: the file above really is dangerous."""
+    spoil_checkpoint(model, lambda c: c.update(logging=Runs(marker)))
+    assert predict(model, images("head")[0], tmp_path / "out", "--trust_model") == 0
+    assert marker.exists()
+    assert (tmp_path / "out" / "head.nii.gz").exists()
+
+
+def test_trusting_the_model_is_never_silent(model, caplog):
+    make_predictor(LowMemPredictor, str(model), trust_model=True)
+    assert [(record.levelname, str(model) in record.message) for record in caplog.records] == [("WARNING", True)]
+
+
+def test_later_fold_that_runs_code_does_not(model, images, marker, tmp_path, capsys):
+    shutil.copytree(model / "fold_0", model / "fold_1")
+    checkpoint = torch.load(model / "fold_1/checkpoint_final.pth", weights_only=False)
+    torch.save({**checkpoint, "network_weights": {**checkpoint["network_weights"], "more": Runs(marker)}},
+               model / "fold_1/checkpoint_final.pth")  # fmt: skip
+    folders = ["-i", str(Path(images("head")[0]).parent), "-o", str(tmp_path / "out"), "-m", str(model)]
+    assert cli.predict_entry_point([*folders, "-f", "0", "1", "-device", "cpu", "--disable_progress_bar"]) != 0
+    assert not marker.exists()
+    assert "fold_1" in capsys.readouterr().err
+
+
+def test_torch_that_cannot_load_safely_is_refused(model, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(ModelError, match=r"torch 2\.5\.1.* 2\.6 is needed"):
+        make_predictor(LowMemPredictor, str(model))
+
+
+def test_bundled_checkpoint_loads():
+    checkpoint = Trust().load_checkpoint(next(BUNDLED.glob("fold_0/*.pth")))
+    assert checkpoint["network_weights"]
+
+
+SCALARS = [np.float64(0.5), np.float32(0.25), np.float16(2), np.int64(7), np.int32(-3), np.uint8(9), np.bool_(True)]
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_scalars_that_the_trainer_logs_load_whichever_numpy_wrote_them(module, tmp_path):
+    file = tmp_path / "checkpoint.pth"
+    torch.save({"network_weights": {}, "logging": SCALARS, "device": torch.device("cpu")}, file)
+    written = file.read_bytes()
+    own = trust._SCALAR.__module__.encode()
+    assert own in written
+    if own.decode() != module:  # a longer name moves what follows, so the pickle is written again
+        rewrite_pickle(file, own, module.encode())
+    assert Trust().load_checkpoint(file)["logging"] == SCALARS
+
+
+def rewrite_pickle(file: Path, old: bytes, new: bytes) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
+
+
+def test_loading_leaves_torchs_own_list_as_it_was(model):
+    torch.serialization.add_safe_globals([np.dtype])
+    before = set(torch.serialization.get_safe_globals())
+    Trust().load_checkpoint(model / "fold_0/checkpoint_final.pth")
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+# -- names in plans.json
+
+
+EVIL_ARCHITECTURE = {
+    "direct": "os.system",
+    "through_an_allowed_module": "torch.nn.init.torch.os.system",
+    "through_an_allowed_package": "nnunetv2.paths.os.system",
+    "module_itself": "nnunetv2.paths.os",
+    "function_of_an_allowed_package": "nnunetv2.model_sharing.model_download.download_and_install_from_url",
+    "class_of_an_allowed_package": "nnunetv2.utilities.plans_handling.plans_handler.PlansManager",
+    "builtin": "eval",
+    "builtin_of_an_allowed_module": "torch.nn.__builtins__.eval",
+    "with_empty_parts": "torch..nn.LeakyReLU",
+    "begins_alike": "torch.nnx.LeakyReLU",
+    "not_text": 3,
+}
+
+
+@pytest.mark.parametrize("entry", ["nonlin", "network_class_name"])
+@pytest.mark.parametrize("name", EVIL_ARCHITECTURE)
+def test_architecture_that_leads_elsewhere(name, entry, model, images, marker, tmp_path, capsys):
+    def spoil(plans: dict[str, Any]) -> None:
+        where = arch_kwargs(plans) if entry == "nonlin" else configuration(plans)["architecture"]
+        where[entry] = EVIL_ARCHITECTURE[name]
+        arch_kwargs(plans)["nonlin_kwargs"] = {"command": f"touch {marker}"}
+
+    edit(model / "plans.json", spoil)
+    assert predict(model, images("head")[0], tmp_path / "out") == 2
+    assert not marker.exists()
+    error = capsys.readouterr().err
+    assert_one_line(error, ("plans.json", f"{entry!r}", repr(EVIL_ARCHITECTURE[name])))
+    assert "--trust os" not in error
+
+
+def test_control_stock_runs_what_the_plans_name(model, marker):
+    """The spoilt plans of the test above are dangerous: without a gate the command is run."""
+    edit(
+        model / "plans.json",
+        lambda p: arch_kwargs(p).update(nonlin="os.system", nonlin_kwargs={"command": f"touch {marker}"}),
+    )
+    with pytest.raises(ModelError):
+        make_predictor(LowMemPredictor, str(model), trust_model=True)
+    assert marker.exists()
+
+
+def test_module_that_is_not_trusted_is_not_even_imported(model, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(model / "plans.json", lambda p: configuration(p)["architecture"].update(network_class_name="stranger.Net"))
+    with pytest.raises(ModelError, match="give --trust stranger"):
+        make_predictor(LowMemPredictor, str(model))
+    assert "stranger" not in sys.modules
+
+
+def test_architecture_of_a_trusted_package(model, tmp_path, monkeypatch):
+    (tmp_path / "known_nets.py").write_text(
+        "from dynamic_network_architectures.architectures.unet import PlainConvUNet\nclass Net(PlainConvUNet): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(model / "plans.json", lambda p: configuration(p)["architecture"].update(network_class_name="known_nets.Net"))
+    predictor = make_predictor(LowMemPredictor, str(model), trust=("known_nets",))
+    assert type(predictor.network).__name__ == "Net"
+
+
+def test_architecture_that_has_moved_is_found_as_stock_finds_it(model):
+    moved = "dynamic_network_architectures.architectures.somewhere.PlainConvUNet"
+    edit(model / "plans.json", lambda p: configuration(p)["architecture"].update(network_class_name=moved))
+    assert type(make_predictor(LowMemPredictor, str(model)).network).__name__ == "PlainConvUNet"
+
+
+NAMES = {
+    "preprocessor_name": "subprocess",
+    "normalization_schemes": ["os"],
+    "resampling_fn_data": "partial",
+    "resampling_fn_seg": "recursive_find_python_class",
+    "resampling_fn_probabilities": "load_pickle",
+    "image_reader_writer": "isfile",
+    "label_manager": "get_labelmanager_class_from_plans",
+}
+
+
+@pytest.mark.parametrize("entry", NAMES)
+def test_names_that_are_no_such_thing(entry, model, images, tmp_path, capsys):
+    def spoil(plans: dict[str, Any]) -> None:
+        holder = plans if entry in plans else configuration(plans)
+        assert entry in holder
+        holder[entry] = NAMES[entry]
+
+    edit(model / "plans.json", spoil)
+    assert predict(model, images("head")[0], tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, ("plans.json", entry))
+
+
+def test_name_hidden_behind_a_good_one_elsewhere(model):
+    """The configuration is what counts for nnU-Net, whatever the plans say beside it."""
+
+    def spoil(plans: dict[str, Any]) -> None:
+        plans["preprocessor_name"] = "DefaultPreprocessor"
+        configuration(plans)["preprocessor_name"] = "subprocess"
+
+    edit(model / "plans.json", spoil)
+    with pytest.raises(ModelError, match=r"preprocessor_name.*subprocess"):
+        make_predictor(LowMemPredictor, str(model))
+
+
+def test_name_that_is_inherited(model):
+    """The checkpoint asks for a configuration that takes the evil name over from another."""
+
+    def spoil(plans: dict[str, Any]) -> None:
+        plans["configurations"]["base"] = {**configuration(plans), "preprocessor_name": "subprocess"}
+        plans["configurations"]["3d_fullres"] = {"inherits_from": "base"}
+
+    edit(model / "plans.json", spoil)
+    with pytest.raises(ModelError, match=r"preprocessor_name.*subprocess"):
+        make_predictor(LowMemPredictor, str(model))
+
+
+@pytest.mark.parametrize("legacy", ["os.system", "../PlainConvUNet"])
+def test_plans_of_old_formats(legacy, images, models, tmp_path):
+    model = Path(shutil.copytree(models(ModelSpec(legacy_plans=True), images("head")), tmp_path / "old"))
+    edit(model / "plans.json", lambda p: configuration(p).update(UNet_class_name=legacy))
+    with pytest.raises(ModelError, match=r"UNet|architecture"):
+        make_predictor(LowMemPredictor, str(model))
+
+
+# -- trainers
+
+
+@pytest.mark.parametrize("name", ["os", "inspect", "NoSuchTrainer", "nnUNetTrainer.nnUNetTrainer", "PlansManager", 5])
+def test_trainer_that_is_none(name, model):
+    spoil_checkpoint(model, lambda c: c.update(trainer_name=name))
+    with pytest.raises(ModelError, match="trainer_name"):
+        make_predictor(LowMemPredictor, str(model))
+
+
+@pytest.mark.skipif(trust.nnUNet_extTrainer is None, reason="new in nnU-Net 2.8")
+def test_trainer_of_an_external_folder_needs_its_name(model, tmp_path, monkeypatch):
+    folder = tmp_path / "trainers"
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "special.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class SpecialTrainer(nnUNetTrainer): pass\n"
+    )
+    (folder / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setenv("nnUNet_extTrainer", str(folder))
+    spoil_checkpoint(model, lambda c: c.update(trainer_name="SpecialTrainer"))
+    with pytest.raises(ModelError, match=r"special\.py.*give --trust mine"):
+        make_predictor(LowMemPredictor, str(model))
+    predictor = make_predictor(LowMemPredictor, str(model), trust=("mine",))
+    assert predictor.trainer_name == "SpecialTrainer"
+
+
+# -- names of files
+
+
+ENDINGS = ["/../../x.nii.gz", "/x.nii.gz", "\\..\\x.nii.gz", ".nii.gz/../..", "..nii", ".nii\0.gz", "", ".", "nii.gz",
+           ".nii.gz\n", ".a" * 20, 3, None]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_file_ending_that_leads_elsewhere(ending, model, images, tmp_path, capsys):
+    edit(model / "dataset.json", lambda d: d.update(file_ending=ending))
+    assert predict(model, images("head")[0], tmp_path / "out" / "below") == 2
+    assert_one_line(capsys.readouterr().err, ("dataset.json", "file_ending"))
+    assert list((tmp_path / "out" / "below").iterdir()) == []
+    for trusted in (False, True):
+        with pytest.raises(ModelError, match="file_ending"):
+            make_predictor(LowMemPredictor, str(model), trust_model=trusted)
+
+
+# -- sizes
+
+
+ABSURD = {
+    "patch": (lambda p: configuration(p).update(patch_size=[4096, 4096, 4096]), "68,719,476,736"),
+    "patch_of_none": (lambda p: configuration(p).update(patch_size=[0, 8, 8]), "patch_size"),
+    "patch_of_text": (lambda p: configuration(p).update(patch_size="abc"), "patch_size"),
+    "features": (lambda p: arch_kwargs(p).update(features_per_stage=[8, 10**12]), "1,000,000,000,000"),
+    "many_features": (lambda p: arch_kwargs(p).update(features_per_stage=[60_000, 60_000]), "weights"),
+    "kernels": (lambda p: arch_kwargs(p).update(kernel_sizes=[[3, 3, 3], [999_999, 3, 3]]), "999,999"),
+    "stages": (lambda p: arch_kwargs(p).update(n_stages=10**6), "1,000,000"),
+    "convolutions": (lambda p: arch_kwargs(p).update(n_conv_per_stage=[1, 1000]), "1,000"),
+    "spacing": (lambda p: configuration(p).update(spacing=[0, 1, 1]), "spacing"),
+    "spacing_nan": (lambda p: configuration(p).update(spacing=[float("nan"), 1, 1]), "spacing"),
+    "axes": (lambda p: p.update(transpose_forward=[0, 0, 2]), "transpose_forward"),
+    "inherits_from_itself": (lambda p: configuration(p).update(inherits_from="3d_fullres"), "ircular"),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_numbers_are_refused_before_they_cost_anything(name, model, images, tmp_path, capsys):
+    spoil, word = ABSURD[name]
+    edit(model / "plans.json", spoil)
+    assert predict(model, images("head")[0], tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, (word,))
+
+
+def test_absurd_number_of_classes(model):
+    edit(model / "dataset.json", lambda d: d.update(labels={"background": 0, **{f"l{i}": i for i in range(1, 70_000)}}))
+    with pytest.raises(ModelError, match=r"70,000 heads.*65,535"):
+        make_predictor(LowMemPredictor, str(model))
+
+
+def test_refusal_allocates_nothing(model):
+    """Under a limit of a few hundred megabytes, a network of 400 GB is refused by its numbers."""
+    edit(model / "plans.json", lambda p: arch_kwargs(p).update(features_per_stage=[60_000, 60_000]))
+    program = f"""
+    import resource, torch
+    from nnunet_lowmem import LowMemPredictor
+    from nnunet_lowmem.errors import ModelError
+    used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 400 * 2**20,) * 2)
+    try:
+        LowMemPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder({str(model)!r}, (0,))
+    except ModelError as error:
+        print(error)
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert "the network is not built" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_name_their_fold(value, model):
+    def spoil(checkpoint: dict[str, Any]) -> None:
+        next(iter(checkpoint["network_weights"].values())).flatten()[3:5] = value
+
+    spoil_checkpoint(model, spoil)
+    with pytest.raises(ModelError, match=r"fold_0/checkpoint_final\.pth: 2 of the \d+ weights 'encoder.*NaN"):
+        make_predictor(LowMemPredictor, str(model))
