@@ -21,13 +21,16 @@ def rebind(old: object, new: object, spared: Collection[str]) -> None:
                 namespace[name] = new
 
 
-def unreachable(target: type, spared: Collection[str]) -> list[str]:
-    """List the subclasses, class attributes, arguments and containers of modules that hold `target`."""
+def unreachable(target: type, replacement: type, spared: Collection[str]) -> list[str]:
+    """List the subclasses, class attributes, arguments and containers of modules that hold `target`.
+
+    The replacement is a subclass, too, but no place that was missed.
+    """
     return sorted(
         f"{module}.{name}"
         for module, namespace in _namespaces(spared)
         for name, value in list(namespace.items())
-        if _holds(module, value, target)
+        if value is not replacement and _holds(module, value, target)
     )
 
 

@@ -141,7 +141,7 @@ def _exchange_in(module: ModuleType, choice: Choice | None) -> None:
         spared.discard(stock.__module__.partition(".")[0])
         rebind(stock, replacement, spared)
         _exchange = _Exchange(choice, stock, replacement)
-        _warn_of(unreachable(stock, spared))
+        _warn_of(unreachable(stock, replacement, spared))
 
 
 def _warn_of(places: Sequence[str]) -> None:

@@ -147,3 +147,9 @@ def test_whole_ct_at_clinical_resolution(tmp_path):
     assert image.GetSize() == (407, 337, 258)
     labels = assert_command_equals_stock(image, tmp_path, MODEL, [0], flags=[])
     assert len(np.unique(labels)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_whole_ct_at_clinical_resolution_with_two_folds(two_folds, tmp_path):
+    assert_command_equals_stock(at_spacing(read(CT), (0.9, 0.9, 1.3)), tmp_path, two_folds, [0, 1])

@@ -351,3 +351,11 @@ def test_run_command_refuses(words, text):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert text in done.stderr
+
+
+def test_nothing_is_warned_of_where_all_was_reached():
+    """In a process of its own: the tests here hold the class in many places."""
+    code = "import nnunetv2.inference.predict_from_raw_data, nnunet_lowmem; nnunet_lowmem.enable()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "still stock" not in done.stderr
