@@ -22,7 +22,9 @@ GROUP = "nnunetv2.predictors"
 OWN = EntryPoint("lowmem", "nnunet_lowmem.predictor:LowMemPredictor", GROUP)
 
 # a model that could say whom to trust would say itself
-_NOT_FOR_MODELS = ("trust", "trust_model")
+_NOT_FOR_MODELS = ("trust", "trust_model", "accept_nan")
+# names a file, in `nnunet_lowmem.clock`, and no option
+_TRACE_VARIABLE = "nnunet_lowmem_trace"
 _TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -104,7 +106,7 @@ def _from_environment(name: str, predictor: type) -> dict[str, Any]:
     found = {}
     for variable, text in os.environ.items():
         # the names are upper case on Windows
-        if variable.lower().startswith(prefix):
+        if variable.lower().startswith(prefix) and variable.lower() != _TRACE_VARIABLE:
             option = variable[len(prefix) :].lower()
             argument, value = _argument(predictor, option, text, variable)
             found[argument] = value

@@ -98,3 +98,8 @@ def test_packages_to_trust_come_from_the_environment(monkeypatch):
 def test_plans_cannot_choose_paths_nor_whom_to_trust(block):
     with pytest.raises((ModelError, UsageError), match=r"JSON object|not for a model|has no option 'TRUST"):
         plugin.options("lowmem", LowMemPredictor, {"predictor": "lowmem", "predictor_options": block})
+
+
+def test_trace_file_is_no_option(monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_lowmem_trace", str(tmp_path / "trace"))
+    assert plugin.options("lowmem", LowMemPredictor) == {}
