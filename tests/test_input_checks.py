@@ -17,6 +17,7 @@ import pytest
 import SimpleITK
 from factory import ModelSpec
 from model_table import TWO_CHANNELS
+from nnunetv2.imageio import simpleitk_reader_writer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_file, make_predictor, predict_ours, predict_stock
 from preprocessing_oracle import LABELS, ZSCORE, Model, as_type, changed, ct, write
@@ -38,6 +39,8 @@ READER_AND_ENDING = [
     ("SimpleITKIOWithReorient", ".nii.gz"),
     ("NibabelIOWithReorient", ".nii.gz"),
 ]
+if not hasattr(simpleitk_reader_writer, "SimpleITKIOWithReorient"):  # new in nnU-Net 2.6
+    READER_AND_ENDING.remove(("SimpleITKIOWithReorient", ".nii.gz"))
 ENDINGS = [".nii", ".nii.gz", ".nrrd", ".mha"]
 every_reader = pytest.mark.parametrize("reader, ending", READER_AND_ENDING)
 every_ending = pytest.mark.parametrize("ending", ENDINGS)
