@@ -1,39 +1,107 @@
-"""The budget of one run: what was asked for, else what the machine has left."""
+"""The budget of one case: what was asked for, else what the machine has left."""
 
 from __future__ import annotations
 
+import logging
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import psutil
 import torch
 
+from nnunet_lowmem.allocations import Budget
 from nnunet_lowmem.measuring import process_tree_bytes
-from nnunet_lowmem.memory import available_ram, parse_size, total_ram_bytes
-from nnunet_lowmem.planner import Budget
+from nnunet_lowmem.memory import (
+    asked_bytes,
+    available_ram,
+    format_gib,
+    free_disk_bytes,
+    return_freed_memory,
+    total_ram_bytes,
+)
+
+# left to the rest of the machine where no limit was asked for
+_HEADROOM_SHARE = 0.05
+_LEAST_HEADROOM_BYTES = 128 * 2**20
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+_logger = logging.getLogger(__name__)
 
 
-def machine_budget(max_ram: int | str | None, max_vram: int | str | None, device: torch.device) -> Budget:
-    """Read the machine and apply the wishes of the user.
+def machine_budget(
+    max_ram: int | str | None, max_vram: int | str | None, device: torch.device, tmp_dir: Path | None = None
+) -> Budget:
+    """Read the machine and apply the wishes of the user; what is in use now becomes the reserved part.
 
     Parameters
     ----------
     max_ram, max_vram : int or str, optional
-        Bytes, or text as on the command line; None takes what is free now.
+        Bytes, or text as on the command line; None takes the environment variables ``nnUNet_lowmem_max_ram`` and
+        ``nnUNet_lowmem_max_vram``, and without them what is free now, less some headroom.
     device : torch.device
         The network's.
+    tmp_dir : Path, optional
+        Where arrays are spilled; the system's folder for temporary files if not given.
+
+    Raises
+    ------
+    UsageError
+        If a wish is no size above zero.
     """
+    return_freed_memory()
     reserved_ram = process_tree_bytes()
-    ram = _asked(max_ram, total_ram_bytes())
-    vram = reserved_vram = None
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserved_vram = torch.cuda.memory_reserved(device)
-        vram = _asked(max_vram, total) or free + reserved_vram
-    return Budget(
-        ram_bytes=ram or available_ram().free_bytes + reserved_ram,
-        vram_bytes=vram,
-        reserved_ram_bytes=reserved_ram,
-        reserved_vram_bytes=reserved_vram or 0,
-        binding=max_ram is not None or max_vram is not None,
+    machine = available_ram()
+    ram = asked_bytes("--max_ram", max_ram, total_ram_bytes())
+    if ram is None:
+        ram = _less_headroom(machine.free_bytes) + reserved_ram
+    elif ram > machine.free_bytes + reserved_ram:
+        _warn_beyond("--max_ram", ram, f"{machine.source} leaves", machine.free_bytes + reserved_ram)
+    vram, reserved_vram = _vram(max_vram, device)
+    return Budget(ram, vram, reserved_ram, reserved_vram, spill_bytes(tmp_dir))
+
+
+def spill_bytes(tmp_dir: Path | None) -> int:
+    """Return what can be spilled: the free space of the folder, or nothing where the folder is itself kept in RAM."""
+    folder = Path(tempfile.gettempdir() if tmp_dir is None else tmp_dir)
+    return 0 if _file_system(folder) in _IN_MEMORY else free_disk_bytes(folder)
+
+
+def _file_system(folder: Path) -> str:
+    """Type of the file system that holds a folder; empty where the system does not tell."""
+    path = folder.resolve()
+    try:
+        mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    except OSError:
+        return ""
+    return next((str(mounts[parent]) for parent in (path, *path.parents) if parent in mounts), "")
+
+
+def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None, int]:
+    if device.type != "cuda":
+        return None, 0
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    asked = asked_bytes("--max_vram", max_vram, total)
+    if asked is None:
+        return _less_headroom(free) + reserved, reserved
+    if asked > free + reserved:
+        _warn_beyond("--max_vram", asked, "the device leaves", free + reserved)
+    return asked, reserved
+
+
+def _less_headroom(free_bytes: int) -> int:
+    return max(0, free_bytes - max(_LEAST_HEADROOM_BYTES, int(_HEADROOM_SHARE * free_bytes)))
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _logger.warning(text)
+
+
+def _warn_beyond(flag: str, asked_bytes: int, who_leaves: str, there_bytes: int) -> None:
+    # in whole GiB, so that what is free may vary from case to case without a new warning
+    _warn_once(
+        f"{flag} {format_gib(asked_bytes)} is more than there is: {who_leaves} about {there_bytes / 2**30:.0f} GiB; "
+        "the run may be ended by the system"
     )
-
-
-def _asked(size: int | str | None, total_bytes: int) -> int | None:
-    return None if size is None else parse_size(str(size), total_bytes)

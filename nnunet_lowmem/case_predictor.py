@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,24 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.budget import machine_budget
+from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import StageClock, trace
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
-from nnunet_lowmem.labelling import LabelRule, LogitsSlab
+from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
-from nnunet_lowmem.planner import Budget, CaseFacts, Plan, plan_case
+from nnunet_lowmem.memory import return_freed_memory
+from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.warming import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -37,36 +41,70 @@ Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
 class CasePredictor(LogitsPredictor):
     """The part of the predictor that takes one case from its files to its outputs."""
 
-    def estimate(self, source_folder: str) -> Iterator[Plan]:
-        """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
-        budget = machine_budget(self.max_ram, self.max_vram, self.device)
-        facts = self._model_facts()
-        file_ending = self.dataset_json["file_ending"]
-        for files in model_files.list_cases(source_folder, file_ending):
-            geometry = nnunet_adapter.uncropped_geometry(files, self.plans_manager, self.configuration_manager)
-            case = CaseFacts(
-                name=model_files.case_name(files, file_ending),
-                grid=tile_grid(
-                    geometry.network_shape, tuple(self.configuration_manager.patch_size), self.tile_step_size
-                ),
-                original_shape=geometry.original_shape,
-                cropped_shape=geometry.cropped_shape,
-                streams=nnunet_adapter.label_rule(self.label_manager) is not None,
-            )
-            yield plan_case(
-                facts, case, replace(budget, binding=False), self.device.type, self.perform_everything_on_device
-            )
+    _planning: CasePlanning | None = None
+    _preprocessing_threads = 1
 
-    def _plan(self, case: PreprocessedCase, name: str, budget: Budget, streams: bool) -> Plan:
-        geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
-        facts = CaseFacts(name, self._grid(case), geometry.original_shape, geometry.cropped_shape, streams)
-        plan = plan_case(self._model_facts(), facts, budget, self.device.type, self.perform_everything_on_device)
+    def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
+        """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
+        self._warm_up()
+        budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
+        planner = CasePlanner(self._description(), self._model_facts(None))
+        file_ending = self.dataset_json["file_ending"]
+        cascades = self.configuration_manager.previous_stage_name is not None
+        cases = (
+            (model_files.case_name(files, file_ending), files, files[0] if cascades else None)
+            for files in model_files.list_cases(source_folder, file_ending)
+        )
+        return estimates(cases, planner, budget, probabilities)
+
+    def _begin(self, job: Job, folder: Path, probabilities: bool) -> CasePlanning:
+        """Measure what is in use, and refuse a case that cannot fit by its header alone.
+
+        Raises
+        ------
+        BudgetError
+        """
+        self._warm_up()
+        budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
+        limit = budget.limit(Place.VRAM if self.device.type == "cuda" else Place.RAM)
+        if self._measured_facts is None:
+            facts = self._model_facts(None if limit is None else limit - budget.reserved_ram_bytes)
+            budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
+        else:
+            facts = self._measured_facts
+        planner = CasePlanner(self._description(), facts)
+        header = None
+        if job.files is not None:
+            with suppress(UsageError):  # the reader tells it better
+                header = planner.facts_of_files(job.name, *job.files, probabilities)
+        self._planning = CasePlanning(planner, budget, folder, header)
+        self._preprocessing_threads = self._planning.check()
+        return self._planning
+
+    def _warm_up(self) -> None:
+        rule = nnunet_adapter.label_rule(self.label_manager)
+        if rule is not None:
+            warm_up(rule.ranked, str(rule.dtype), len(self.configuration_manager.patch_size))
+
+    def _description(self) -> ModelDescription:
+        return ModelDescription(
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            self.tile_step_size,
+            self.device.type,
+            self.perform_everything_on_device,
+        )
+
+    def _plan(self, case: PreprocessedCase, name: str, planning: CasePlanning, probabilities: bool) -> Plan:
+        plan = planning.plan(name, case, probabilities)
         if self.on_plan is not None:
             self.on_plan(plan)
+        return_freed_memory()
         return plan
 
     def _segment(
-        self, case: PreprocessedCase, job: Job, clock: StageClock, budget: Budget, folder: Path, probabilities: bool
+        self, case: PreprocessedCase, job: Job, clock: StageClock, planning: CasePlanning, probabilities: bool
     ) -> tuple[Result, Plan]:
         """Segmentation of a preprocessed case, in the axis order and grid of the file.
 
@@ -79,22 +117,29 @@ class CasePredictor(LogitsPredictor):
         )
         by_softmax = probabilities or (nnunet_adapter.TAKES_ARGMAX_OF_SOFTMAX and rule is not None and rule.ranked)
         streams = rule is not None and resampling.tables is not None and not by_softmax
-        plan = self._plan(case, job.name, budget, streams)
-        grid = self._grid(case)
+        plan = self._plan(case, job.name, planning, probabilities)
+        grid, folder = self._grid(case), planning.folder
+        map_folder = folder if plan.placement.label_map is Place.DISK else None
+        recovery = planning.recovery(plan)
         with ExitStack() as stack:
-            threads = stack.enter_context(RowThreads(self.kernel_threads))
+            threads = stack.enter_context(RowThreads(plan.placement.threads))
             stack.enter_context(clock.stage("prediction"))
             trace("first_tile", job.name)
-            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder))
+            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, recovery))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
             if streams:
-                labels = export.label_slabs(slabs, resampling, geometry, rule, threads, clock)
+                limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
+                labels = export.label_slabs(
+                    slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery
+                )
                 return self._to_file_axes(labels), plan
+            planes_folder = folder if plan.placement.planes is Place.DISK else None
             store = stack.enter_context(
-                PlaneStore(self.label_manager.num_segmentation_heads, grid.image_shape, grid.roll_axis, folder)
+                PlaneStore(self.label_manager.num_segmentation_heads, grid.image_shape, grid.roll_axis, planes_folder)
             )
             export.store_slabs(slabs, store)
+            recovery.listeners.clear()
             heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
             with clock.stage("export"):
                 if not by_softmax:
@@ -157,7 +202,8 @@ class CasePredictor(LogitsPredictor):
             self.plans_manager,
             self.configuration_manager,
             self.dataset_json,
-            threads=self.kernel_threads,
+            threads=self._preprocessing_threads,
+            allocate=np.empty if self._planning is None else self._planning.allocate,
             verbose=self.verbose_preprocessing,
             accept_nan=self.accept_nan,
         )
@@ -172,7 +218,7 @@ class CasePredictor(LogitsPredictor):
             self.plans_manager,
             self.configuration_manager,
             self.dataset_json,
-            threads=self.kernel_threads,
+            threads=self._preprocessing_threads,
             verbose=self.verbose_preprocessing,
             accept_nan=self.accept_nan,
         )

@@ -6,12 +6,21 @@ import argparse
 import math
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_lowmem import __version__
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.shell import guarded
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnunet_lowmem.predictor import LowMemPredictor
 
 CITATION = (
     "Please cite nnU-Net when you use it: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. "
@@ -128,7 +137,8 @@ def predict_parser() -> argparse.ArgumentParser:
         default=None,
         help="run whatever code this model's files hold or name",
     )
-    more.add_argument("--estimate", action="store_true", help="print the plan of every case and stop")
+    more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
+    more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")
     return parser
 
 
@@ -146,32 +156,18 @@ def _from_environment(variable: str, default: int) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     model_folder = _check(options)
-    from nnunet_lowmem import console, model_files, plugin
+    from nnunet_lowmem import console
 
-    print(CITATION)
     device = console.choose_device(options.device)
-    print(f"device: {device}")
+    print(f"{CITATION}\ndevice: {device}", file=sys.stderr if options.json else sys.stdout)
     _check_cases(options.i, Path(model_folder))
     console.set_torch_threads(device)
-    from nnunet_lowmem.predictor import LowMemPredictor
-
-    given = {name: getattr(options, flag) for name, flag in LIMIT_FLAGS.items() if getattr(options, flag) is not None}
-    plans = model_files.read_json(Path(model_folder) / "plans.json")
-    predictor = LowMemPredictor(
-        tile_step_size=options.step_size,
-        use_mirroring=not options.disable_tta,
-        perform_everything_on_device=not options.not_on_device,
-        device=device,
-        verbose=options.verbose,
-        verbose_preprocessing=options.verbose,
-        allow_tqdm=not options.disable_progress_bar,
-        on_plan=console.print_plan if options.verbose else None,
-        on_case=console.print_report if options.verbose else None,
-        **{**plugin.options("lowmem", LowMemPredictor, plans), **given},
-    )
-    predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints
+        predictor = _predictor(options, device, model_folder)
+        predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
     if options.estimate:
-        return console.print_estimates(predictor.estimate(options.i))
+        found = predictor.estimate(options.i, options.save_probabilities)
+        return console.print_estimates(found, options.json, options.verbose)
     try:
         predictor.predict_from_files(
             options.i,
@@ -189,6 +185,26 @@ def _predict(options: argparse.Namespace) -> int:
         return error.exit_code
     console.print_run(predictor.run_report, options.o)
     return 0
+
+
+def _predictor(options: argparse.Namespace, device: torch.device, model_folder: str) -> LowMemPredictor:
+    from nnunet_lowmem import console, model_files, plugin
+    from nnunet_lowmem.predictor import LowMemPredictor
+
+    given = {name: getattr(options, flag) for name, flag in LIMIT_FLAGS.items() if getattr(options, flag) is not None}
+    plans = model_files.read_json(Path(model_folder) / "plans.json")
+    return LowMemPredictor(
+        tile_step_size=options.step_size,
+        use_mirroring=not options.disable_tta,
+        perform_everything_on_device=not options.not_on_device,
+        device=device,
+        verbose=options.verbose,
+        verbose_preprocessing=options.verbose,
+        allow_tqdm=not options.disable_progress_bar,
+        on_plan=console.print_plan if options.verbose else None,
+        on_case=console.print_report if options.verbose else None,
+        **{**plugin.options("lowmem", LowMemPredictor, plans), **given},
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -234,13 +250,15 @@ def _check(options: argparse.Namespace) -> str:
     ):
         if not 0 <= number < math.inf:
             raise UsageError(f"{flag} must be a number that is not negative, got {number}")
+    if options.json and not options.estimate:
+        raise UsageError("--json goes with --estimate")
     _check_sizes(options)
     _check_device(options.device)
     _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
         _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
     if options.tmp_dir is not None:
-        _check_folder("--tmp_dir", options.tmp_dir)
+        _check_tmp_dir(options.tmp_dir)
     model_folder = options.m or _model_of_dataset(options)
     model_files.checkpoint_files(model_folder, options.f, options.chk)
     if not options.estimate:
@@ -259,15 +277,21 @@ def _check_cases(folder: str, model_folder: Path) -> None:
 
 
 def _check_sizes(options: argparse.Namespace) -> None:
-    from nnunet_lowmem.memory import parse_size, total_ram_bytes
+    from nnunet_lowmem.memory import asked_bytes, total_ram_bytes
 
     # without torch the size of the VRAM is not known; any total serves to see whether the text is a size
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
-        if text is not None:
-            try:
-                parse_size(text, total_ram_bytes())
-            except UsageError as error:
-                raise UsageError(f"{flag}: {error}") from None
+        asked_bytes(flag, text, total_ram_bytes())
+
+
+def _check_tmp_dir(folder: str) -> None:
+    """Write a little, since a full or read-only disk shows no other way."""
+    _check_folder("--tmp_dir", folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))
+    except OSError as error:
+        raise UsageError(f"--tmp_dir: nothing can be written to {folder}: {error.strerror or error}") from None
 
 
 def _check_device(name: str | None) -> None:

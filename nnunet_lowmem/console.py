@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from nnunet_lowmem.allocations import Place, Stage
 from nnunet_lowmem.errors import BudgetError, UsageError
+from nnunet_lowmem.estimating import Estimate
 from nnunet_lowmem.memory import format_gib
-from nnunet_lowmem.planner import Place, Plan, Stage
+from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.reporting import FAILURES_FILE, CaseReport, RunReport
 
 
@@ -57,7 +61,7 @@ def print_plan(plan: Plan) -> None:
         sizes = [format_gib(allocation.size_bytes) if stage in allocation.stages else "" for stage in Stage]
         table.add_row(allocation.name, allocation.place.value, *sizes)
     Console().print(table)
-    for place in (Place.RAM, Place.VRAM):
+    for place in Place:
         limit = plan.budget.limit(place)
         if limit is not None:
             Console().print(
@@ -91,10 +95,43 @@ def print_run(report: RunReport, folder: str) -> None:
         Console().print(f"{len(report.failed)} cases failed; see {Path(folder) / FAILURES_FILE}", highlight=False)
 
 
-def print_estimates(plans: Iterable[Plan]) -> int:
-    """Print the plan of every case; return the exit code, that of `BudgetError` where a case does not fit."""
-    fits = True
-    for plan in plans:
-        print_plan(plan)
-        fits = fits and plan.fits(Place.RAM) and plan.fits(Place.VRAM)
-    return 0 if fits else BudgetError.exit_code
+def print_estimates(estimates: Iterable[Estimate], as_json: bool, verbose: bool) -> int:
+    """Print what every case will take; return the exit code: that of `BudgetError` where a case does not fit."""
+    found = list(estimates)
+    if as_json:
+        print(json.dumps([estimate.as_json() for estimate in found], indent=1))  # noqa: T201  # for scripts, unwrapped
+        return _exit_code(found)
+    for plan in (estimate.plan for estimate in found if verbose):
+        if plan is not None:
+            print_plan(plan)
+    print_line = partial(Console().print, highlight=False, soft_wrap=True)
+    print_line("Upper bounds by header alone: what is cropped is not known yet.")
+    for estimate in found:
+        for line in _estimate_lines(estimate):
+            print_line(line)
+    return _exit_code(found)
+
+
+def _estimate_lines(estimate: Estimate) -> Iterator[str]:
+    facts, plan = estimate.facts, estimate.plan
+    if facts is not None and plan is not None:
+        shapes = ["x".join(map(str, shape)) for shape in (facts.original_shape, facts.grid.image_shape)]
+        yield f"plan for {estimate.case}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
+        sizes = {place: format_gib(plan.projected_bytes(place)) for place in Place}
+        limits = {place: plan.budget.limit(place) for place in Place}
+        yield "  projected " + ", ".join(
+            f"{place.value} {sizes[place]} of {format_gib(limit)}"
+            for place, limit in limits.items()
+            if limit is not None
+        )
+        yield (
+            f"  smallest RAM {format_gib(estimate.least_ram_bytes)}, without spilling "
+            f"{format_gib(estimate.least_ram_unspilled_bytes)}; stock: about {format_gib(estimate.stock_bytes)}"
+        )
+    yield f"  {estimate.problem or 'fits'}"
+
+
+def _exit_code(found: list[Estimate]) -> int:
+    if any(estimate.readable and estimate.problem is not None for estimate in found):
+        return BudgetError.exit_code
+    return 0 if all(estimate.readable for estimate in found) else UsageError.exit_code

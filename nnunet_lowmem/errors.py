@@ -27,6 +27,10 @@ class BudgetError(LowMemError):
     exit_code = 3
 
 
+class MemoryExhaustedError(LowMemError):
+    """Memory ran out although the plan fits, and every step down the ladder has been taken."""
+
+
 class ModelError(UsageError):
     """The model folder is incomplete or contradicts itself."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,21 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import kernels
 from nnunet_lowmem.clock import StageClock
-from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLabeller
+from nnunet_lowmem.labelling import NO_LIMITS, LabelRule, LogitsSlab, SlabLabeller, SlabLimits
 from nnunet_lowmem.nnunet_adapter import HEADS_PER_CALL, CaseGeometry, LogitsResampling
+from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.resampling import flat_tables
-from nnunet_lowmem.spill import PlaneStore
+from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import Shape3
 
 
-def empty_label_map(geometry: CaseGeometry, rule: LabelRule) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return a map of zeros in the original grid and the view of it that the cropped grid covers."""
-    whole = np.zeros(geometry.original_shape, rule.dtype)
+def empty_label_map(
+    geometry: CaseGeometry, rule: LabelRule, folder: Path | None = None
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a map of zeros in the original grid, in a file of `folder` if one is given, and its cropped part."""
+    shape = geometry.original_shape
+    whole = np.zeros(shape, rule.dtype) if folder is None else spilled_array(shape, rule.dtype, folder)
     return whole, whole[geometry.crop]
 
 
@@ -32,16 +37,22 @@ def label_slabs(
     rule: LabelRule,
     threads: RowThreads,
     clock: StageClock,
+    limits: SlabLimits = NO_LIMITS,
+    folder: Path | None = None,
+    recovery: Recovery | None = None,
 ) -> NDArray[Any]:
-    """Label slabs as they come; needs a resampling that is known as tables.
+    """Label slabs as they come, into a file of `folder` if one is given; needs a resampling that is known as tables.
 
     Returns
     -------
     uint8 or uint16 array, original grid in the axis order of the network
     """
     assert resampling.tables is not None
-    whole, cropped = empty_label_map(geometry, rule)
-    labeller = SlabLabeller(resampling.tables, rule, cropped, threads)
+    whole, cropped = empty_label_map(geometry, rule, folder)
+    labeller = SlabLabeller(resampling.tables, rule, cropped, threads, limits)
+    if recovery is not None:
+        labeller.attempt = recovery.run
+        recovery.listeners.append(labeller.follow)
     for slab in slabs:
         with clock.stage("export"):
             labeller.add(slab)

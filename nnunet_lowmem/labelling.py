@@ -11,6 +11,7 @@ the slow twin in ``tests/reference.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem import device_labelling, label_kernels
+from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.resampling import AxisTable, flat_tables
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import Shape3
@@ -43,7 +45,7 @@ class LabelRule:
     dtype: np.dtype[Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogitsSlab:
     """Final logits of some planes, as a box of a larger buffer that stays alive until the next slab is asked for.
 
@@ -56,6 +58,7 @@ class LogitsSlab:
     first : int
         First plane that the box holds: `start`, or ``start - 1`` where the last plane of the slab before is kept.
     buffer : half tensor, shape (heads, a, b, c), contiguous
+        Another one once the window has moved.
     origin : int, 3
         Buffer position of (first plane, 0, 0) or its permutation for another `axis`.
     shape : int, 3
@@ -79,6 +82,25 @@ class LogitsSlab:
         return view.narrow(self.axis + 1, self.start - self.first, self.stop - self.start)
 
 
+@dataclass(frozen=True)
+class SlabLimits:
+    """How much is worked on at a time; the labels do not depend on it.
+
+    Attributes
+    ----------
+    planes : int or None
+        Network planes; None takes all that are final.
+    block_bytes : int
+        Working memory of the torch path on a device.
+    """
+
+    planes: int | None = None
+    block_bytes: int = 1 << 28
+
+
+NO_LIMITS = SlabLimits()
+
+
 class SlabLabeller:
     """Turns slabs, in order, into a label map.
 
@@ -91,8 +113,7 @@ class SlabLabeller:
         Written.
     threads : RowThreads
         For the compiled kernels.
-    block_bytes : int
-        Working memory of the torch path on a device.
+    limits : SlabLimits
     """
 
     def __init__(
@@ -101,13 +122,14 @@ class SlabLabeller:
         rule: LabelRule,
         labels: NDArray[Any],
         threads: RowThreads,
-        block_bytes: int = 1 << 28,
+        limits: SlabLimits = NO_LIMITS,
     ) -> None:
         self._tables = tables
         self._rule = rule
         self._labels = labels
         self._threads = threads
-        self._block_bytes = block_bytes
+        self.limits = limits
+        self.attempt: Callable[[Callable[[], None]], None] = lambda operation: operation()
         self._axis = 0
         self._done = 0
 
@@ -116,8 +138,18 @@ class SlabLabeller:
         self._axis = slab.axis
         table = self._tables[slab.axis]
         ready = table.ready(slab.stop)
-        if ready == self._done:
-            return
+        while self._done < ready:
+            self.attempt(lambda: self._label_until(slab, self._next_stop(table, ready)))
+
+    def _next_stop(self, table: AxisTable, ready: int) -> int:
+        """End of the output planes that are labelled together."""
+        if self.limits.planes is None:
+            return ready
+        within = int(np.searchsorted(table.high, int(table.low[self._done]) + self.limits.planes))
+        return min(ready, max(within, self._done + 1))
+
+    def _label_until(self, slab: LogitsSlab, ready: int) -> None:
+        table = self._tables[slab.axis]
         first, last = int(table.low[self._done]), int(table.high[ready - 1])
         origin = list(slab.origin)
         origin[slab.axis] += first - slab.first
@@ -129,6 +161,10 @@ class SlabLabeller:
         chosen[slab.axis] = slice(self._done, ready)
         self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)])
         self._done = ready
+
+    def follow(self, plan: Plan) -> None:
+        """Work with the limits of a new plan from now on."""
+        self.limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
 
     def finish(self) -> None:
         """Check that every output plane was written."""
@@ -148,7 +184,7 @@ class SlabLabeller:
         box = buffer
         for axis in range(3):
             box = box.narrow(axis + 1, origin[axis], shape[axis])
-        winners = device_labelling.winners(box, tables, self._rule.ranked, self._block_bytes)
+        winners = device_labelling.winners(box, tables, self._rule.ranked, self.limits.block_bytes)
         labels[...] = self._rule.values[winners]
 
     def _label_on_cpu(

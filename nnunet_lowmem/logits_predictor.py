@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from nnunet_lowmem import export, interruption, model_files, nnunet_adapter
+from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.model_loading import check_finite, load_model
-from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, weight_bytes
-from nnunet_lowmem.planner import ModelFacts, Plan
+from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
+from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
@@ -115,6 +119,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.continue_on_error = continue_on_error
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
+        self._measured_facts: ModelFacts | None = None
         self.on_plan = on_plan
         self.on_case = on_case
 
@@ -147,6 +152,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
         self.network = model.network
         self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints, self.trust)
+        self._measured_facts = None
         self._load_weights(model.weights, 0)
         nnunet_adapter.check_reader(self.plans_manager)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
@@ -182,7 +188,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         case = PreprocessedCase(input_image.cpu().numpy(), None, {})
         grid = self._grid(case)
         with RowThreads(self.kernel_threads) as threads, self._progress_bar(grid.tile_count) as on_tile:
-            window = self._window(grid, threads, self.perform_everything_on_device)
+            window = self._window(grid, threads, Place.VRAM if self.perform_everything_on_device else Place.RAM)
             slabs = self._roll(case, grid, window, on_tile)
             return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
 
@@ -190,16 +196,16 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         z, y, x = case.image.shape[1:]
         return tile_grid((z, y, x), tuple(self.configuration_manager.patch_size), self.tile_step_size)
 
-    def _window(self, grid: TileGrid, threads: RowThreads, on_device: bool) -> RollingWindow:
-        device = self.device if on_device else torch.device("cpu")
+    def _window(self, grid: TileGrid, threads: RowThreads, place: Place, folder: Path | None = None) -> RollingWindow:
+        device = self.device if place is Place.VRAM else torch.device("cpu")
         if self.use_gaussian:
             patch = tuple(self.configuration_manager.patch_size)
             importance = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
         else:
             importance = torch.ones(tuple(self.configuration_manager.patch_size), dtype=torch.half, device=device)
-        return RollingWindow(
-            grid, self.label_manager.num_segmentation_heads, importance.reshape(grid.tile_shape), threads
-        )
+        heads = self.label_manager.num_segmentation_heads
+        spill = folder if place is Place.DISK else None
+        return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill)
 
     def _roll(
         self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
@@ -213,7 +219,13 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     @contextmanager
     def _final_slabs(
-        self, case: PreprocessedCase, grid: TileGrid, plan: Plan, threads: RowThreads, folder: Path
+        self,
+        case: PreprocessedCase,
+        grid: TileGrid,
+        plan: Plan,
+        threads: RowThreads,
+        folder: Path,
+        recovery: Recovery | None = None,
     ) -> Iterator[Iterator[LogitsSlab]]:
         """Slabs of the mean over all folds; the running sum between folds lives where the plan says."""
         folds = _fold_count(self.list_of_parameters)
@@ -222,12 +234,21 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             on_tile = stack.enter_context(self._progress_bar(grid.tile_count * folds))
             store = None
             if folds > 1:
-                place = folder if plan.fold_sum_on_disk else None
+                place = folder if plan.placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
-            window = self._window(grid, threads, plan.window_on_device)
-            passes = self._fold_passes(case, grid, window, on_tile)
+            # nothing here holds the window but the recovery, which forgets it after the last slab
+            passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), on_tile)
             stack.enter_context(_network_threads())
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
+
+    def _watched_window(
+        self, grid: TileGrid, plan: Plan, threads: RowThreads, folder: Path, recovery: Recovery | None
+    ) -> RollingWindow:
+        window = self._window(grid, threads, plan.placement.window, folder)
+        if recovery is not None:
+            window.attempt = recovery.run
+            recovery.listeners.append(partial(window.follow, folder=folder))
+        return window
 
     def _fold_passes(
         self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
@@ -258,18 +279,52 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     # -- one case ----------------------------------------------------------------------------------------------------
 
-    def _model_facts(self) -> ModelFacts:
-        channels = nnunet_adapter.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
-        tile_bytes = activation_bytes(self.network, (1, channels, *self.configuration_manager.patch_size))
-        return ModelFacts(
+    def _model_facts(self, measure_below: int | None) -> ModelFacts:
+        """Tell the planner of the model; one tile is run to measure it, if it may take less than given."""
+        if self._measured_facts is not None:
+            return self._measured_facts
+        checkpoints = getattr(self.list_of_parameters, "checkpoints", ())
+        tile_bytes = self._estimated_tile_bytes(CPU_SCRATCH_FACTOR if self.device.type == "cpu" else 1.0)
+        measures = measure_below is not None and self._estimated_tile_bytes(1.0) < measure_below
+        if measures:
+            self.network = self.network.to(self.device)
+            tile_bytes = self._measured_tile_bytes() or tile_bytes
+        facts = ModelFacts(
             heads=self.label_manager.num_segmentation_heads,
-            channels=channels,
+            channels=self._input_channels(),
             folds=_fold_count(self.list_of_parameters),
-            weight_bytes=weight_bytes(self.network),
-            activation_bytes=int(tile_bytes * (CPU_SCRATCH_FACTOR if self.device.type == "cpu" else 1)),
-            mirrored=bool(self.use_mirroring and self.allowed_mirroring_axes),
+            weight_bytes=0 if measures or self.device.type == "cpu" else weight_bytes(self.network),
+            activation_bytes=tile_bytes,
             label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
+            checkpoint_bytes=max((path.stat().st_size for path in checkpoints), default=0),
+            threads=self.kernel_threads,
         )
+        self._measured_facts = facts if measures else None
+        return facts
+
+    def _input_channels(self) -> int:
+        return nnunet_adapter.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+
+    def _estimated_tile_bytes(self, scratch_factor: float) -> int:
+        """Bytes of the network's tensors on one tile, and of the copies that mirroring keeps."""
+        tile = (1, self._input_channels(), *self.configuration_manager.patch_size)
+        mirrored = 2 if self.use_mirroring and self.allowed_mirroring_axes else 0
+        output = self.label_manager.num_segmentation_heads * math.prod(self.configuration_manager.patch_size) * 4
+        size_bytes: int = int(activation_bytes(self.network, tile) * scratch_factor) + mirrored * output
+        return size_bytes
+
+    def _measured_tile_bytes(self) -> int:
+        """Peak of a run on one tile. Mirroring along one axis holds as much as along all of them."""
+        tile = torch.zeros((1, self._input_channels(), *self.configuration_manager.patch_size), device=self.device)
+        axes: Any = self.allowed_mirroring_axes  # type: ignore[has-type]  # stock's
+        self.network.eval()
+        try:
+            self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None
+            with torch.inference_mode(), _network_threads():
+                measured = measured_bytes(lambda: self._network_tile(tile), self.device)
+        finally:
+            self.allowed_mirroring_axes = axes
+        return max(measured, self._estimated_tile_bytes(1.0)) if measured else 0
 
 
 def _why_not_loaded(checkpoint: Path | str, error: Exception) -> str:

@@ -9,6 +9,8 @@ Not covered: VRAM (the driver is asked where torch is loaded), Windows job objec
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -23,6 +25,8 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.measuring import process_tree_bytes
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%|[kmgt](?:ib|b)?|b)?", re.IGNORECASE)
+#: Environment variables that hold where a flag is not given.
+VARIABLES = {"--max_ram": "nnUNet_lowmem_max_ram", "--max_vram": "nnUNet_lowmem_max_vram"}
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 # cgroup v1 writes "no limit" as the largest multiple of the page size that fits 63 bits
@@ -88,6 +92,35 @@ def parse_size(text: str, total_bytes: int) -> int:
     return size_bytes
 
 
+def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | None:
+    """Return the size that a flag asks for, or without it the environment variable of its name; None if neither does.
+
+    Parameters
+    ----------
+    flag : str
+        One of `VARIABLES`.
+    size : int or str, optional
+        What was given with it.
+    total_bytes : int
+        What 100 % means.
+
+    Raises
+    ------
+    UsageError
+        If it is no size above zero; the message begins with the flag, or the variable.
+    """
+    source = flag
+    if size is None:
+        source = VARIABLES[flag]
+        size = os.environ.get(source) or None
+    if size is None:
+        return None
+    try:
+        return parse_size(str(size), total_bytes)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
 def _unit_bytes(unit: str, total_bytes: int) -> Fraction:
     if unit == "%":
         return Fraction(total_bytes, 100)
@@ -108,6 +141,12 @@ def format_gib(size_bytes: int) -> str:
     """Return bytes as text in GiB, with more digits below 0.1 GiB: ``7.80 GiB``, ``0.0039 GiB``."""
     size_gib = size_bytes / 2**30
     return f"{size_gib:.2f} GiB" if size_bytes == 0 or abs(size_gib) >= 0.1 else f"{size_gib:.4f} GiB"
+
+
+def return_freed_memory() -> None:
+    """Give the blocks that are free back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ram_limits(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> list[RamLimit]:

@@ -1,8 +1,8 @@
-"""How much memory a network needs for one tile, found without computing anything.
+"""How much memory a network needs for one tile: measured in one run, or found without computing anything.
 
-The network runs on torch's ``meta`` device, where tensors have shapes but no data, under a dispatch mode that counts
-the bytes of the tensors alive. What a backend takes beside its tensors (convolution scratch, reordered copies) is not
-seen and enters as a factor.
+For the latter the network runs on torch's ``meta`` device, where tensors have shapes but no data, under a dispatch
+mode that counts the bytes of the tensors alive. What a backend takes beside its tensors (convolution scratch, reordered
+copies) is not seen and enters as a factor.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from nnunet_lowmem.memory import return_freed_memory
 
 # oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
 CPU_SCRATCH_FACTOR = 2.0
@@ -73,6 +76,45 @@ def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     with torch.inference_mode(), counter:
         shadow(torch.empty(input_shape, device="meta"))
     return counter.peak_bytes
+
+
+def measured_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Peak of the memory that `run` takes on top of what is in use, on the CPU as resident memory.
+
+    oneDNN's scratch and reordered copies are in it, which tensors do not show. Where the system keeps no resettable
+    peak, 0: the caller's estimate holds then.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_reserved(device) - before)
+    return_freed_memory()
+    start = _reset_peak()
+    run()
+    return 0 if start is None else max(0, _resident("VmHWM:") - start)
+
+
+def warm_up(dimensions: int) -> None:
+    """Let torch's convolutions take what they take once and for all, so that it counts as reserved."""
+    image, kernel = torch.zeros((1, 8, *[16] * dimensions)), torch.zeros((8, 8, *[3] * dimensions))
+    with torch.inference_mode():
+        (nn.functional.conv3d if dimensions == 3 else nn.functional.conv2d)(image, kernel)
+
+
+def _reset_peak() -> int | None:
+    """Set the kernel's record of the largest resident size back; return the present size."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS:")
+    except (OSError, StopIteration):
+        return None
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def _meta_parameters(network: nn.Module) -> dict[int, Any]:

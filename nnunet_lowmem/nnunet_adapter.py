@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.files import atomic_output, remove_stale
-from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.trust import Trust
@@ -194,15 +193,10 @@ def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> C
     )
 
 
-def uncropped_geometry(files: Sequence[str], plans_manager: Any, configuration_manager: Any) -> CaseGeometry:
-    """Shapes of a case by its first header alone, as if nothing were cropped: an upper bound.
-
-    Raises
-    ------
-    UsageError
-        If the header cannot be read.
-    """
-    shape, spacing = read_header(files[0])
+def uncropped_geometry(
+    shape: Sequence[int], spacing: Sequence[float], plans_manager: Any, configuration_manager: Any
+) -> CaseGeometry:
+    """Shapes of a case by shape and spacing of the file alone, as if nothing were cropped: an upper bound."""
     forward = plans_manager.transpose_forward
     shape, spacing = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
     target = list(configuration_manager.spacing)

@@ -3,146 +3,50 @@
 The plan is made before any work starts. It can be printed without running, is asserted in tests, and is what an error
 shows when a case does not fit. Executors take their decisions from the plan and make none of their own.
 
+`placements` lists what can be chosen, fastest first; `plan_case` takes the first that fits. All give the same labels.
+
 Words: *reserved* is what the process already holds (libraries, weights); *projected* is reserved plus the planned
 allocations of the fullest stage; *budget* is the limit.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
+from itertools import product
 
+from nnunet_lowmem.allocations import (
+    MIB,
+    Allocation,
+    Budget,
+    CaseFacts,
+    ModelFacts,
+    Place,
+    Placement,
+    Stage,
+    allocations,
+    finished_bytes,
+)
 from nnunet_lowmem.errors import BudgetError
-from nnunet_lowmem.tiling import TileGrid
-from nnunet_lowmem.types import Shape3
 
-HALF_BYTES = 2
-SINGLE_BYTES = 4
-# winner index, gap exponent and magnitude exponent of a surveyed voxel
-_SURVEY_BYTES = 4
-# what compilers and libraries take when they are first used, after "reserved" was measured
-_LIBRARY_BYTES = 256 * 2**20
 # a sum over folds below this stays in RAM: a file would save nothing that matters
-_SMALL_BYTES = 64 * 2**20
-
-
-class Place(Enum):
-    """Where an array lives."""
-
-    RAM = "RAM"
-    VRAM = "VRAM"
-    DISK = "disk"
-
-
-class Stage(Enum):
-    """Stages of a case that follow each other; export runs inside prediction, slab by slab."""
-
-    PREPROCESSING = "preprocessing"
-    PREDICTION = "prediction"
-    WRITING = "writing"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Limits in bytes, and what is already in use; None means no limit is known (no such device).
-
-    Attributes
-    ----------
-    ram_bytes, vram_bytes : int or None
-    reserved_ram_bytes, reserved_vram_bytes : int
-    binding : bool
-        The limits were asked for, so that a plan beyond them is refused.
-    """
-
-    ram_bytes: int | None = None
-    vram_bytes: int | None = None
-    reserved_ram_bytes: int = 0
-    reserved_vram_bytes: int = 0
-    binding: bool = False
-
-    def limit(self, place: Place) -> int | None:
-        """Return the limit of a place."""
-        return {Place.RAM: self.ram_bytes, Place.VRAM: self.vram_bytes, Place.DISK: None}[place]
-
-    def reserved(self, place: Place) -> int:
-        """Return what is in use before the plan begins."""
-        return {Place.RAM: self.reserved_ram_bytes, Place.VRAM: self.reserved_vram_bytes, Place.DISK: 0}[place]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the planner needs to know of a model.
-
-    Attributes
-    ----------
-    heads, channels, folds : int
-    weight_bytes : int
-        One fold's weights.
-    activation_bytes : int
-        Peak of the network on one tile, the head's output included.
-    mirrored : bool
-        Test-time mirroring keeps two more copies of the head's output.
-    label_bytes : int
-        Of one voxel of the label map.
-    """
-
-    heads: int
-    channels: int
-    folds: int
-    weight_bytes: int
-    activation_bytes: int
-    mirrored: bool
-    label_bytes: int
-
-
-@dataclass(frozen=True)
-class CaseFacts:
-    """What the planner needs to know of a case.
-
-    Attributes
-    ----------
-    name : str
-    grid : TileGrid
-    original_shape, cropped_shape : int, 3
-    streams : bool
-        The resampling of logits is known as tables, so that no head is needed as a whole.
-    """
-
-    name: str
-    grid: TileGrid
-    original_shape: Shape3
-    cropped_shape: Shape3
-    streams: bool
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """One large array: what, where, how large, and in which stages it is alive."""
-
-    name: str
-    place: Place
-    size_bytes: int
-    stages: tuple[Stage, ...]
+_SMALL_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Placement of one case.
+    """Placement of one case, what it adds up to, and the limits.
 
     Attributes
     ----------
     case : str
-    window_on_device : bool
-    fold_sum_on_disk : bool
+    placement : Placement
     allocations : tuple of Allocation
     budget : Budget
     """
 
     case: str
-    window_on_device: bool
-    fold_sum_on_disk: bool
+    placement: Placement
     allocations: tuple[Allocation, ...]
     budget: Budget
 
@@ -168,6 +72,10 @@ class Plan:
         limit = self.budget.limit(place)
         return limit is None or self.projected_bytes(place) <= limit
 
+    def fits_everywhere(self) -> bool:
+        """Whether the projected peaks are within all limits."""
+        return all(map(self.fits, Place))
+
 
 def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True) -> Plan:
     """Choose the fastest placement that fits the budget.
@@ -185,86 +93,111 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, w
     Raises
     ------
     BudgetError
-        If the limits bind and no placement fits.
+        If no placement fits.
     """
-    on_device = (True, False) if device == "cuda" and window_on_device else (False,)
-    sum_bytes = _fold_sum_bytes(model, case.grid)
-    on_disk = (False, True) if 0 < sum_bytes <= _SMALL_BYTES else (sum_bytes > 0,)
-    plans = [
-        Plan(case.name, window, disk, tuple(_allocations(model, case, device, window, disk)), budget)
-        for window in on_device
-        for disk in on_disk
-    ]
-    for plan in plans:
-        if plan.fits(Place.RAM) and plan.fits(Place.VRAM):
+    plan = closest_plan(model, case, budget, device, window_on_device)
+    if not plan.fits_everywhere():
+        raise BudgetError(refusal(plan))
+    return plan
+
+
+def closest_plan(
+    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
+) -> Plan:
+    """As `plan_case`; where nothing fits, the plan that comes closest to fitting."""
+    closest: Plan | None = None
+    for plan in all_plans(model, case, budget, device, window_on_device):
+        if plan.fits_everywhere():
             return plan
-    closest = min(plans, key=Plan.excess_bytes)
-    if budget.binding:
-        raise BudgetError(refusal(closest))
+        if closest is None or plan.excess_bytes() < closest.excess_bytes():
+            closest = plan
+    assert closest is not None, "there is always a placement"
     return closest
+
+
+def all_plans(
+    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
+) -> Iterator[Plan]:
+    """Yield the plan of every placement, fastest first."""
+    for placement in placements(model, case, device, window_on_device):
+        yield Plan(case.name, placement, tuple(allocations(model, case, placement, device)), budget)
+
+
+def next_plan(plans: Iterable[Plan], failed: Plan, place: Place) -> Plan | None:
+    """Return the fastest plan that takes less than `failed` in a place during prediction, if any fits elsewhere.
+
+    An allocation has failed in `place` although the plan said it fits: somebody else has taken memory meanwhile.
+    """
+    needed = failed.planned_bytes(place, Stage.PREDICTION)
+    elsewhere = [other for other in Place if other is not place]
+    smaller = (plan for plan in plans if plan.planned_bytes(place, Stage.PREDICTION) < needed)
+    return next((plan for plan in smaller if all(map(plan.fits, elsewhere))), None)
+
+
+def smallest_ram_bytes(
+    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool, spill: bool
+) -> int:
+    """Return the least RAM that any placement projects, with or without arrays on disk."""
+    frugal = [
+        chosen
+        for chosen in placements(model, case, device, window_on_device)
+        if chosen.threads == 1 and chosen.slab_planes is not None and (spill or not _spills(chosen))
+    ]
+    # in RAM no place is better than disk, so with spilling only what is on disk altogether has to be looked at
+    most = max(map(_spills, frugal)) if spill else 0
+    plans = [
+        Plan(case.name, chosen, tuple(allocations(model, case, chosen, device)), budget)
+        for chosen in frugal
+        if _spills(chosen) >= most - 1
+    ]
+    return min(plan.projected_bytes(Place.RAM) for plan in plans)
+
+
+def _spills(placement: Placement) -> int:
+    """Count the arrays on disk."""
+    return [placement.window, placement.image, placement.label_map, placement.planes].count(Place.DISK)
+
+
+def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device: bool = True) -> tuple[Placement, ...]:
+    """All placements in the order of what they cost in time."""
+    small = finished_bytes(model, case) <= _SMALL_BYTES
+    either = ((Place.RAM, 0), (Place.DISK, 2))
+    windows = [(Place.RAM, 0), (Place.DISK, 16)]
+    if device == "cuda" and window_on_device:
+        windows = [(Place.VRAM, 0), (Place.RAM, 8), (Place.DISK, 16)]
+    images = either if case.image_place is None else ((case.image_place, 0),)
+    planes: tuple[tuple[Place, int], ...] = (
+        ((Place.RAM, 0), (Place.DISK, 1)) if small else ((Place.DISK, 0), (Place.RAM, 1))
+    )
+    planes = planes if model.folds > 1 or not case.streams else ((Place.RAM, 0),)
+    threads = ((model.threads, 0), (1, 4)) if model.threads > 1 else ((1, 0),)
+    slabs = ((None, 0), (8, 1))
+    blocks = ((256 * MIB, 0), (16 * MIB, 1)) if device == "cuda" else ((256 * MIB, 0),)
+    choices = sorted(
+        product(windows, images, either, planes, threads, slabs, blocks),
+        key=lambda chosen: sum(cost for _, cost in chosen),
+    )
+    return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
 
 
 def refusal(plan: Plan) -> str:
     """Say why a plan does not fit: the numbers, the stage, the largest allocation, and which flag to turn."""
-    place = Place.RAM if not plan.fits(Place.RAM) else Place.VRAM
+    place = next(place for place in Place if not plan.fits(place))
     stage = plan.fullest_stage(place)
     largest = max(
         (a for a in plan.allocations if a.place is place and stage in a.stages), key=lambda a: a.size_bytes
     )  # fmt: skip
-    flag = "--max_ram" if place is Place.RAM else "--max_vram"
+    turn = {
+        Place.RAM: "Raise --max_ram, or run on a machine that has more.",
+        Place.VRAM: "Raise --max_vram, or use a larger device or -device cpu.",
+        Place.DISK: "Make room there, name another folder with --tmp_dir, or raise --max_ram.",
+    }
     return (
         f"case {plan.case} does not fit: {place.value} projected {_gib(plan.projected_bytes(place))} in stage "
         f"{stage.value}, budget {_gib(plan.budget.limit(place) or 0)}, of which reserved "
         f"{_gib(plan.budget.reserved(place))}; the largest allocation is {largest.name} with "
-        f"{_gib(largest.size_bytes)}. Raise {flag} or run on a machine that has more."
+        f"{_gib(largest.size_bytes)}. {turn[place]}"
     )
-
-
-def _allocations(
-    model: ModelFacts, case: CaseFacts, device: str, window_on_device: bool, fold_sum_on_disk: bool
-) -> Iterator[Allocation]:
-    grid = case.grid
-    compute = Place.VRAM if device == "cuda" else Place.RAM
-    window = Place.VRAM if window_on_device else Place.RAM
-    predict, write = (Stage.PREDICTION,), (Stage.WRITING,)
-    image_bytes = model.channels * math.prod(grid.image_shape) * SINGLE_BYTES
-    label_map_bytes = math.prod(case.original_shape) * model.label_bytes
-    tile_voxels = math.prod(grid.tile_shape)
-    head_bytes = model.heads * tile_voxels * SINGLE_BYTES
-    plane_voxels = math.prod(grid.padded_shape) // grid.padded_shape[grid.roll_axis]
-    depth = grid.tile_shape[grid.roll_axis] + 1
-
-    yield Allocation("input image", Place.RAM, _input_bytes(model, case), (Stage.PREPROCESSING,))
-    yield Allocation("preprocessed image", Place.RAM, image_bytes, tuple(Stage))
-    yield Allocation("compiled kernels and library buffers", Place.RAM, _LIBRARY_BYTES, tuple(Stage))
-    yield Allocation("weights", compute, model.weight_bytes, predict)
-    yield Allocation("network on one tile", compute, model.activation_bytes, predict)
-    if model.mirrored:
-        yield Allocation("mirrored copies of the head's output", compute, 2 * head_bytes, predict)
-    if compute is not window:
-        yield Allocation("tile logits moved to RAM", Place.RAM, head_bytes, predict)
-    window_bytes = (model.heads + 1) * depth * plane_voxels * HALF_BYTES
-    yield Allocation("rolling window", window, window_bytes, predict)
-    yield Allocation("labels of a slab", window, depth * plane_voxels * _SURVEY_BYTES, predict)
-    yield Allocation("label map", Place.RAM, label_map_bytes, (Stage.PREDICTION, Stage.WRITING))
-    yield Allocation("writer's copy of the label map", Place.RAM, label_map_bytes, write)
-    if model.folds > 1:
-        place = Place.DISK if fold_sum_on_disk else Place.RAM
-        yield Allocation("sum over folds", place, _fold_sum_bytes(model, grid), predict)
-        yield Allocation("plane of the sum", Place.RAM, 2 * model.heads * plane_voxels * HALF_BYTES, predict)
-    if not case.streams:
-        yield Allocation("finished logits", Place.DISK, model.heads * math.prod(grid.image_shape) * HALF_BYTES, predict)
-        cropped = math.prod(case.cropped_shape)
-        yield Allocation("heads being resampled", Place.RAM, 10 * cropped * SINGLE_BYTES, predict)
-
-
-def _input_bytes(model: ModelFacts, case: CaseFacts) -> int:
-    """Image as read and the working arrays of its preprocessing."""
-    return 2 * model.channels * math.prod(case.original_shape) * SINGLE_BYTES
-
-
-def _fold_sum_bytes(model: ModelFacts, grid: TileGrid) -> int:
-    return 0 if model.folds < 2 else model.heads * math.prod(grid.image_shape) * HALF_BYTES
 
 
 def _gib(size_bytes: int) -> str:

@@ -20,7 +20,6 @@ from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
 from nnunet_lowmem import model_files, nnunet_adapter
-from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
@@ -248,12 +247,12 @@ class LowMemPredictor(CasePredictor):
     def _predict_job(
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport]:
-        budget = machine_budget(self.max_ram, self.max_vram, self.device)
         with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
             clock.listeners += [partial(watch.mark, job.name), *([sampler.mark] if sampler else [])]
             with clock.stage("preprocessing"):
+                planning = self._begin(job, folder, probabilities)
                 case = job.load()
-            result, plan = self._segment(case, job, clock, budget, folder, probabilities)
+            result, plan = self._segment(case, job, clock, planning, probabilities)
             if job.output is not None:
                 with clock.stage("writing"):
                     self._write(result, job.output, case.properties)

@@ -49,14 +49,14 @@ from nnunet_lowmem.types import PreprocessedCase, Shape3
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
-_VOXELWISE = (CTNormalization, NoNormalization, RGBTo01Normalization)
-_WITHOUT_MASK = (*_VOXELWISE, RescaleTo01Normalization)
+VOXELWISE = (CTNormalization, NoNormalization, RGBTo01Normalization)
+_WITHOUT_MASK = (*VOXELWISE, RescaleTo01Normalization)
 _BLOCK_BYTES = 4 << 20
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The cropped image's grid and the network's, axes in network order, spacing in mm."""
 
     shape: Shape3
@@ -215,7 +215,7 @@ class _Case:
         self.configuration = configuration_manager
         self.properties = properties
         self.order = plans_manager.transpose_forward
-        self.normalisers = _normalisers(plans_manager, configuration_manager)
+        self.normalisers = normalisers(plans_manager, configuration_manager)
         self._check(previous_stage)
         self.grid = self._crop()
         self.segmentation = self._make_segmentation(previous_stage)
@@ -244,7 +244,7 @@ class _Case:
         """Axes in network order, cropped to the nonzero box."""
         return volume.transpose(self.order)[self.crop]
 
-    def _crop(self) -> _Grid:
+    def _crop(self) -> Grid:
         box = nonzero_box(self.channels)
         self.crop = tuple(slice(*box[axis]) for axis in self.order)
         shape: Shape3 = self._view(self.channels[0]).shape
@@ -259,11 +259,11 @@ class _Case:
                 f"Resampling {shape} voxels from {np.array(spacing).tolist()} to {new_spacing} mm leaves {new_shape}: "
                 "the spacing in the file's header or in the plans is wrong."
             )
-        return _Grid(shape, spacing, new_shape, new_spacing)
+        return Grid(shape, spacing, new_shape, new_spacing)
 
     def _make_segmentation(self, previous_stage: NDArray[Any] | None) -> NDArray[Any] | None:
         """Previous stage, or zeros, with −1 outside the filled nonzero mask, shape (1, z, y, x); None if unneeded."""
-        if previous_stage is None and not any(map(_needs_mask, self.normalisers)):
+        if previous_stage is None and not any(map(needs_mask, self.normalisers)):
             return None
         outside = ~nonzero_mask([self._view(channel) for channel in self.channels])
         if previous_stage is None:
@@ -275,7 +275,7 @@ class _Case:
 
     def _next_source(self, normaliser: ImageNormalization) -> _Source:
         """Take the first channel off the list."""
-        if type(normaliser) in _VOXELWISE:
+        if type(normaliser) in VOXELWISE:
             return _Source(self._view(self.channels.pop(0)), normaliser)
         if self.own_channels and self.channels[0].dtype == np.float32 and self.channels[0].flags.writeable:
             whole = self.channels.pop(0)
@@ -286,7 +286,7 @@ class _Case:
 
     def _resample_image(self, pool: RowThreads, allocate: Allocate) -> NDArray[np.float32]:
         function = self.configuration.resampling_fn_data
-        own = _bounded_resampling(function, self.grid)
+        own = bounded_resampling(function, self.grid)
         if own is not None:
             image = allocate((len(self.normalisers), *self.grid.new_shape), np.dtype(np.float32))
             for normaliser, target in zip(self.normalisers, image, strict=True):
@@ -310,7 +310,7 @@ class _Case:
         return integers
 
 
-def _normalisers(plans: PlansManager, configuration: ConfigurationManager) -> list[ImageNormalization]:
+def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> list[ImageNormalization]:
     """One normaliser per channel, found by name as ``DefaultPreprocessor`` finds it."""
     folder = str(Path(nnunetv2.__path__[0]) / "preprocessing" / "normalization")
     normalisers = []
@@ -323,14 +323,15 @@ def _normalisers(plans: PlansManager, configuration: ConfigurationManager) -> li
     return normalisers
 
 
-def _needs_mask(normaliser: ImageNormalization) -> bool:
+def needs_mask(normaliser: ImageNormalization) -> bool:
+    """Whether a normalisation looks at the segmentation beside the image."""
     if type(normaliser) is ZScoreNormalization:
         return bool(normaliser.use_mask_for_norm)
     return type(normaliser) not in _WITHOUT_MASK
 
 
-def _bounded_resampling(
-    function: partial[Any], grid: _Grid
+def bounded_resampling(
+    function: partial[Any], grid: Grid
 ) -> Callable[[_Source, NDArray[np.float32], RowThreads], None] | None:
     """Our own way to the result of nnU-Net's resampling `function`, or None where there is none."""
     if function.func is not resample_data_or_seg_to_shape:

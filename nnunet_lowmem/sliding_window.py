@@ -8,14 +8,19 @@ tile exactly as stock's full-size accumulator rounds them, since each voxel sees
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from nnunet_lowmem import kernels
+from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import NonFiniteLogitsError
 from nnunet_lowmem.labelling import LogitsSlab
-from nnunet_lowmem.spill import PlaneStore
+from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.types import PreprocessedCase, Shape3
@@ -79,19 +84,64 @@ class RollingWindow:
     importance : half tensor, shape of a tile
         Weight of each tile voxel, on the device of the window.
     threads : RowThreads
+    folder : Path or None
+        Where to spill the sums; None keeps them on the device of `importance`.
+
+    Attributes
+    ----------
+    attempt : callable
+        Calls what it is given, which may take memory and can be called again.
     """
 
-    def __init__(self, grid: TileGrid, heads: int, importance: torch.Tensor, threads: RowThreads) -> None:
+    def __init__(
+        self,
+        grid: TileGrid,
+        heads: int,
+        importance: torch.Tensor,
+        threads: RowThreads,
+        folder: Path | None = None,
+    ) -> None:
+        near = Place.RAM if importance.device.type == "cpu" else Place.VRAM
+        self._place = near if folder is None else Place.DISK
         self._grid = grid
         self._axis = grid.roll_axis
         self._threads = threads
-        self._importance = importance
-        self._importance_single = importance.float().contiguous().numpy() if importance.device.type == "cpu" else None
+        self.attempt: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
+        self._slab_made: LogitsSlab | None = None
+        self._set_importance(importance)
         shape = list(grid.padded_shape)
         shape[self._axis] = grid.tile_shape[self._axis] + 1
-        self._buffer = torch.zeros((heads, *shape), dtype=torch.half, device=importance.device)
+        self._buffer = self._zeros((heads, *shape), folder)
         self._weight_sum = torch.zeros(shape, dtype=torch.half, device=importance.device)
         self._position = 0
+
+    def _zeros(self, shape: tuple[int, ...], folder: Path | None) -> torch.Tensor:
+        if folder is None:
+            return torch.zeros(shape, dtype=torch.half, device=self._importance.device)
+        return torch.from_numpy(spilled_array(shape, np.dtype(np.float16), folder))
+
+    def _set_importance(self, importance: torch.Tensor) -> None:
+        self._importance = importance
+        self._importance_single = importance.float().contiguous().numpy() if importance.device.type == "cpu" else None
+
+    def move_to_ram(self, folder: Path | None) -> None:
+        """Take all sums off the device, or out of RAM into a file of `folder`; the slab that is out moves along."""
+        shape = tuple(self._buffer.shape)
+        array = np.empty(shape, np.float16) if folder is None else spilled_array(shape, np.dtype(np.float16), folder)
+        with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
+            buffer = torch.from_numpy(array)
+            buffer.copy_(self._buffer)
+            self._weight_sum = self._weight_sum.cpu()
+            self._set_importance(self._importance.cpu())
+        self._buffer = buffer
+        if self._slab_made is not None:
+            self._slab_made.buffer = buffer
+
+    def follow(self, plan: Plan, folder: Path) -> None:
+        """Move to where a new plan wants the sums."""
+        if plan.placement.window is not self._place:
+            self._place = plan.placement.window
+            self.move_to_ram(folder if self._place is Place.DISK else None)
 
     @property
     def device(self) -> torch.device:
@@ -141,9 +191,12 @@ class RollingWindow:
         for plane in range(1, 1 + stop - start):
             logits = self._buffer.select(self._axis + 1, plane)
             logits.div_(self._weight_sum.select(self._axis, plane))
-            if not torch.isfinite(logits).all():
+            if not self._is_finite(logits):
                 raise NonFiniteLogitsError(_describe_non_finite(logits, self._grid, start + plane - 1))
         return self._slab(start, stop)
+
+    def _is_finite(self, logits: torch.Tensor) -> bool:
+        return bool(self.attempt(lambda: torch.isfinite(logits).all()))
 
     def _slab(self, start: int, stop: int) -> LogitsSlab:
         """Cut the padding off: only an axis with a single tile is padded, so slabs themselves never are."""
@@ -154,7 +207,7 @@ class RollingWindow:
             origin[axis], shape[axis] = 1 - halo, stop - start + halo
         else:
             origin[axis], start, stop = 1 + grid.padding[axis], 0, grid.image_shape[axis]
-        return LogitsSlab(
+        self._slab_made = LogitsSlab(
             axis=axis,
             start=start,
             stop=stop,
@@ -163,6 +216,7 @@ class RollingWindow:
             origin=(origin[0], origin[1], origin[2]),
             shape=(shape[0], shape[1], shape[2]),
         )
+        return self._slab_made
 
     def advance(self, stop: int) -> None:
         """Move the window so that it starts at plane `stop`."""
@@ -210,13 +264,23 @@ def roll(
     for row_start, final in grid.rows():
         with torch.inference_mode():
             for start in grid.row_tiles(row_start):
-                logits = network(source.tile(start).to(device))[0].to(window.device)
+                tile = window.attempt(partial(_tile_logits, network, source, start, device))
+                logits = window.attempt(partial(_to_device_of, window, tile))
+                del tile
                 window.add(logits[:, None] if grid.flat else logits, start)
                 del logits
                 on_tile()
         if final > row_start:
             yield window.finish(final)
             window.advance(final)
+
+
+def _tile_logits(network: TileNetwork, source: TileSource, start: Shape3, device: torch.device) -> torch.Tensor:
+    return network(source.tile(start).to(device))[0]
+
+
+def _to_device_of(window: RollingWindow, logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(window.device)
 
 
 def average_folds(

@@ -6,7 +6,11 @@ belong to the system's cache and not to this process.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nnunet_lowmem.errors import WriteError
+from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.types import Shape3
 
 
@@ -37,6 +43,7 @@ class PlaneStore:
         self._plane_shape = (heads, *(shape[a] for a in range(3) if a != axis))
         self._plane_bytes = 2 * int(np.prod(self._plane_shape))
         self._planes = shape[axis]
+        self._folder = folder
         self._ram = np.empty((self._planes, *self._plane_shape), np.float16) if folder is None else None
         self._file = None if folder is None else tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed in __exit__
 
@@ -58,7 +65,8 @@ class PlaneStore:
             return
         assert self._file is not None
         self._file.seek(position * self._plane_bytes)
-        _write_all(self._file, values.reshape(-1).view(np.uint8).data)
+        with _told(self._folder):
+            _write_all(self._file, values.reshape(-1).view(np.uint8).data)
 
     def read_plane(self, position: int) -> torch.Tensor:
         """Return one plane as a half tensor, shape (heads, ...) without the slab axis."""
@@ -90,12 +98,36 @@ class PlaneStore:
             view = view[count:]
 
 
+@contextmanager
+def _told(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"arrays cannot be spilled to {folder}: {error.strerror or error}; make room there or choose another "
+            "folder with --tmp_dir"
+        ) from error
+
+
 def _write_all(file: object, view: memoryview) -> None:
     while len(view):
         view = view[file.write(view) :]  # type: ignore[attr-defined]  # an unbuffered file may write less than asked
 
 
 def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: Path) -> NDArray[np.generic]:
-    """Return an array backed by a file in `folder`; the file has no name where the system allows it."""
+    """Return an array of zeros backed by a file in `folder`; the file has no name where the system allows it.
+
+    Its pages are the system's cache: it writes them out and takes them back when memory is short.
+
+    Raises
+    ------
+    WriteError
+        If the folder has too little room.
+    """
     with tempfile.TemporaryFile(dir=folder) as file:
+        size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+        require_free_bytes(folder, size_bytes)
+        with _told(folder):
+            if hasattr(os, "posix_fallocate"):  # a page of a sparse file that finds no room would end the process
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)

@@ -89,6 +89,13 @@ def zoom_cubic_slices(read: ReadBlock, shape: tuple[int, int, int], out: Float32
     threads.run(write, len(np.unique(source)))
 
 
+def working_bytes(shape: tuple[int, int, int]) -> int:
+    """Bytes that `zoom_cubic` takes for a volume of this shape, beside its result and the blocks of its threads."""
+    length, rows, columns = (size + 2 * _PAD for size in shape)
+    depth = isqrt(length)
+    return 8 * (-(-length // depth) + 1 + depth + 3) * rows * columns
+
+
 @lru_cache(maxsize=1)
 def matches_scipy() -> bool:
     """Whether the kernels of this module give SciPy's results bit for bit on this machine."""

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,6 +386,60 @@ def test_estimate_prints_plans_and_predicts_nothing(real, root, tmp_path, capsys
 def test_estimate_of_a_case_that_does_not_fit(real, root, tmp_path, capsys):
     arguments = command_line(root, {**real, "-o": f"{tmp_path}/out", "--max_ram": "1M"})
     assert cli.predict_entry_point([*arguments, "--estimate"]) == 3
+    assert "case head does not fit: RAM projected" in capsys.readouterr().out
+
+
+def test_estimate_as_json(real, root, tmp_path, capsys):
+    arguments = command_line(root, {**real, "-o": f"{tmp_path}/out"})
+    assert cli.predict_entry_point([*arguments, "--estimate", "--json"]) == 0
+    (case,) = json.loads(capsys.readouterr().out)
+    assert case["case"] == "head"
+    assert case["fits"]
+    assert case["original_shape"] == [37, 44, 37]
+    least, unspilled = case["least_ram_bytes"], case["least_ram_unspilled_bytes"]
+    assert 0 < least <= unspilled <= case["projected_bytes"]["RAM"] <= case["budget_bytes"]["RAM"]
+    assert case["reserved_bytes"]["RAM"] < least
+
+
+def test_json_alone_is_refused(real, root, tmp_path, capsys):
+    assert cli.predict_entry_point([*command_line(root, {**real, "-o": f"{tmp_path}/out"}), "--json"]) == 2
+    assert_one_line(capsys.readouterr().err, ("--json", "--estimate"))
+
+
+def test_budget_from_the_environment(real, root, tmp_path, capsys, monkeypatch):
+    arguments = command_line(root, {**real, "-o": f"{tmp_path}/out"})
+    monkeypatch.setenv("nnUNet_lowmem_max_ram", "1M")
+    assert cli.predict_entry_point([*arguments, "--estimate"]) == 3
+    assert cli.predict_entry_point([*arguments, "--estimate", "--max_ram", "9G"]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv("nnUNet_lowmem_max_ram", "lots")
+    assert cli.predict_entry_point([*arguments, "--estimate"]) == 2
+    assert_one_line(capsys.readouterr().err, ("nnUNet_lowmem_max_ram", "'lots'"))
+
+
+def test_more_ram_than_there_is_is_allowed_with_a_warning(real, root, tmp_path, caplog):
+    arguments = command_line(root, {**real, "-o": f"{tmp_path}/out", "--max_ram": "999T"})
+    assert cli.predict_entry_point([*arguments, "--estimate"]) == 0
+    assert "--max_ram" in caplog.text
+    assert "more than there is" in caplog.text
+
+
+def test_tmp_dir_that_takes_no_byte(real, root, tmp_path, capsys):
+    """/proc is a folder that nobody, not even root, can write to."""
+    assert run(root, {**real, "-o": f"{tmp_path}/out", "--tmp_dir": "/proc"}) == 2
+    assert_one_line(capsys.readouterr().err, ("--tmp_dir", "/proc"))
+
+
+def test_estimates_of_a_thousand_cases_take_seconds(real, root, tmp_path, capsys):
+    source = next(Path(real["-i"]).glob("*_0000.nii.gz"))
+    (tmp_path / "many").mkdir()
+    for number in range(1000):
+        os.link(source, tmp_path / "many" / f"case{number:04d}_0000.nii.gz")
+    arguments = command_line(root, {**real, "-i": f"{tmp_path}/many", "-o": f"{tmp_path}/out"})
+    start_s = time.process_time()
+    assert cli.predict_entry_point([*arguments, "--estimate"]) == 0
+    assert time.process_time() - start_s < 30
+    assert capsys.readouterr().out.count("plan for case") == 1000
 
 
 # -- the other command

@@ -24,15 +24,18 @@ switching
 predictor
 case_predictor case_loop
 probabilities logits_predictor prefetching
-export
-preprocessing sliding_window nnunet_adapter model_loading workers console budget
+export warming console
+estimating
+case_planning
+preprocessing_memory sliding_window
+preprocessing nnunet_adapter model_loading workers budget
 input_checks
-trust model_limits image_reading labelling cases reporting job network_memory stall_watch
+trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch spill
 records
 files
 label_kernels device_labelling planner memory process_tree
-kernels spline stored_voxels finite_voxels
-resampling spill tiling halves headers threads nonzero model_files measuring verifying watchdog clock
+kernels spline stored_voxels finite_voxels allocations
+resampling tiling halves headers threads nonzero model_files measuring verifying watchdog clock
 plugin rebinding running
 types interruption
 errors
@@ -44,6 +47,7 @@ MAY_IMPORT_NNUNET = {
     "case_predictor",
     "logits_predictor",
     "preprocessing",
+    "preprocessing_memory",
     "nnunet_adapter",
     "image_reading",
     "model_loading",
@@ -51,7 +55,7 @@ MAY_IMPORT_NNUNET = {
     "input_checks",
     "ensembling",
 }
-MUST_BE_PURE = {"planner", "tiling", "types", "errors", "resampling"}
+MUST_BE_PURE = {"planner", "allocations", "tiling", "types", "errors", "resampling"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

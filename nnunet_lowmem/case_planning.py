@@ -1,0 +1,261 @@
+"""Plans of real cases: what the planner has to know, read from headers, plans and images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_lowmem import nnunet_adapter, preprocessing
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
+from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.nnunet_adapter import CaseGeometry
+from nnunet_lowmem.planner import Plan, all_plans, closest_plan, plan_case
+from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, stored_voxel_bytes
+from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.spill import spilled_array
+from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.types import PreprocessedCase
+
+_SINGLE_BYTES, _HALF_BYTES = 4, 2
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """nnU-Net's objects that describe a model, and how it is to be run.
+
+    Attributes
+    ----------
+    plans, configuration, labels
+        nnU-Net's managers.
+    step_size : float
+    device : str
+        Type of the network's device.
+    window_on_device : bool
+    """
+
+    plans: Any
+    configuration: Any
+    labels: Any
+    step_size: float
+    device: str
+    window_on_device: bool
+
+
+class CasePlanner:
+    """Makes plans for the cases of one model.
+
+    Parameters
+    ----------
+    description : ModelDescription
+    model : ModelFacts
+    """
+
+    def __init__(self, description: ModelDescription, model: ModelFacts) -> None:
+        self.description = description
+        self.model = model
+
+    def closest(self, facts: CaseFacts, budget: Budget) -> Plan:
+        """Plan a case; what does not fit is seen by the plan itself."""
+        return closest_plan(self.model, facts, budget, self.description.device, self.description.window_on_device)
+
+    def plan(self, facts: CaseFacts, budget: Budget) -> Plan:
+        """Plan a case, or refuse it.
+
+        Raises
+        ------
+        BudgetError
+            If no placement fits.
+        """
+        return plan_case(self.model, facts, budget, self.description.device, self.description.window_on_device)
+
+    def all(self, facts: CaseFacts, budget: Budget) -> tuple[Plan, ...]:
+        """Return every plan there is, fastest first."""
+        described = self.description
+        return tuple(all_plans(self.model, facts, budget, described.device, described.window_on_device))
+
+    def facts_of_files(
+        self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool
+    ) -> CaseFacts:
+        """Return upper bounds from the first header, as if nothing were cropped.
+
+        Raises
+        ------
+        UsageError
+            If the header cannot be read.
+        """
+        shape, spacing = read_header(files[0])
+        return self._upper_bounds(
+            name, files, stored_voxel_bytes(files[0]), shape, spacing, previous_stage is not None, probabilities
+        )
+
+    def facts_of_array(
+        self, name: str, image: NDArray[Any], spacing: Sequence[float], has_previous_stage: bool, probabilities: bool
+    ) -> CaseFacts:
+        """Return upper bounds for an image in memory, shape (channels, x, y, z)."""
+        return self._upper_bounds(
+            name, (), image.dtype.itemsize, image.shape[1:], spacing, has_previous_stage, probabilities
+        )
+
+    def facts_of_image(
+        self, name: str, case: PreprocessedCase, probabilities: bool, before: CaseFacts | None = None
+    ) -> CaseFacts:
+        """Return what is known once the image is preprocessed; `before` tells what that took."""
+        geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
+        inputs = InputBytes(0, 0) if before is None else InputBytes(before.reading_bytes, before.preprocessing_bytes)
+        place = Place.DISK if isinstance(case.image, np.memmap) else Place.RAM
+        stage_bytes = 0 if case.previous_stage is None else case.previous_stage.nbytes
+        facts = self._facts(name, geometry, case.properties["spacing"], inputs, probabilities)
+        return replace(
+            facts,
+            image_bytes=case.image.nbytes,
+            image_place=place,
+            previous_stage_bytes=stage_bytes,
+        )
+
+    def with_network_shape(self, facts: CaseFacts, shape: Sequence[int]) -> CaseFacts:
+        """Return `facts` for the network grid that cropping has led to."""
+        z, y, x = shape[-3:]
+        patch = tuple(self.description.configuration.patch_size)
+        return replace(
+            facts,
+            grid=tile_grid((z, y, x), patch, self.description.step_size),
+            image_bytes=_SINGLE_BYTES * math.prod(shape),
+        )
+
+    def _upper_bounds(
+        self,
+        name: str,
+        files: Sequence[str],
+        voxel_bytes: int,
+        shape: Sequence[int],
+        spacing: Sequence[float],
+        has_previous_stage: bool,
+        probabilities: bool,
+    ) -> CaseFacts:
+        described = self.description
+        geometry = nnunet_adapter.uncropped_geometry(shape, spacing, described.plans, described.configuration)
+        in_order = [spacing[axis] for axis in described.plans.transpose_forward]
+        inputs = input_bytes(
+            files, voxel_bytes, geometry, in_order, has_previous_stage, described.plans, described.configuration
+        )
+        facts = self._facts(name, geometry, spacing, inputs, probabilities)
+        stage_bytes = 2 * math.prod(geometry.network_shape) if has_previous_stage else 0
+        return replace(facts, previous_stage_bytes=stage_bytes)
+
+    def _facts(
+        self, name: str, geometry: CaseGeometry, spacing: Sequence[float], inputs: InputBytes, probabilities: bool
+    ) -> CaseFacts:
+        described = self.description
+        channels = len(preprocessing.normalisers(described.plans, described.configuration))
+        streams, export = self._export(geometry, spacing, probabilities)
+        return CaseFacts(
+            name=name,
+            grid=tile_grid(geometry.network_shape, tuple(described.configuration.patch_size), described.step_size),
+            original_shape=geometry.original_shape,
+            cropped_shape=geometry.cropped_shape,
+            streams=streams,
+            reading_bytes=inputs.reading,
+            preprocessing_bytes=inputs.preprocessing,
+            image_bytes=channels * _SINGLE_BYTES * math.prod(geometry.network_shape),
+            export_bytes=export,
+        )
+
+    def _export(self, geometry: CaseGeometry, spacing: Sequence[float], probabilities: bool) -> tuple[bool, int]:
+        """Whether slabs are labelled as they come, and what is needed where they cannot be."""
+        described, heads = self.description, self.model.heads
+        original, cropped, network = (
+            math.prod(s) for s in (geometry.original_shape, geometry.cropped_shape, geometry.network_shape)
+        )
+        rule = nnunet_adapter.label_rule(described.labels)
+        if rule is None:  # stock converts all logits at once: float64, halves, float32 of the activation
+            return False, heads * (10 * network + 6 * cropped) + 12 * original
+        properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
+        resampling = nnunet_adapter.logits_resampling(described.plans, described.configuration, geometry, properties)
+        by_softmax = probabilities or (nnunet_adapter.TAKES_ARGMAX_OF_SOFTMAX and rule.ranked)
+        if resampling.tables is not None and not by_softmax:
+            return True, 0
+        group = 1 if resampling.tables is not None else min(heads, nnunet_adapter.HEADS_PER_CALL)
+        resampled = _HALF_BYTES * cropped if group == 1 else group * 8 * (network + cropped)
+        # largest logit, sum of exponentials, close calls, one head in the original grid
+        decision = (12 * cropped + _SINGLE_BYTES * original) if by_softmax else 6 * cropped
+        return False, 2 * group * _HALF_BYTES * network + resampled + decision
+
+
+@dataclass
+class CasePlanning:
+    """One case on its way: planned from its header, again when it is cropped, and when its image exists.
+
+    Attributes
+    ----------
+    planner : CasePlanner
+    budget : Budget
+        With what was in use when the case began.
+    folder : Path
+        Where arrays are spilled.
+    header : CaseFacts or None
+        Upper bounds; None where no header tells.
+    exact : CaseFacts or None
+        What is known once the image is preprocessed.
+    """
+
+    planner: CasePlanner
+    budget: Budget
+    folder: Path
+    header: CaseFacts | None
+    exact: CaseFacts | None = None
+
+    def check(self) -> int:
+        """Refuse what cannot fit whatever is cropped; return the threads that preprocessing may use.
+
+        Raises
+        ------
+        BudgetError
+            If the case as it is, and the least that cropping may leave of it, both do not fit.
+        """
+        if self.header is None:
+            return self.planner.model.threads
+        closest = self.planner.closest(self.header, self.budget)
+        if not closest.fits_everywhere():
+            shape = self.header.grid.tile_shape
+            least = self.planner.with_network_shape(self.header, (1, *shape))
+            least = replace(least, previous_stage_bytes=0, export_bytes=0, cropped_shape=shape)
+            if not self.planner.closest(least, self.budget).fits_everywhere():
+                self.planner.plan(self.header, self.budget)
+        return closest.placement.threads
+
+    def plan(self, name: str, case: PreprocessedCase, probabilities: bool) -> Plan:
+        """Plan what follows preprocessing.
+
+        Raises
+        ------
+        BudgetError
+            If no placement fits.
+        """
+        self.exact = self.planner.facts_of_image(name, case, probabilities, self.header)
+        return self.planner.plan(self.exact, self.budget)
+
+    def recovery(self, plan: Plan) -> Recovery:
+        """Return the ladder for the case that was planned last."""
+        assert self.exact is not None, "a case is planned before it is predicted"
+        return Recovery(plan, self.planner.all(self.exact, self.budget))
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Make the preprocessed image where the plan wants it; called when its size is known.
+
+        Raises
+        ------
+        BudgetError
+            If the cropped case does not fit.
+        """
+        if self.header is None:
+            return np.empty(shape, dtype)
+        plan = self.planner.plan(self.planner.with_network_shape(self.header, shape), self.budget)
+        if plan.placement.image is Place.DISK:
+            return spilled_array(shape, dtype, self.folder)
+        return np.empty(shape, dtype)

@@ -1,0 +1,127 @@
+"""What reading and preprocessing a case take, from headers and plans alone: upper bounds.
+
+Counted here are the arrays of `image_reading`, `preprocessing` and `spline`, and those of nnU-Net's readers and
+functions where they are called as they are. Each rule was checked against measured peaks
+(``tests/test_projection.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import SimpleITK
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+from nnunet_lowmem import preprocessing
+from nnunet_lowmem.nnunet_adapter import CaseGeometry
+from nnunet_lowmem.spline import working_bytes
+
+_PLAIN_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
+_SINGLE_BYTES = 4
+# of a masked normalisation: masks, their filled copy, the masked values and their deviation
+_MASK_BYTES = 16
+# DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
+_STOCK_VOXEL_BYTES, _STOCK_NETWORK_BYTES = 28, 24
+# a previous stage: read as float32, cast, cropped; resampled label by label in float64
+_STAGE_VOXEL_BYTES, _STAGE_NETWORK_BYTES = 20, 24
+
+
+class InputBytes(NamedTuple):
+    """Peaks in bytes: while files are read, and of the input and the working arrays of preprocessing."""
+
+    reading: int
+    preprocessing: int
+
+
+def stored_voxel_bytes(path: str) -> int:
+    """Bytes of one value in a file, by its header; 8, the largest there is, where it does not tell."""
+    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return 8
+    pixel_type = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())  # type: ignore[no-untyped-call]  # as above
+    match = re.search(r"(\d+)-bit", pixel_type)
+    return 8 if match is None else int(match[1]) // 8
+
+
+def input_bytes(
+    files: Sequence[str],
+    voxel_bytes: int,
+    geometry: CaseGeometry,
+    spacing: Sequence[float],
+    has_previous_stage: bool,
+    plans_manager: Any,
+    configuration_manager: Any,
+) -> InputBytes:
+    """Bound what reading and preprocessing take beside the preprocessed image.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Empty for an array in memory.
+    voxel_bytes : int
+        Of one stored value.
+    geometry : CaseGeometry
+        Uncropped.
+    spacing : sequence of float
+        Of the file, axis order of the network.
+    has_previous_stage : bool
+    plans_manager, configuration_manager
+        nnU-Net's description of the model.
+    """
+    rules = preprocessing.normalisers(plans_manager, configuration_manager)
+    voxels, network_voxels = math.prod(geometry.original_shape), math.prod(geometry.network_shape)
+    stage = has_previous_stage * (_STAGE_VOXEL_BYTES * voxels + _STAGE_NETWORK_BYTES * network_voxels)
+    if configuration_manager.preprocessor_class is not DefaultPreprocessor:
+        own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
+        return InputBytes(0, own + stage)
+    reading, stored = _reading(plans_manager.image_reader_writer_class, files, voxel_bytes, voxels, len(rules))
+    kept_bytes = stored // max(1, len(rules) * voxels)
+    work = max(_normalising(rule, kept_bytes) for rule in rules) * voxels
+    work += _resampling(geometry, spacing, configuration_manager, len(rules))
+    return InputBytes(reading, stored + work + stage)
+
+
+def _reading(reader: type, files: Sequence[str], voxel_bytes: int, voxels: int, channels: int) -> tuple[int, int]:
+    """Peak while reading, and what stays: all channels."""
+    if not files:
+        return 0, channels * voxels * _SINGLE_BYTES
+    count, stored = len(files), channels * voxels * voxel_bytes
+    file_bytes = stored // count
+    if all(str(file).lower().endswith(_PLAIN_ENDINGS) for file in files):
+        if reader is SimpleITKIO:
+            # the image of the file before is alive, and ITK's NIfTI reader has a buffer of its own
+            through_nifti = any(".nii" in str(file).lower()[-7:] for file in files)
+            return stored + file_bytes * (1 + (count > 1 and through_nifti)), stored
+        if reader is NibabelIO:
+            return stored + file_bytes, stored
+    whole = channels * voxels * _SINGLE_BYTES
+    return voxels * (8 * channels + _SINGLE_BYTES + voxel_bytes), whole
+
+
+def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
+    """Bytes per voxel beside the stored channels.
+
+    Rules that look at a whole channel take it as float32, and numpy's deviation holds a copy.
+    """
+    if type(rule) in preprocessing.VOXELWISE:
+        return 0
+    masks = _MASK_BYTES if preprocessing.needs_mask(rule) else 0
+    return masks + (4 if stored_voxel_bytes == _SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
+
+
+def _resampling(geometry: CaseGeometry, spacing: Sequence[float], configuration: Any, channels: int) -> int:
+    shape, new_shape = geometry.cropped_shape, geometry.network_shape
+    new_spacing = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]
+    grid = preprocessing.Grid(shape, list(spacing), new_shape, new_spacing)
+    if preprocessing.bounded_resampling(configuration.resampling_fn_data, grid) is not None:
+        return 0 if shape == new_shape else working_bytes(shape)
+    voxels, network_voxels = math.prod(shape), math.prod(new_shape)
+    return channels * _SINGLE_BYTES * (voxels + network_voxels) + 16 * max(voxels, network_voxels)

@@ -1,0 +1,118 @@
+"""Going on when memory cannot be had although the plan said it fits: somebody else took it meanwhile.
+
+An operation that fails changes nothing, so it is simply tried again after a step down the ladder: the fastest plan that
+takes less where memory ran out. What has been predicted stays; the window moves with all its sums. Any error that is
+not about memory passes through.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+
+from nnunet_lowmem.allocations import Place, Stage
+from nnunet_lowmem.errors import MemoryExhaustedError
+from nnunet_lowmem.memory import format_gib, return_freed_memory
+from nnunet_lowmem.planner import Plan, next_plan
+
+T = TypeVar("T")
+Attempt = Callable[[Callable[[], object]], object]
+
+# torch raises a bare RuntimeError where the C library has no memory for a CPU tensor
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+_logger = logging.getLogger(__name__)
+
+
+class Recovery:
+    """The ladder of one case.
+
+    Parameters
+    ----------
+    plan : Plan
+        What the case began with.
+    plans : iterable of Plan
+        All there are, fastest first; those that change what cannot be changed under way are left out.
+
+    Attributes
+    ----------
+    plan : Plan
+        What holds now.
+    steps : list of str
+        What was done, with numbers.
+    listeners : list of callable
+        Called with each new plan.
+    """
+
+    def __init__(self, plan: Plan, plans: Iterable[Plan]) -> None:
+        self.plan = plan
+        self.steps: list[str] = []
+        self.listeners: list[Callable[[Plan], None]] = []
+        self._plans = [other for other in plans if _fixed(other) == _fixed(plan)]
+
+    def run(self, operation: Callable[[], T]) -> T:
+        """Return ``operation()``, tried again with less and less memory.
+
+        Raises
+        ------
+        MemoryExhaustedError
+            When the last step did not help either.
+        """
+        while True:
+            try:
+                return operation()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # its frames hold what was allocated until then
+                traceback.clear_frames(error.__traceback__)
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                place = Place.RAM if is_about_ram(error) else Place.VRAM
+            self._step_down(place, reason)
+
+    def _step_down(self, place: Place, reason: str) -> None:
+        following = next_plan(self._plans, self.plan, place)
+        if following is None:
+            story = "; ".join([*self.steps, reason])
+            raise MemoryExhaustedError(
+                f"case {self.plan.case}: {place.value} ran out, and nothing is left to be made smaller: {story}. "
+                f"Projected were {format_gib(_predicting(self.plan, place))}; end what else takes memory"
+            )
+        step = (
+            f"{place.value} ran out ({reason}): from {format_gib(_predicting(self.plan, place))} projected to "
+            f"{format_gib(_predicting(following, place))}, with {following.placement.in_words()}, "
+            f"{following.placement.slab_planes or 'all'} planes labelled at a time in blocks of "
+            f"{format_gib(following.placement.block_bytes)}"
+        )
+        self.steps.append(step)
+        _logger.warning("case %s: %s", self.plan.case, step)
+        self.plan = following
+        for listener in self.listeners:
+            listener(following)
+        return_freed_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory could not be had; no other RuntimeError is one."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or is_about_ram(error)
+
+
+def is_about_ram(error: BaseException) -> bool:
+    """Tell whether it was RAM and not the device's memory."""
+    return isinstance(error, MemoryError) or (type(error) is RuntimeError and _CPU_ALLOCATOR in str(error))
+
+
+def _predicting(plan: Plan, place: Place) -> int:
+    return plan.budget.reserved(place) + plan.planned_bytes(place, Stage.PREDICTION)
+
+
+def _fixed(plan: Plan) -> tuple[object, ...]:
+    """Return what cannot be changed while a case is predicted."""
+    chosen = plan.placement
+    return chosen.image, chosen.label_map, chosen.planes, chosen.threads

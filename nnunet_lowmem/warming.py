@@ -1,0 +1,31 @@
+"""Runs every kernel once on a few voxels, so that what compilers take counts as reserved and not as a case's."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from nnunet_lowmem import network_memory, spline
+from nnunet_lowmem.labelling import LabelRule, SlabLabeller
+from nnunet_lowmem.resampling import resampling_tables
+from nnunet_lowmem.sliding_window import RollingWindow
+from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiling import tile_grid
+
+
+@cache
+def warm_up(ranked: bool, label_type: str, dimensions: int) -> None:
+    """Load or compile the kernels that a model of this kind needs; does nothing the second time."""
+    network_memory.warm_up(dimensions)
+    spline.matches_scipy()
+    grid = tile_grid((4, 4, 4), (4, 4, 4), 0.5)
+    labels = np.zeros((7, 7, 7), label_type)
+    rule = LabelRule(ranked, np.arange(3, dtype=np.uint16), labels.dtype)
+    with RowThreads(1) as threads:
+        window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half), threads)
+        window.add(torch.rand((2, *grid.tile_shape)), (0, 0, 0))
+        labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)
+        labeller.add(window.finish(4))
+        labeller.finish()

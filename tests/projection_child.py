@@ -1,0 +1,82 @@
+"""Predicts a folder in a process of its own and tells, as JSON, what was projected and what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.allocations import Place
+from nnunet_lowmem.errors import CasesFailedError
+
+
+def data_bytes() -> int:
+    return 1024 * int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmData" in x).split()[1])
+
+
+def limited(begin):
+    """Let no more be taken than the budget of the case leaves."""
+
+    def begin_with_limit(*arguments):
+        planning = begin(*arguments)
+        budget = planning.budget
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + budget.ram_bytes - budget.reserved_ram_bytes,) * 2)
+        return planning
+
+    return begin_with_limit
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    told = []
+
+    def tell(report) -> None:
+        placement = report.plan.placement
+        told.append(
+            {
+                "projected": report.plan.projected_bytes(Place.RAM),
+                "budget": report.plan.budget.ram_bytes,
+                "reserved": report.plan.budget.reserved_ram_bytes,
+                "measured": report.peak_bytes,
+                "stages": report.measured_bytes,
+                "planned": {
+                    s.value: report.plan.planned_bytes(Place.RAM, s) for s in type(report.plan.fullest_stage(Place.RAM))
+                },
+                "placement": {name: getattr(value, "value", value) for name, value in vars(placement).items()},
+                "allocations": [(a.name, a.place.value, a.size_bytes) for a in report.plan.allocations],
+            }
+        )
+
+    predictor = LowMemPredictor(
+        device=torch.device("cpu"),
+        use_mirroring=options.get("mirroring", False),
+        allow_tqdm=False,
+        max_ram=options.get("max_ram"),
+        tmp_dir=options["tmp_dir"],
+        on_case=tell,
+        kernel_threads=options.get("threads", 2),
+    )
+    predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
+    if options.get("limit"):
+        predictor._begin = limited(predictor._begin)
+    error = None
+    try:
+        predictor.predict_from_files(options["images"], options["output"])
+    except CasesFailedError as failure:
+        error = str(failure)
+    outputs = sorted(Path(options["output"]).glob("*.nii.gz"))
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs]
+    left = [str(path) for path in Path(options["tmp_dir"]).iterdir()]
+    planning = predictor._planning
+    plans = planning.planner.all(planning.header, planning.budget)
+    least = min(plan.projected_bytes(Place.RAM) for plan in plans)
+    print(json.dumps({"least": least, "cases": told, "outputs": digests, "left": left, "error": error}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Fifty cases in a row leave nothing behind: no memory, no file, no thread, no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from factory import ModelSpec
+
+CHILD = """
+import json, os, sys, threading
+from pathlib import Path
+import psutil, torch
+from nnunet_lowmem import LowMemPredictor
+
+options = json.loads(sys.argv[1])
+told = []
+
+def tell(report):
+    process = psutil.Process()
+    told.append([process.memory_info().rss, threading.active_count(), len(process.children(recursive=True)),
+                 process.num_fds()])
+
+predictor = LowMemPredictor(
+    device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False, tmp_dir=options["tmp_dir"], on_case=tell
+)
+predictor.initialize_from_trained_model_folder(options["model"], [0])
+before = sorted(thread.name for thread in threading.enumerate())
+predictor.predict_from_files(options["images"], options["output"])
+threads = sorted(thread.name for thread in threading.enumerate())
+print(json.dumps({"told": told, "left": os.listdir(options["tmp_dir"]), "before": before, "threads": threads}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts file descriptors")
+def test_fifty_cases_leave_nothing_behind(images, models, tmp_path):
+    files = images("head")
+    model = models(ModelSpec(), files)
+    for name in ("images", "tmp"):
+        (tmp_path / name).mkdir()
+    for number in range(50):
+        os.link(files[0], tmp_path / "images" / f"case{number:02d}_0000.nii.gz")
+    options = {"model": model, "images": str(tmp_path / "images"), "output": str(tmp_path / "out")}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps({**options, "tmp_dir": str(tmp_path / "tmp")})],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=280,
+    )
+    told = json.loads(child.stdout.splitlines()[-1])
+    assert len(told["told"]) == 50
+    after_third, after_last = told["told"][2], told["told"][-1]
+    assert after_last[0] <= 1.05 * after_third[0]
+    assert after_last[1:] == after_third[1:]
+    assert told["left"] == []
+    # tqdm's monitor is one per process, whoever shows a bar first
+    assert [name for name in told["threads"] if name != "tqdm_monitor"] == told["before"]
+    assert len(list(Path(options["output"]).glob("case*.nii.gz"))) == 50

@@ -1,0 +1,153 @@
+"""What is projected holds: real predictions of real models, measured, and under a hard limit of the kernel.
+
+Each runs in a process of its own, since what a process has once taken hides what the next case takes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+from conftest import CT, read
+from factory import ModelSpec
+
+MIB = 2**20
+CHILD = Path(__file__).with_name("projection_child.py")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.timeout(600),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, the shape (x, y, z), spacing and type of its image, and options of the predictor."""
+
+    spec: ModelSpec
+    shape: tuple[int, int, int] = (320, 320, 120)
+    spacing: tuple[float, float, float] = (1.2, 1.2, 2.5)
+    voxels: int = SimpleITK.sitkInt16
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def ct(**changes) -> ModelSpec:
+    common = {"channels": ("CT",), "normalisation": ("CTNormalization",), "features": (4, 6)}
+    return ModelSpec(**{**common, "spacing": (3.0, 2.0, 2.0), "patch_size": (32, 64, 64), **changes})
+
+
+def mr(mask: bool) -> ModelSpec:
+    return ct(channels=("a", "b", "c"), normalisation=("ZScoreNormalization",) * 3, use_mask_for_norm=(mask,) * 3)
+
+
+FOLDS = ct(labels=30, spacing=(5.0, 4.0, 4.0), patch_size=(24, 48, 48), folds=(0, 1, 2), mirror_axes=(0, 1, 2))
+MANY = ct(labels=60, spacing=(4.0, 3.0, 3.0), patch_size=(24, 48, 48))
+RUNS = {
+    "tiny": Run(ct(patch_size=(24, 28, 20)), (60, 50, 40), (3.0, 3.0, 3.0)),
+    "few classes": Run(ct(labels=5)),
+    "many classes": Run(MANY),
+    "three channels": Run(mr(False), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
+    "three folds, mirrored": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True}),
+    "heads as a whole": Run(ct(labels=12, spacing=(4.0, 3.0, 3.0), patch_size=(24, 48, 48), resampling="torch")),
+    "masked": Run(mr(True), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
+    "two-dimensional": Run(ct(labels=6, spacing=(2.0, 2.0), patch_size=(128, 128))),
+    "NibabelIO": Run(ct(labels=5, reader="NibabelIO")),
+    "NibabelIOWithReorient": Run(ct(labels=5, reader="NibabelIOWithReorient")),
+    "regions": Run(ct(labels={"background": 0, "both": [1, 2], "one": [2]}, regions_class_order=(1, 2))),
+}
+QUICK = ("tiny", "many classes")
+
+
+def scan(shape, spacing, voxels) -> SimpleITK.Image:
+    """The bundled CT, mirrored until it fills the field of view."""
+    source = read(CT)
+    array = SimpleITK.GetArrayFromImage(source)
+    needed = [int(n * s / step) + 2 for n, s, step in zip(shape, spacing, source.GetSpacing(), strict=True)]
+    padding = [(0, max(0, n - size)) for n, size in zip(needed[::-1], array.shape, strict=True)]
+    filled = SimpleITK.GetImageFromArray(np.pad(array, padding, mode="symmetric"))
+    filled.SetSpacing(source.GetSpacing())
+    grid = (shape, SimpleITK.Transform(), SimpleITK.sitkLinear, filled.GetOrigin(), spacing, filled.GetDirection())
+    return SimpleITK.Resample(filled, *grid, 1.0, voxels)
+
+
+@pytest.fixture(scope="module")
+def predict(models, tmp_path_factory):
+    """Predict a `Run` in a process of its own and return what it tells."""
+
+    def write_images(name: str, run: Run, shape, spacing) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        for channel in range(len(run.spec.channels)):
+            SimpleITK.WriteImage(scan(shape, spacing, run.voxels), str(folder / f"case_{channel:04d}.nii.gz"))
+        return folder
+
+    images: dict[str, Path] = {}
+
+    def in_child(name: str, **options) -> dict[str, Any]:
+        run = RUNS[name]
+        if name not in images:
+            images[name] = write_images("images", run, run.shape, run.spacing)
+            small = write_images("small", run, (40, 40, 30), (5.0, 5.0, 5.0))
+            models(run.spec, sorted(map(str, small.iterdir())))
+            images[f"model of {name}"] = Path(models(run.spec, sorted(map(str, small.iterdir()))))
+        root = tmp_path_factory.mktemp("run")
+        (root / "tmp").mkdir()
+        given = {"model": str(images[f"model of {name}"]), "images": str(images[name]), "output": str(root / "out")}
+        told = subprocess.run(
+            [sys.executable, str(CHILD), json.dumps({**given, "tmp_dir": str(root / "tmp"), **run.options, **options})],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(told.stdout.splitlines()[-1])
+
+    return in_child
+
+
+def assert_promise_kept(told: dict[str, Any]) -> None:
+    assert told["error"] is None
+    assert told["left"] == []
+    (case,) = told["cases"]
+    assert case["measured"] <= case["projected"] <= case["budget"], case
+    assert case["projected"] <= 1.25 * case["measured"] + 64 * MIB, case
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+def test_measured_is_within_projected_and_projected_is_no_exaggeration(predict, name):
+    assert_promise_kept(predict(name))
+
+
+@pytest.mark.parametrize(
+    "name, shares",
+    [
+        ("many classes", [0.0]),
+        pytest.param("many classes", [0.5, 1.0], marks=pytest.mark.slow),
+        pytest.param("three folds, mirrored", [0.0, 0.5, 1.0], marks=pytest.mark.slow),
+    ],
+)
+def test_spilling_changes_no_label_and_holds_under_a_hard_limit(predict, name, shares):
+    free = predict(name)
+    (case,) = free["cases"]
+    most, least = case["projected"], free["least"]
+    assert least < most
+    reserved_varies_bytes = 12 * MIB
+    for share in shares:
+        told = predict(name, max_ram=int(least + share * (most - least)) + reserved_varies_bytes, limit=True)
+        assert_promise_kept(told)
+        assert told["outputs"] == free["outputs"]
+        spilled = [name for name, place in told["cases"][0]["placement"].items() if place == "disk"]
+        assert bool(spilled) == (share < 1), spilled
+
+
+def test_a_case_below_the_smallest_budget_is_refused_before_work(predict):
+    told = predict("tiny", max_ram=100 * MIB)
+    assert told["cases"] == []
+    assert told["outputs"] == []
+    for word in ("case case does not fit", "budget 0.10 GiB", "reserved", "--max_ram"):
+        assert word in told["error"]

@@ -1,0 +1,217 @@
+"""Every rung of the ladder, driven by a simulated accelerator: torch's tensors count as its memory, numpy's as RAM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnunet_lowmem import device_labelling
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
+from nnunet_lowmem.errors import MemoryExhaustedError
+from nnunet_lowmem.labelling import LabelRule, SlabLabeller, SlabLimits
+from nnunet_lowmem.network_memory import LiveTensorBytes
+from nnunet_lowmem.planner import all_plans, plan_case
+from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.resampling import resampling_tables
+from nnunet_lowmem.sliding_window import RollingWindow, TileSource, roll
+from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.types import PreprocessedCase
+
+MIB = 2**20
+CPU = torch.device("cpu")
+
+
+class Accelerator(LiveTensorBytes):
+    """A device with so many bytes."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        super().__init__()
+        self.capacity_bytes = capacity_bytes
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        size_bytes = tensor.numel() * tensor.element_size()
+        if self.live_bytes + size_bytes > self.capacity_bytes:
+            raise torch.cuda.OutOfMemoryError(f"tried to allocate {size_bytes} bytes")
+        super()._count(tensor)
+
+
+class DeviceLabeller(SlabLabeller):
+    """Labels with torch operations as long as the window is on the device."""
+
+    def __init__(self, *arguments, window: RollingWindow) -> None:
+        super().__init__(*arguments)
+        self.window = window
+
+    def _label_box(self, buffer, origin, shape, tables, labels) -> None:
+        if self.window._place is not Place.VRAM:
+            super()._label_box(buffer, origin, shape, tables, labels)
+            return
+        box = buffer
+        for axis in range(3):
+            box = box.narrow(axis + 1, origin[axis], shape[axis])
+        winners = device_labelling.winners(box, tables, self._rule.ranked, self.limits.block_bytes)
+        labels[...] = self._rule.values[winners]
+
+
+@dataclass
+class Task:
+    """A random image, a network of one convolution, and the labels without any limit."""
+
+    heads: int
+    shape: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    output: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.heads)
+        self.grid = tile_grid(self.shape, self.patch, 0.5)
+        image = np.random.default_rng(1).standard_normal((1, *self.shape), np.float32)
+        self.case = PreprocessedCase(image, None, {})
+        self.convolution = nn.Conv3d(1, self.heads, 3, padding=1).requires_grad_(False)
+        self.convolution.weight.data = torch.randn(self.convolution.weight.shape, generator=generator)
+        with torch.inference_mode(), LiveTensorBytes() as counter:
+            self.network(torch.zeros((1, 1, *self.patch)))
+        self.activation_bytes = counter.peak_bytes + 4 * int(np.prod(self.patch))
+        self.tables = resampling_tables(self.shape, self.output, None)
+        self.rule = LabelRule(True, np.arange(self.heads + 1, dtype=np.uint16), np.dtype(np.uint8))
+
+    def network(self, tile: torch.Tensor) -> torch.Tensor:
+        return self.convolution(tile)
+
+    def plans(self, budget: Budget) -> tuple:
+        model = ModelFacts(self.heads, 1, 1, 0, self.activation_bytes, 1)
+        case = CaseFacts("sim", self.grid, self.output, self.output, True, 0, 0, 0, image_place=Place.RAM)
+        return plan_case(model, case, budget, "cuda"), list(all_plans(model, case, budget, "cuda"))
+
+    def predict(self, recovery: Recovery, folder, capacity_bytes: int) -> tuple[np.ndarray, int]:
+        labels = np.zeros(self.output, np.uint8)
+        chosen = recovery.plan.placement
+        with RowThreads(1) as threads, Accelerator(capacity_bytes) as device:
+            importance = torch.ones(self.grid.tile_shape, dtype=torch.half)
+            window = RollingWindow(
+                self.grid, self.heads, importance, threads, folder if chosen.window is Place.DISK else None
+            )
+            if chosen.window is Place.VRAM:
+                window._place = Place.VRAM
+            window.attempt = recovery.run
+            limits = SlabLimits(chosen.slab_planes, chosen.block_bytes)
+            labeller = DeviceLabeller(self.tables, self.rule, labels, threads, limits, window=window)
+            labeller.attempt = recovery.run
+            recovery.listeners += [partial(window.follow, folder=folder), labeller.follow]
+            source = TileSource(self.case, self.grid)
+            for slab in roll(self.network, source, self.grid, window, CPU, lambda: None):
+                labeller.add(slab)
+            labeller.finish()
+        return labels, device.peak_bytes
+
+
+TASKS = [
+    Task(5, (40, 30, 32), (16, 16, 16), (55, 41, 60)),
+    Task(40, (40, 30, 32), (16, 16, 16), (40, 30, 32)),
+    Task(12, (12, 60, 50), (24, 20, 24), (30, 75, 90)),
+]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.heads} heads")
+def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path):
+    roomy, _ = task.plans(Budget())
+    expected, peak = task.predict(Recovery(roomy, ()), tmp_path, 2**40)
+    assert roomy.placement.window is Place.VRAM
+    assert peak <= roomy.projected_bytes(Place.VRAM)
+    seen = set()
+    for vram in np.linspace(task.activation_bytes, roomy.projected_bytes(Place.VRAM), 12).astype(int):
+        plan, _ = task.plans(Budget(vram_bytes=int(vram)))
+        labels, peak = task.predict(Recovery(plan, ()), tmp_path, 2**40)
+        if plan.placement.window is Place.VRAM:
+            assert peak <= plan.projected_bytes(Place.VRAM) <= vram
+        np.testing.assert_array_equal(labels, expected)
+        seen.add((plan.placement.window, plan.placement.block_bytes, plan.placement.slab_planes))
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.heads} heads")
+def test_memory_that_is_gone_costs_no_tile_and_no_label(task, tmp_path, caplog):
+    plan, plans = task.plans(Budget())
+    expected, peak = task.predict(Recovery(plan, plans), tmp_path, 2**40)
+    tiles, rungs = [], set()
+    network = task.network
+    try:
+        task.network = lambda tile: tiles.append(1) or network(tile)
+        for capacity in np.linspace(0.3 * peak, 0.99 * peak, 10).astype(int):
+            tiles.clear()
+            recovery = Recovery(plan, plans)
+            try:
+                labels, within = task.predict(recovery, tmp_path, int(capacity))
+            except MemoryExhaustedError:
+                continue
+            except torch.cuda.OutOfMemoryError:  # not even the empty window: no tile has been lost
+                assert not tiles
+                continue
+            np.testing.assert_array_equal(labels, expected)
+            assert within <= capacity
+            # one failed attempt per step at most
+            assert task.grid.tile_count <= len(tiles) <= task.grid.tile_count + len(recovery.steps)
+            assert all("GiB projected to" in step for step in recovery.steps)
+            rungs.update([recovery.plan.placement.window, recovery.plan.placement.block_bytes] * bool(recovery.steps))
+    finally:
+        del task.network
+    assert (Place.RAM if task.heads != 12 else 16 * MIB) in rungs
+    assert "case sim: VRAM ran out" in caplog.text
+
+
+def test_window_goes_to_disk_when_ram_runs_out(tmp_path):
+    task = TASKS[0]
+    plan, plans = task.plans(Budget(vram_bytes=task.activation_bytes + MIB))
+    expected, _ = task.predict(Recovery(plan, plans), tmp_path, 2**40)
+    assert plan.placement.window is Place.RAM
+    recovery = Recovery(plan, plans)
+    failures = iter([False] * 5 + [True] * 2)
+    network = task.network
+
+    def failing(tile: torch.Tensor) -> torch.Tensor:
+        if next(failures, False):
+            raise MemoryError("Unable to allocate 1 GiB")
+        return network(tile)
+
+    try:
+        task.network = failing
+        labels, _ = task.predict(recovery, tmp_path, 2**40)
+    finally:
+        del task.network
+    np.testing.assert_array_equal(labels, expected)
+    assert len(recovery.steps) == 2
+    assert recovery.plan.placement.window is Place.DISK
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("no"), KeyError("x")])
+def test_other_errors_pass_through(error):
+    plan, plans = TASKS[0].plans(Budget())
+    recovery = Recovery(plan, plans)
+
+    def operation() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        recovery.run(operation)
+    assert caught.value is error
+    assert recovery.steps == []
+
+
+def test_the_last_rung_tells_the_whole_story():
+    plan, plans = TASKS[0].plans(Budget())
+    recovery = Recovery(plan, plans)
+
+    def operation() -> None:
+        raise torch.cuda.OutOfMemoryError("tried to allocate 5 GiB")
+
+    with pytest.raises(MemoryExhaustedError) as caught:
+        recovery.run(operation)
+    assert 1 <= len(recovery.steps) < len(plans)
+    assert all(step in str(caught.value) for step in recovery.steps)
+    assert "case sim" in str(caught.value)
