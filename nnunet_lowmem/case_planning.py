@@ -16,7 +16,7 @@ from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.nnunet_adapter import CaseGeometry
 from nnunet_lowmem.planner import Plan, all_plans, closest_plan, plan_case
-from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, stored_voxel_bytes
+from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.spill import spilled_array
 from nnunet_lowmem.tiling import tile_grid
@@ -91,16 +91,14 @@ class CasePlanner:
         """
         shape, spacing = read_header(files[0])
         return self._upper_bounds(
-            name, files, stored_voxel_bytes(files[0]), shape, spacing, previous_stage is not None, probabilities
+            name, files, voxel_type(files[0]), shape, spacing, previous_stage is not None, probabilities
         )
 
     def facts_of_array(
         self, name: str, image: NDArray[Any], spacing: Sequence[float], has_previous_stage: bool, probabilities: bool
     ) -> CaseFacts:
         """Return upper bounds for an image in memory, shape (channels, x, y, z)."""
-        return self._upper_bounds(
-            name, (), image.dtype.itemsize, image.shape[1:], spacing, has_previous_stage, probabilities
-        )
+        return self._upper_bounds(name, (), image.dtype, image.shape[1:], spacing, has_previous_stage, probabilities)
 
     def facts_of_image(
         self, name: str, case: PreprocessedCase, probabilities: bool, before: CaseFacts | None = None
@@ -132,7 +130,7 @@ class CasePlanner:
         self,
         name: str,
         files: Sequence[str],
-        voxel_bytes: int,
+        voxels_as: np.dtype[Any],
         shape: Sequence[int],
         spacing: Sequence[float],
         has_previous_stage: bool,
@@ -142,7 +140,7 @@ class CasePlanner:
         geometry = nnunet_adapter.uncropped_geometry(shape, spacing, described.plans, described.configuration)
         in_order = [spacing[axis] for axis in described.plans.transpose_forward]
         inputs = input_bytes(
-            files, voxel_bytes, geometry, in_order, has_previous_stage, described.plans, described.configuration
+            files, voxels_as, geometry, in_order, has_previous_stage, described.plans, described.configuration
         )
         facts = self._facts(name, geometry, spacing, inputs, probabilities)
         stage_bytes = 2 * math.prod(geometry.network_shape) if has_previous_stage else 0

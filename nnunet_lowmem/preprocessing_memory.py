@@ -8,11 +8,10 @@ functions where they are called as they are. Each rule was checked against measu
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import SimpleITK
+import numpy as np
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -20,8 +19,8 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunet_lowmem import preprocessing
 from nnunet_lowmem.nnunet_adapter import CaseGeometry
 from nnunet_lowmem.spline import working_bytes
+from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, is_nifti, itk_dtype, itk_information
 
-_PLAIN_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
 _SINGLE_BYTES = 4
 # of a masked normalisation: masks, their filled copy, the masked values and their deviation
 _MASK_BYTES = 16
@@ -38,22 +37,17 @@ class InputBytes(NamedTuple):
     preprocessing: int
 
 
-def stored_voxel_bytes(path: str) -> int:
-    """Bytes of one value in a file, by its header; 8, the largest there is, where it does not tell."""
-    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
-    reader.SetFileName(path)
+def voxel_type(path: str) -> np.dtype[Any]:
+    """Type of the values that a file gives, by its header; the largest there is where it does not tell."""
     try:
-        reader.ReadImageInformation()
+        return itk_dtype(itk_information(path))
     except RuntimeError:
-        return 8
-    pixel_type = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())  # type: ignore[no-untyped-call]  # as above
-    match = re.search(r"(\d+)-bit", pixel_type)
-    return 8 if match is None else int(match[1]) // 8
+        return np.dtype(np.float64)
 
 
 def input_bytes(
     files: Sequence[str],
-    voxel_bytes: int,
+    voxels_as: np.dtype[Any],
     geometry: CaseGeometry,
     spacing: Sequence[float],
     has_previous_stage: bool,
@@ -66,8 +60,8 @@ def input_bytes(
     ----------
     files : sequence of str
         Empty for an array in memory.
-    voxel_bytes : int
-        Of one stored value.
+    voxels_as : numpy dtype
+        Type of the stored values.
     geometry : CaseGeometry
         Uncropped.
     spacing : sequence of float
@@ -82,28 +76,26 @@ def input_bytes(
     if configuration_manager.preprocessor_class is not DefaultPreprocessor:
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
-    reading, stored = _reading(plans_manager.image_reader_writer_class, files, voxel_bytes, voxels, len(rules))
+    reading, stored = _reading(plans_manager.image_reader_writer_class, files, voxels_as, voxels, len(rules))
     kept_bytes = stored // max(1, len(rules) * voxels)
     work = max(_normalising(rule, kept_bytes) for rule in rules) * voxels
     work += _resampling(geometry, spacing, configuration_manager, len(rules))
     return InputBytes(reading, stored + work + stage)
 
 
-def _reading(reader: type, files: Sequence[str], voxel_bytes: int, voxels: int, channels: int) -> tuple[int, int]:
+def _reading(
+    reader: type, files: Sequence[str], voxels_as: np.dtype[Any], voxels: int, channels: int
+) -> tuple[int, int]:
     """Peak while reading, and what stays: all channels."""
     if not files:
         return 0, channels * voxels * _SINGLE_BYTES
-    count, stored = len(files), channels * voxels * voxel_bytes
-    file_bytes = stored // count
-    if all(str(file).lower().endswith(_PLAIN_ENDINGS) for file in files):
-        if reader is SimpleITKIO:
-            # the image of the file before is alive, and ITK's NIfTI reader has a buffer of its own
-            through_nifti = any(".nii" in str(file).lower()[-7:] for file in files)
-            return stored + file_bytes * (1 + (count > 1 and through_nifti)), stored
-        if reader is NibabelIO:
-            return stored + file_bytes, stored
+    stored = channels * voxels * voxels_as.itemsize
+    if reader in (SimpleITKIO, NibabelIO) and all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
+        # NIfTI files are read in place, unless a slope makes floats of what is stored
+        in_place = voxels_as.kind in "iub" and all(is_nifti(file) for file in files)
+        return stored + (0 if in_place else stored // len(files)), stored
     whole = channels * voxels * _SINGLE_BYTES
-    return voxels * (8 * channels + _SINGLE_BYTES + voxel_bytes), whole
+    return voxels * (8 * channels + _SINGLE_BYTES + voxels_as.itemsize), whole
 
 
 def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
