@@ -29,6 +29,8 @@ _IMPORTANCE_BYTES = 6
 HEAP_BYTES = 64 * MIB
 # stack, and blocks of a few MiB that a kernel's thread reads and normalises
 THREAD_BYTES = 16 * MIB
+# a process that has imported torch and nnU-Net, and compiled the kernels of preprocessing
+WORKER_BYTES = 640 * MIB
 _BUFFER_BYTES = 16 * MIB
 
 
@@ -94,6 +96,8 @@ class ModelFacts:
         The largest checkpoint, which is read as a whole before each fold.
     threads : int
         Threads of the compiled kernels.
+    worker_bytes : int
+        Of a process that preprocesses the next case meanwhile; 0 without one.
     """
 
     heads: int
@@ -104,6 +108,7 @@ class ModelFacts:
     label_bytes: int
     checkpoint_bytes: int = 0
     threads: int = 1
+    worker_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,8 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
         yield Allocation("labels of the previous stage", ram, case.previous_stage_bytes, tuple(Stage)[1:])
     yield Allocation("threads of the kernels", ram, placement.threads * THREAD_BYTES, tuple(Stage)[1:])
     yield Allocation("freed blocks that the allocator keeps", ram, HEAP_BYTES, tuple(Stage))
+    if model.worker_bytes:
+        yield Allocation("process that preprocesses the next case", ram, model.worker_bytes, tuple(Stage))
     if model.checkpoint_bytes:
         yield Allocation("checkpoint while it is read", ram, model.checkpoint_bytes, (Stage.LOADING,))
     if model.weight_bytes:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from nnunet_lowmem.allocations import Budget
-from nnunet_lowmem.measuring import process_tree_bytes
+from nnunet_lowmem.measuring import process_bytes, process_tree_bytes
 from nnunet_lowmem.memory import (
     asked_bytes,
     available_ram,
@@ -30,7 +30,11 @@ _logger = logging.getLogger(__name__)
 
 
 def machine_budget(
-    max_ram: int | str | None, max_vram: int | str | None, device: torch.device, tmp_dir: Path | None = None
+    max_ram: int | str | None,
+    max_vram: int | str | None,
+    device: torch.device,
+    tmp_dir: Path | None = None,
+    with_children: bool = True,
 ) -> Budget:
     """Read the machine and apply the wishes of the user; what is in use now becomes the reserved part.
 
@@ -43,6 +47,8 @@ def machine_budget(
         The network's.
     tmp_dir : Path, optional
         Where arrays are spilled; the system's folder for temporary files if not given.
+    with_children : bool
+        Whether what child processes hold is reserved; False where it is planned.
 
     Raises
     ------
@@ -50,7 +56,7 @@ def machine_budget(
         If a wish is no size above zero.
     """
     return_freed_memory()
-    reserved_ram = process_tree_bytes()
+    reserved_ram = process_tree_bytes() if with_children else process_bytes()
     machine = available_ram()
     ram = asked_bytes("--max_ram", max_ram, total_ram_bytes())
     if ram is None:

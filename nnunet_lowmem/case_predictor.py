@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, nnunet_adapter
-from nnunet_lowmem.allocations import Place
+from nnunet_lowmem.allocations import WORKER_BYTES, Place
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import StageClock, trace
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
@@ -43,6 +44,7 @@ class CasePredictor(LogitsPredictor):
 
     _planning: CasePlanning | None = None
     _preprocessing_threads = 1
+    _worker_bytes = 0
 
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
@@ -66,12 +68,12 @@ class CasePredictor(LogitsPredictor):
         """
         self._warm_up()
         budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
-        limit = budget.limit(Place.VRAM if self.device.type == "cuda" else Place.RAM)
-        if self._measured_facts is None:
-            facts = self._model_facts(None if limit is None else limit - budget.reserved_ram_bytes)
-            budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
-        else:
-            facts = self._measured_facts
+        place = Place.VRAM if self.device.type == "cuda" else Place.RAM
+        limit = budget.limit(place)
+        facts = self._model_facts(None if limit is None else limit - budget.reserved(place))
+        facts = replace(facts, worker_bytes=self._worker_bytes)
+        # running a tile may have left something behind
+        budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir, self._worker_bytes == 0)
         planner = CasePlanner(self._description(), facts)
         header = None
         if job.files is not None:
@@ -80,6 +82,26 @@ class CasePredictor(LogitsPredictor):
         self._planning = CasePlanning(planner, budget, folder, header)
         self._preprocessing_threads = self._planning.check()
         return self._planning
+
+    def _prefetch_fits(self, jobs: Sequence[Job], folder: Path, probabilities: bool) -> bool:
+        """Whether every case fits beside a process that preprocesses any other; remembered in its plans then."""
+        self._worker_bytes = 0
+        facts = []
+        for job in jobs:
+            try:
+                planning = self._begin(job, folder, probabilities) if not facts else self._planning
+            except BudgetError:
+                return False
+            if planning is None or planning.header is None or job.files is None:
+                return False
+            with suppress(UsageError):
+                facts.append(planning.planner.facts_of_files(job.name, *job.files, probabilities))
+        assert planning is not None, "there is a job"
+        largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
+        planner = CasePlanner(self._description(), replace(planning.planner.model, worker_bytes=WORKER_BYTES + largest))
+        fits = all(planner.closest(case, planning.budget).fits_everywhere() for case in facts)
+        self._worker_bytes = WORKER_BYTES + largest if fits else 0
+        return fits
 
     def _warm_up(self) -> None:
         rule = nnunet_adapter.label_rule(self.label_manager)

@@ -119,7 +119,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.continue_on_error = continue_on_error
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
-        self._measured_facts: ModelFacts | None = None
+        self._measured: tuple[Any, ModelFacts] | None = None
         self.on_plan = on_plan
         self.on_case = on_case
 
@@ -152,7 +152,6 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
         self.network = model.network
         self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints, self.trust)
-        self._measured_facts = None
         self._load_weights(model.weights, 0)
         nnunet_adapter.check_reader(self.plans_manager)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
@@ -281,8 +280,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _model_facts(self, measure_below: int | None) -> ModelFacts:
         """Tell the planner of the model; one tile is run to measure it, if it may take less than given."""
-        if self._measured_facts is not None:
-            return self._measured_facts
+        if self._measured is not None and self._measured[0] is self.network:
+            return self._measured[1]
         checkpoints = getattr(self.list_of_parameters, "checkpoints", ())
         tile_bytes = self._estimated_tile_bytes(CPU_SCRATCH_FACTOR if self.device.type == "cpu" else 1.0)
         measures = measure_below is not None and self._estimated_tile_bytes(1.0) < measure_below
@@ -299,7 +298,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             checkpoint_bytes=max((path.stat().st_size for path in checkpoints), default=0),
             threads=self.kernel_threads,
         )
-        self._measured_facts = facts if measures else None
+        self._measured = (self.network, facts) if measures else None
         return facts
 
     def _input_channels(self) -> int:
@@ -316,7 +315,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def _measured_tile_bytes(self) -> int:
         """Peak of a run on one tile. Mirroring along one axis holds as much as along all of them."""
         tile = torch.zeros((1, self._input_channels(), *self.configuration_manager.patch_size), device=self.device)
-        axes: Any = self.allowed_mirroring_axes  # type: ignore[has-type]  # stock's
+        axes: Any = self.allowed_mirroring_axes
         self.network.eval()
         try:
             self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None

@@ -42,6 +42,11 @@ def process_tree_bytes(pid: int | None = None) -> int:
     return sum(map(_proportional_bytes, _tree_pids(os.getpid() if pid is None else pid)))
 
 
+def process_bytes() -> int:
+    """Return the bytes of anonymous and shared memory of this process without its descendants."""
+    return _proportional_bytes(os.getpid())
+
+
 class PeakSampler:
     """Watch the memory of a process tree from a thread, stage by stage.
 

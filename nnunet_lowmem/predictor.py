@@ -116,7 +116,9 @@ class LowMemPredictor(CasePredictor):
         require_space(jobs, self.dataset_json["file_ending"], 1 if rule is None else rule.dtype.itemsize)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = jobs
-            if self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0)):
+            self._worker_bytes = 0
+            prefetches = self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0))
+            if prefetches and self._prefetch_fits(jobs, folder, save_probabilities):
                 waiting = stack.enter_context(self._prefetcher(folder)).jobs(jobs)
             try:
                 results = self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)

@@ -59,6 +59,7 @@ def main() -> None:
         max_ram=options.get("max_ram"),
         tmp_dir=options["tmp_dir"],
         on_case=tell,
+        prefetch=options.get("prefetch"),
         kernel_threads=options.get("threads", 2),
     )
     predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))

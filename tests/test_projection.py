@@ -6,9 +6,11 @@ Each runs in a process of its own, since what a process has once taken hides wha
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def predict(models, tmp_path_factory):
 
     images: dict[str, Path] = {}
 
-    def in_child(name: str, **options) -> dict[str, Any]:
+    def in_child(name: str, cases: int = 1, **options) -> dict[str, Any]:
         run = RUNS[name]
         if name not in images:
             images[name] = write_images("images", run, run.shape, run.spacing)
@@ -97,8 +99,11 @@ def predict(models, tmp_path_factory):
             models(run.spec, sorted(map(str, small.iterdir())))
             images[f"model of {name}"] = Path(models(run.spec, sorted(map(str, small.iterdir()))))
         root = tmp_path_factory.mktemp("run")
+        (root / "images").mkdir()
+        for number, path in product(range(cases), images[name].iterdir()):
+            os.link(path, root / "images" / path.name.replace("case", f"case{number}"))
         (root / "tmp").mkdir()
-        given = {"model": str(images[f"model of {name}"]), "images": str(images[name]), "output": str(root / "out")}
+        given = {"model": str(images[f"model of {name}"]), "images": str(root / "images"), "output": str(root / "out")}
         told = subprocess.run(
             [sys.executable, str(CHILD), json.dumps({**given, "tmp_dir": str(root / "tmp"), **run.options, **options})],
             capture_output=True,
@@ -145,9 +150,23 @@ def test_spilling_changes_no_label_and_holds_under_a_hard_limit(predict, name, s
         assert bool(spilled) == (share < 1), spilled
 
 
+@pytest.mark.slow
+def test_a_process_that_prefetches_is_inside_the_budget(predict):
+    alone = predict("few classes", cases=3)
+    beside = predict("few classes", cases=3, prefetch=True)
+    assert beside["outputs"] == alone["outputs"]
+    for one, two in zip(alone["cases"], beside["cases"], strict=True):
+        assert two["measured"] <= two["projected"] <= two["budget"]
+        assert two["projected"] > one["projected"] + 500 * MIB
+    least = max(case["projected"] for case in alone["cases"]) + 50 * MIB
+    tight = predict("few classes", cases=3, prefetch=True, max_ram=least)
+    assert tight["outputs"] == alone["outputs"]
+    assert all(case["measured"] <= case["projected"] <= least for case in tight["cases"])
+
+
 def test_a_case_below_the_smallest_budget_is_refused_before_work(predict):
     told = predict("tiny", max_ram=100 * MIB)
     assert told["cases"] == []
     assert told["outputs"] == []
-    for word in ("case case does not fit", "budget 0.10 GiB", "reserved", "--max_ram"):
+    for word in ("case case0 does not fit", "budget 0.10 GiB", "reserved", "--max_ram"):
         assert word in told["error"]
