@@ -14,7 +14,7 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, nnunet_adapter
-from nnunet_lowmem.allocations import WORKER_BYTES, Place
+from nnunet_lowmem.allocations import WORKER_BYTES, CaseFacts, Place
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job
@@ -86,7 +86,7 @@ class CasePredictor(LogitsPredictor):
     def _prefetch_fits(self, jobs: Sequence[Job], folder: Path, probabilities: bool) -> bool:
         """Whether every case fits beside a process that preprocesses any other; remembered in its plans then."""
         self._worker_bytes = 0
-        facts = []
+        facts: list[CaseFacts] = []
         for job in jobs:
             try:
                 planning = self._begin(job, folder, probabilities) if not facts else self._planning

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK
 import torch
 from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
@@ -428,6 +429,20 @@ def test_tmp_dir_that_takes_no_byte(real, root, tmp_path, capsys):
     """/proc is a folder that nobody, not even root, can write to."""
     assert run(root, {**real, "-o": f"{tmp_path}/out", "--tmp_dir": "/proc"}) == 2
     assert_one_line(capsys.readouterr().err, ("--tmp_dir", "/proc"))
+
+
+def test_a_case_of_absurd_size_is_refused_and_the_others_are_predicted(real, root, tmp_path, capsys):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    image = SimpleITK.ReadImage(str(next(Path(real["-i"]).glob("*_0000.nii.gz"))))
+    SimpleITK.WriteImage(image, str(folder / "usual_0000.nii.gz"))
+    image.SetSpacing((600.0, 600.0, 600.0))
+    SimpleITK.WriteImage(image, str(folder / "huge_0000.nii.gz"))
+    wanted = {**real, "-i": str(folder), "-o": f"{tmp_path}/out"}
+    assert cli.predict_entry_point([*command_line(root, wanted), "--estimate"]) == 3
+    assert "case huge does not fit" in capsys.readouterr().out
+    assert run(root, wanted) == 3
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["usual.nii.gz"]
 
 
 def test_estimates_of_a_thousand_cases_take_seconds(real, root, tmp_path, capsys):
