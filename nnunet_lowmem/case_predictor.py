@@ -26,7 +26,7 @@ from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.memory import return_freed_memory
 from nnunet_lowmem.planner import Plan
-from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
+from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
@@ -65,7 +65,11 @@ class CasePredictor(LogitsPredictor):
         Raises
         ------
         BudgetError
+        UsageError
+            If the header is not to be believed: that comes first, or its size would be blamed.
         """
+        if job.files is not None:
+            check_headers(job.files[0], self.plans_manager, self.configuration_manager)
         self._warm_up()
         budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
         place = Place.VRAM if self.device.type == "cuda" else Place.RAM

@@ -250,7 +250,10 @@ class LowMemPredictor(CasePredictor):
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport]:
         with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
-            clock.listeners += [partial(watch.mark, job.name), *([sampler.mark] if sampler else [])]
+            clock.listeners.append(partial(watch.mark, job.name))
+            if sampler is not None:
+                clock.listeners.append(sampler.mark)
+                watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):
                 planning = self._begin(job, folder, probabilities)
                 case = job.load()

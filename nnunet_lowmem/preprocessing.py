@@ -118,7 +118,7 @@ def preprocess_case(
         If the files cannot be read, do not fit each other or have another number of channels than the model.
     """
     reader = plans_manager.image_reader_writer_class
-    check_case(image_files, reader, len(configuration_manager.normalization_schemes), configuration_manager.spacing)
+    check_headers(image_files, plans_manager, configuration_manager)
     if previous_stage_file is not None:
         check_stored(previous_stage_file, accept_nan)
     if configuration_manager.preprocessor_class is not DefaultPreprocessor:
@@ -133,6 +133,20 @@ def preprocess_case(
     previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
     case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
     return case.preprocess(threads, allocate)
+
+
+def check_headers(
+    image_files: Sequence[str], plans_manager: PlansManager, configuration_manager: ConfigurationManager
+) -> None:
+    """Refuse a case by its headers.
+
+    Raises
+    ------
+    UsageError
+        With the file and what is the matter.
+    """
+    channels = len(configuration_manager.normalization_schemes)
+    check_case(image_files, plans_manager.image_reader_writer_class, channels, configuration_manager.spacing)
 
 
 def preprocess_array(

@@ -1,7 +1,7 @@
 """The main process under the same clock as its workers: a stage without progress says where it is, and goes on waiting.
 
-Progress is a change of stage or CPU time that grows, anywhere in the process tree. Nothing is ended here: who waits for
-a network file system or a driver may still get it.
+Progress is a change of stage or CPU time that grows, anywhere in the process tree but in the watch itself. Nothing is
+ended here: who waits for a network file system or a driver may still get it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 from nnunet_lowmem.memory import format_gib
@@ -29,11 +30,17 @@ class StallWatch:
     limits : WorkerLimits
     device : str
         Named in what is logged.
+
+    Attributes
+    ----------
+    observed_s : callable
+        CPU seconds that other observers have taken so far; they are no progress, either.
     """
 
     def __init__(self, limits: WorkerLimits, device: str) -> None:
         self._clock = ProgressClock(limits, time.monotonic())
         self._device = device
+        self.observed_s: Callable[[], float] = float
         self._case, self._stage = "", ""
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -63,7 +70,8 @@ class StallWatch:
         while not self._stopped.wait(self._clock.look_s):
             with self._lock:
                 now = time.monotonic()
-                self._clock.look(now, self._tree.cpu_s())
+                # looking takes CPU time, too, and more of it the longer nothing else happens
+                self._clock.look(now, self._tree.cpu_s() - time.thread_time() - self.observed_s())
                 overdue = self._clock.overdue()
                 if overdue:
                     self._clock.report(now, new_stage=True)  # say it once per limit
