@@ -15,6 +15,7 @@ from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
 from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.memory import format_gib, free_disk_bytes
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
 from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, read_raw_header
 
@@ -111,8 +112,16 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
     return remaining
 
 
-def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int) -> None:
-    """Refuse a run whose label maps cannot fit the disk, however well they compress.
+def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int, probability_bytes: int = 0) -> None:
+    """Refuse a run whose files cannot fit the disk, however well they compress; say how large probabilities can get.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+    file_ending : str
+        Of the label maps.
+    voxel_bytes, probability_bytes : int
+        Of one voxel in a label map, and in the archive of probabilities: of all heads.
 
     Raises
     ------
@@ -120,7 +129,17 @@ def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int) -> No
         With the bytes needed and free.
     """
     shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
-    needed: dict[Path, int] = {}
+    for folder, voxels in _voxels_by_folder(jobs).items():
+        require_free_bytes(
+            folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
+        )
+        if probability_bytes:
+            _tell_size_of_probabilities(folder, voxels * probability_bytes)
+
+
+def _voxels_by_folder(jobs: Sequence[Job]) -> dict[Path, int]:
+    """Voxels that will be written to each folder, by headers."""
+    voxels: dict[Path, int] = {}
     for job in jobs:
         if job.output is None or job.files is None:
             continue
@@ -130,6 +149,17 @@ def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int) -> No
                 read_raw_header(file)  # one that promises more than its file can hold needs no space
             shape, _ = read_header(file)
             folder = Path(job.output).parent
-            needed[folder] = needed.get(folder, 0) + math.prod(shape) * voxel_bytes // shrinks
-    for folder, size_bytes in needed.items():
-        require_free_bytes(folder, size_bytes)
+            voxels[folder] = voxels.get(folder, 0) + math.prod(shape)
+    return voxels
+
+
+def _tell_size_of_probabilities(folder: Path, size_bytes: int) -> None:
+    with suppress(UsageError):  # a file system that cannot be asked
+        free = free_disk_bytes(folder)
+        logger.log(
+            logging.INFO if free >= size_bytes else logging.WARNING,
+            "probabilities may take as much as %s in %s, where %s are free; they compress little",
+            format_gib(size_bytes),
+            folder,
+            format_gib(free),
+        )

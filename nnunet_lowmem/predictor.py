@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -112,8 +113,7 @@ class LowMemPredictor(CasePredictor):
             jobs = without_those_done(jobs, self.run_report)
         if not jobs:
             return None
-        rule = nnunet_adapter.label_rule(self.label_manager)
-        require_space(jobs, self.dataset_json["file_ending"], 1 if rule is None else rule.dtype.itemsize)
+        self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = jobs
             self._worker_bytes = 0
@@ -144,6 +144,16 @@ class LowMemPredictor(CasePredictor):
             load = partial(self._preprocess_files, files, stage)
             jobs.append(Job(model_files.case_name(files, ending), output, load, (files, stage), recipe))
         return jobs
+
+    def _require_space(self, jobs: list[Job], probabilities: bool) -> None:
+        rule = nnunet_adapter.label_rule(self.label_manager)
+        heads_bytes = self.label_manager.num_segmentation_heads * np.dtype(self.probabilities_dtype).itemsize
+        require_space(
+            jobs,
+            self.dataset_json["file_ending"],
+            1 if rule is None else rule.dtype.itemsize,
+            heads_bytes if probabilities else 0,
+        )
 
     def _fingerprint(self, probabilities: bool) -> str:
         """Checksum of all that the labels depend on, beside the images."""

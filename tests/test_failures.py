@@ -173,6 +173,23 @@ def test_run_that_cannot_fit_the_disk_is_refused_before_it_starts(model, cases, 
     assert not list(tmp_path.glob("*.nii.gz"))
 
 
+@pytest.mark.parametrize(("dtype", "level"), [("float32", "WARNING"), ("float16", "INFO")])
+def test_size_of_probabilities_is_told_before_the_start(model, cases, tmp_path, monkeypatch, caplog, dtype, level):
+    """Room for two bytes per voxel and head: too little for the probabilities of stock, enough for half of them."""
+    import shutil
+
+    caplog.set_level("INFO", logger="nnunet_lowmem")
+    voxels = read_voxels(Path(cases[0][0])).size
+    predictor = make_predictor(LowMemPredictor, model, (0,), probabilities_dtype=dtype)
+    free = 2 * voxels * predictor.label_manager.num_segmentation_heads
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    predictor.predict_from_files(cases[:1], outputs(cases[:1], tmp_path), save_probabilities=True)
+    (told,) = [record for record in caplog.records if "probabilities may take" in record.message]
+    assert told.levelname == level
+    assert f"in {tmp_path}" in told.message
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Mount an empty file system of a given size; only root may."""
