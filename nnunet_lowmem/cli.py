@@ -164,9 +164,12 @@ def _predict(options: argparse.Namespace) -> int:
     console.set_torch_threads(device)
     with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints
         predictor = _predictor(options, device, model_folder)
-        predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
+        if options.estimate:
+            predictor.describe_trained_model_folder(model_folder, options.f, options.chk)
+            found = list(predictor.estimate(options.i, options.save_probabilities))
+        else:
+            predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
     if options.estimate:
-        found = predictor.estimate(options.i, options.save_probabilities)
         return console.print_estimates(found, options.json, options.verbose)
     try:
         predictor.predict_from_files(

@@ -23,7 +23,7 @@ from nnunet_lowmem import export, interruption, model_files, nnunet_adapter
 from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
 from nnunet_lowmem.labelling import LogitsSlab
-from nnunet_lowmem.model_loading import check_finite, load_model
+from nnunet_lowmem.model_loading import Model, check_finite, load_model
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.recovering import Recovery
@@ -139,10 +139,33 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             If a file is missing or unreadable, or the weights do not fit the network of the plans.
         """
         checkpoints = model_files.checkpoint_files(model_training_output_dir, use_folds, checkpoint_name)
+        model = self._describe(model_training_output_dir, checkpoints, "cpu")
+        self._load_weights(model.weights, 0)
+        if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
+            self.network = torch.compile(self.network)
+
+    def describe_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | int | str | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """As `initialize_from_trained_model_folder`, but read no weights: enough for `estimate`, and for nothing else.
+
+        Raises
+        ------
+        ModelError
+            If a file is missing or unreadable.
+        """
+        checkpoints = model_files.checkpoint_files(model_training_output_dir, use_folds, checkpoint_name)
+        self._describe(model_training_output_dir, checkpoints, "meta")
+
+    def _describe(self, folder: str, checkpoints: Sequence[Path], device: str) -> Model:
+        """Set the attributes that describe the model, its network without its weights."""
         if self.trust.everything:
-            logger.warning("%s is trusted: the code it holds or names is run", model_training_output_dir)
+            logger.warning("%s is trusted: the code it holds or names is run", folder)
         try:
-            model = load_model(Path(model_training_output_dir), checkpoints[0], self.trust)
+            model = load_model(Path(folder), checkpoints[0], self.trust, device)
         except LowMemError:
             raise
         except Exception as error:
@@ -152,10 +175,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
         self.network = model.network
         self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints, self.trust)
-        self._load_weights(model.weights, 0)
         nnunet_adapter.check_reader(self.plans_manager)
-        if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
-            self.network = torch.compile(self.network)
+        return model
 
     def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
         network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
@@ -292,7 +313,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             heads=self.label_manager.num_segmentation_heads,
             channels=self._input_channels(),
             folds=_fold_count(self.list_of_parameters),
-            weight_bytes=0 if measures or self.device.type == "cpu" else weight_bytes(self.network),
+            weight_bytes=0 if measures or self._has_weights_in_place() else weight_bytes(self.network),
             activation_bytes=tile_bytes,
             label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
             checkpoint_bytes=max((path.stat().st_size for path in checkpoints), default=0),
@@ -300,6 +321,10 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         )
         self._measured = (self.network, facts) if measures else None
         return facts
+
+    def _has_weights_in_place(self) -> bool:
+        """Whether the weights are in RAM and are used there: they count as reserved then."""
+        return self.device.type == "cpu" and not any(weight.is_meta for weight in self.network.parameters())
 
     def _input_channels(self) -> int:
         return nnunet_adapter.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)

@@ -44,8 +44,10 @@ class Model:
     weights: Mapping[str, Any]
 
 
-def load_model(folder: Path, checkpoint_file: Path, trust: Trust) -> Model:
+def load_model(folder: Path, checkpoint_file: Path, trust: Trust, device: str = "cpu") -> Model:
     """Read a model folder and build its network, as ``initialize_from_trained_model_folder`` does.
+
+    On the device "meta" no weights are read and the network takes no memory: enough to tell what it would take.
 
     Raises
     ------
@@ -55,7 +57,7 @@ def load_model(folder: Path, checkpoint_file: Path, trust: Trust) -> Model:
     dataset_json = model_files.read_json(folder / "dataset.json")
     model_files.check_file_ending(dataset_json, folder / "dataset.json")
     plans = model_files.read_json(folder / "plans.json")
-    checkpoint = trust.load_checkpoint(checkpoint_file)
+    checkpoint = trust.load_checkpoint(checkpoint_file, device)
     if not trust.everything:
         model_limits.check_raw_plans(plans)
     plans_manager = PlansManager(plans)
@@ -81,7 +83,7 @@ def load_model(folder: Path, checkpoint_file: Path, trust: Trust) -> Model:
         dataset_json=dataset_json,
         trainer_name=checkpoint["trainer_name"],
         mirroring_axes=_mirroring_axes(checkpoint, checkpoint_file),
-        network=build(),
+        network=(_built_without_weights(build) if device == "meta" else None) or build(),
         weights=checkpoint["network_weights"],
     )
 
@@ -116,12 +118,17 @@ def _build(trainer: Any, plans: Any, configuration: Any, channels: int, heads: i
 
 def _weights_needed(build: Callable[[], nn.Module]) -> int:
     """Count the weights of the network that `build` makes, without their memory; 0 where that cannot be done."""
+    network = _built_without_weights(build)
+    return 0 if network is None else sum(tensor.numel() for tensor in network.state_dict().values())
+
+
+def _built_without_weights(build: Callable[[], nn.Module]) -> nn.Module | None:
+    """Build a network whose tensors have no memory; None where it needs real data while it is built."""
     try:
         with torch.device("meta"):
-            network = build()
-    except Exception:  # a network that needs real data while it is built
-        return 0
-    return sum(tensor.numel() for tensor in network.state_dict().values())
+            return build()
+    except Exception:  # whatever a stranger's network meets there
+        return None
 
 
 def _mirroring_axes(checkpoint: Mapping[str, Any], file: Path) -> Any:

@@ -77,8 +77,8 @@ class Trust:
     packages: tuple[str, ...] = ()
     everything: bool = False
 
-    def load_checkpoint(self, path: Path) -> dict[str, Any]:
-        """Read a checkpoint, tensors on the CPU.
+    def load_checkpoint(self, path: Path, device: str = "cpu") -> dict[str, Any]:
+        """Read a checkpoint, its tensors to a device; to "meta" their bytes are not read.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class Trust:
             If the file cannot be read as a checkpoint, or holds what no trainer of nnU-Net stores.
         """
         try:
-            checkpoint = self._load(path)
+            checkpoint = self._load(path, device)
         except ModelError:
             raise
         except Exception as error:
@@ -97,9 +97,9 @@ class Trust:
             )
         return checkpoint
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, device: str) -> Any:
         if self.everything:
-            return torch.load(path, map_location="cpu", weights_only=False)
+            return torch.load(path, map_location=device, weights_only=False)
         # CVE-2025-32434: before 2.6 a prepared file runs code in spite of weights_only
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
             raise ModelError(
@@ -108,7 +108,7 @@ class Trust:
             )
         already = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in _CHECKPOINT_OBJECTS if entry not in already]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
 
     def check_plans(self, plans: dict[str, Any], configuration: dict[str, Any]) -> None:
         """Look every name up that `plans` and its `configuration` hold, and judge what it leads to.

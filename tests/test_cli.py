@@ -402,6 +402,25 @@ def test_estimate_as_json(real, root, tmp_path, capsys):
     assert case["reserved_bytes"]["RAM"] < least
 
 
+def test_estimate_reads_no_weights(real, root, tmp_path, capsys):
+    """The same numbers where every weight is overwritten, which prediction would not stand."""
+    spoilt = shutil.copytree(real["-m"], tmp_path / "spoilt")
+    (checkpoint,) = spoilt.glob("fold_*/checkpoint_final.pth")
+    weights = torch.load(checkpoint, weights_only=False)["network_weights"]
+    held = checkpoint.read_bytes()
+    for weight in weights.values():
+        held = held.replace(weight.numpy().tobytes(), b"\xff" * weight.nbytes)
+    checkpoint.write_bytes(held)
+    found = []
+    for model in (real["-m"], str(spoilt)):
+        arguments = command_line(root, {**real, "-m": model, "-o": f"{tmp_path}/out"})
+        assert cli.predict_entry_point([*arguments, "--estimate", "--json"]) == 0
+        (case,) = json.loads(capsys.readouterr().out)
+        found.append(case["projected_bytes"]["RAM"] - case["reserved_bytes"]["RAM"])
+    assert found[0] == found[1]
+    assert run(root, {**real, "-m": str(spoilt), "-o": f"{tmp_path}/out"}) != 0
+
+
 def test_json_alone_is_refused(real, root, tmp_path, capsys):
     assert cli.predict_entry_point([*command_line(root, {**real, "-o": f"{tmp_path}/out"}), "--json"]) == 2
     assert_one_line(capsys.readouterr().err, ("--json", "--estimate"))
