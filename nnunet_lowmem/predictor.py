@@ -104,6 +104,8 @@ class LowMemPredictor(CasePredictor):
         cases, outputs, stages = self._manage_input_and_output_lists(
             source, target, stage_folder, True, part_id, num_parts, save_probabilities
         )
+        if outputs is not None and len(outputs) > len(cases):  # nnU-Net 2.5 gives each part the names of all
+            outputs = outputs[part_id::num_parts]
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
         jobs = self._jobs(cases, outputs, stages, save_probabilities)
         if from_folder:

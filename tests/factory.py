@@ -192,7 +192,7 @@ def _fitted_network(
     labels = manager.get_label_manager(dataset)
     heads = labels.num_segmentation_heads
     channels = determine_num_input_channels(manager, configuration, dataset)
-    network = nnUNetTrainer.build_network_architecture(*_architecture(manager, configuration), channels, heads, False)
+    network = nnUNetTrainer.build_network_architecture(*architecture(manager, configuration), channels, heads, False)
     preprocessor = configuration.preprocessor_class(verbose=False)
     data, seg, _ = preprocessor.run_case(list(image), previous_stage, manager, configuration, dataset)
     if spec.previous_stage:
@@ -207,7 +207,7 @@ def _fitted_network(
     return network.eval()
 
 
-def _architecture(manager: PlansManager, configuration: Any) -> tuple[Any, ...]:
+def architecture(manager: PlansManager, configuration: Any) -> tuple[Any, ...]:
     """What the installed nnU-Net's trainer builds its network from: before 2.6 the parts of the configuration."""
     if "architecture_class_name" not in inspect.signature(nnUNetTrainer.build_network_architecture).parameters:
         return manager, configuration

@@ -17,7 +17,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage import io
 
 PROBABILITY_TOLERANCE = 2.0**-21  # stock's own softmax varies by as much with its number of threads
-OLD = tuple(map(int, version("nnunetv2").split(".")[:2])) < (2, 8)
+INSTALLED = tuple(map(int, version("nnunetv2").split(".")[:2]))
+OLD = INSTALLED < (2, 8)
 ARGS = "predict_from_raw_data_args.json"  # names its function's parameters, so it differs between the two
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factory import ModelSpec
+from factory import ModelSpec, architecture
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -337,7 +337,7 @@ def manually(cls: type[nnUNetPredictor], source: nnUNetPredictor) -> nnUNetPredi
     plans = PlansManager(source.plans_manager.plans)
     configuration = plans.get_configuration("3d_fullres")
     channels = determine_num_input_channels(plans, configuration, source.dataset_json)
-    network = nnUNetTrainer.build_network_architecture(plans, configuration, channels, 4, False)
+    network = nnUNetTrainer.build_network_architecture(*architecture(plans, configuration), channels, 4, False)
     network.load_state_dict(source.list_of_parameters[1])
     predictor = cls(device=torch.device("cpu"), allow_tqdm=False)
     predictor.manual_initialization(network, plans, configuration, None, source.dataset_json, "nnUNetTrainer", (0,))

@@ -10,7 +10,7 @@ import pytest
 from factory import ModelSpec
 from model_table import REGIONS
 from nnunetv2.ensembling.ensemble import ensemble_folders as stock_ensemble
-from oracle import assert_same_folder, make_predictor
+from oracle import INSTALLED, assert_same_folder, make_predictor
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.cli import main
@@ -31,7 +31,9 @@ def predictions(request, images, models, tmp_path: Path) -> list[Path]:
     return folders
 
 
-def test_equals_stock(predictions, tmp_path):
+def test_equals_stock(predictions, tmp_path, request):
+    if INSTALLED < (2, 7) and "regions" in request.node.name:
+        pytest.skip("nnU-Net before 2.7 takes the sigmoid of the averaged probabilities: nearly all is foreground")
     (tmp_path / "stock").mkdir()
     stock_ensemble([str(folder) for folder in predictions], str(tmp_path / "stock"), True, num_processes=1)
     arguments = ["ensemble", "-i", *map(str, predictions), "-o", str(tmp_path / "ours"), "--save_npz"]

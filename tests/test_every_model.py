@@ -9,7 +9,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.label_handling import label_handling
 from oracle import (
+    INSTALLED,
     assert_same_folder,
     assert_same_return,
     make_predictor,
@@ -44,7 +44,7 @@ def as_parameter(row: Row) -> Any:
 
 @pytest.mark.parametrize("row", [as_parameter(row) for row in ROWS])
 def test_equals_stock(row: Row, images, models, tmp_path: Path):
-    skip_what_is_not_in_this_nnunet(row.spec.resampling)
+    skip_what_is_not_in_this_nnunet(row)
     cases = [images(row.image, row.spec.file_ending)]
     model = models(row.spec, images(row.fit or row.image, row.spec.file_ending))
     stock = make_predictor(nnUNetPredictor, model, row.folds, **row.options)
@@ -57,12 +57,17 @@ def test_equals_stock(row: Row, images, models, tmp_path: Path):
     else:
         compare_written(stock, ours, cases, tmp_path, save_probabilities=row.probabilities)
         voxels = read_voxels(tmp_path / "stock" / (row.image + row.spec.file_ending))
-    assert len(np.unique(voxels)) >= row.classes
+    # nnU-Net 2.5 writes uint8 whatever the labels: what is beyond wraps
+    assert len(np.unique(voxels)) >= (min(row.classes, 200) if INSTALLED < (2, 6) else row.classes)
 
 
-def skip_what_is_not_in_this_nnunet(resampling: str) -> None:
-    if resampling == "none" and find_spec("nnunetv2.preprocessing.resampling.no_resampling") is None:
+def skip_what_is_not_in_this_nnunet(row: Row) -> None:
+    if row.spec.resampling == "none" and INSTALLED < (2, 6):
         pytest.skip("no_resampling_hack is new in nnU-Net 2.6")
+    if row.spec.reader == "SimpleITKIOWithReorient" and INSTALLED < (2, 6):
+        pytest.skip("SimpleITKIOWithReorient is new in nnU-Net 2.6")
+    if row.name == "torch_separate_z" and INSTALLED < (2, 7):
+        pytest.skip("torch resampling of nnU-Net before 2.7 fails on separate z: it asks for the length of a number")
 
 
 def compare_written(stock: nnUNetPredictor, ours: nnUNetPredictor, cases: Any, folder: Path, **kwargs: Any) -> None:

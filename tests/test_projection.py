@@ -5,6 +5,7 @@ Each runs in a process of its own, since what a process has once taken hides wha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ import pytest
 import SimpleITK
 from conftest import CT, read
 from factory import ModelSpec
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 MIB = 2**20
 CHILD = Path(__file__).with_name("projection_child.py")
@@ -128,6 +131,16 @@ def test_measured_is_within_projected_and_projected_is_no_exaggeration(predict, 
     assert_promise_kept(predict(name))
 
 
+def predict_within(predict, name: str, free: dict[str, Any], share: float) -> dict[str, Any]:
+    """Predict once more under a hard limit between the least there is a plan for and what was projected without one."""
+    reserved_varies_bytes = 12 * MIB
+    most, least = free["cases"][0]["projected"], free["least"]
+    told = predict(name, max_ram=int(least + share * (most - least)) + reserved_varies_bytes, limit=True)
+    assert_promise_kept(told)
+    assert told["outputs"] == free["outputs"]
+    return told
+
+
 @pytest.mark.parametrize(
     "name, shares",
     [
@@ -138,16 +151,45 @@ def test_measured_is_within_projected_and_projected_is_no_exaggeration(predict, 
 )
 def test_spilling_changes_no_label_and_holds_under_a_hard_limit(predict, name, shares):
     free = predict(name)
-    (case,) = free["cases"]
-    most, least = case["projected"], free["least"]
-    assert least < most
-    reserved_varies_bytes = 12 * MIB
+    assert free["least"] < free["cases"][0]["projected"]
     for share in shares:
-        told = predict(name, max_ram=int(least + share * (most - least)) + reserved_varies_bytes, limit=True)
-        assert_promise_kept(told)
-        assert told["outputs"] == free["outputs"]
+        told = predict_within(predict, name, free, share)
         spilled = [name for name, place in told["cases"][0]["placement"].items() if place == "disk"]
         assert bool(spilled) == (share < 1), spilled
+
+
+def some(lowest: float, highest: float) -> st.SearchStrategy[float]:
+    return st.floats(lowest, highest).map(lambda number: round(number, 2))
+
+
+@st.composite
+def any_run(draw: st.DrawFn) -> Run:
+    """Shapes up to 18 million voxels, classes, patch sizes, spacings and folds."""
+    x, y, z = draw(st.integers(40, 320)), draw(st.integers(40, 320)), draw(st.integers(12, 180))
+    model_spacing = (draw(some(2, 6)), *[draw(some(2, 5))] * 2)
+    patch = tuple(4 * draw(st.integers(4, 14)) for _ in range(3))
+    folds = tuple(range(draw(st.integers(1, 3))))
+    spec = ct(labels=draw(st.integers(2, 90)), spacing=model_spacing, patch_size=patch, folds=folds, mirror_axes=(0, 2))
+    spacing = (*[draw(some(0.8, 2))] * 2, draw(some(1, 4)))
+    return Run(spec, (x, y, z), spacing, options={"folds": folds, "mirroring": draw(st.booleans())})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_promise_over_random_cases_and_budgets(predict):
+    """Each without a budget and within one; a run takes seconds, so an example that fails is not made smaller."""
+    number = itertools.count()
+
+    @settings(max_examples=20, deadline=None, database=None, phases=[Phase.generate])
+    @given(any_run(), some(0, 1))
+    def check(run: Run, share: float) -> None:
+        name = f"random {next(number)}"
+        RUNS[name] = run
+        free = predict(name)
+        assert_promise_kept(free)
+        predict_within(predict, name, free, share)
+
+    check()
 
 
 @pytest.mark.slow
