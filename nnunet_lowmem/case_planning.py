@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_lowmem import nnunet_adapter, preprocessing
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Stage
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.nnunet_adapter import CaseGeometry
 from nnunet_lowmem.planner import Plan, all_plans, closest_plan, plan_case
@@ -200,6 +200,8 @@ class CasePlanning:
         Upper bounds; None where no header tells.
     exact : CaseFacts or None
         What is known once the image is preprocessed.
+    begun : Plan or None
+        What preprocessing goes by.
     """
 
     planner: CasePlanner
@@ -207,9 +209,11 @@ class CasePlanning:
     folder: Path
     header: CaseFacts | None
     exact: CaseFacts | None = None
+    begun: Plan | None = None
+    _spills_image: bool = False
 
-    def check(self) -> int:
-        """Refuse what cannot fit whatever is cropped; return the threads that preprocessing may use.
+    def check(self) -> None:
+        """Refuse what cannot fit whatever is cropped.
 
         Raises
         ------
@@ -217,15 +221,36 @@ class CasePlanning:
             If the case as it is, and the least that cropping may leave of it, both do not fit.
         """
         if self.header is None:
-            return self.planner.model.threads
-        closest = self.planner.closest(self.header, self.budget)
-        if not closest.fits_everywhere():
+            return
+        self.begun = self.planner.closest(self.header, self.budget)
+        if not self.begun.fits_everywhere():
             shape = self.header.grid.tile_shape
             least = self.planner.with_network_shape(self.header, (1, *shape))
             least = replace(least, previous_stage_bytes=0, export_bytes=0, cropped_shape=shape)
             if not self.planner.closest(least, self.budget).fits_everywhere():
                 self.planner.plan(self.header, self.budget)
-        return closest.placement.threads
+
+    @property
+    def threads(self) -> int:
+        """Threads that preprocessing may use."""
+        return self.planner.model.threads if self.begun is None else self.begun.placement.threads
+
+    def preprocessing(self, load: Callable[[], PreprocessedCase]) -> PreprocessedCase:
+        """Return ``load()``, which goes by `threads` and `allocate`; once more with less where memory runs out.
+
+        Raises
+        ------
+        MemoryExhaustedError
+            If one thread and an image on disk did not help either.
+        """
+        if self.begun is None or self.header is None:
+            return load()
+        ladder = Recovery(self.begun, self.planner.all(self.header, self.budget), Stage.PREPROCESSING)
+        ladder.listeners.append(self._step_down)
+        return ladder.run(load)
+
+    def _step_down(self, plan: Plan) -> None:
+        self.begun, self._spills_image = plan, plan.placement.image is Place.DISK
 
     def plan(self, name: str, case: PreprocessedCase, probabilities: bool) -> Plan:
         """Plan what follows preprocessing.
@@ -254,6 +279,6 @@ class CasePlanning:
         if self.header is None:
             return np.empty(shape, dtype)
         plan = self.planner.plan(self.planner.with_network_shape(self.header, shape), self.budget)
-        if plan.placement.image is Place.DISK:
+        if self._spills_image or plan.placement.image is Place.DISK:
             return spilled_array(shape, dtype, self.folder)
         return np.empty(shape, dtype)

@@ -43,7 +43,6 @@ class CasePredictor(LogitsPredictor):
     """The part of the predictor that takes one case from its files to its outputs."""
 
     _planning: CasePlanning | None = None
-    _preprocessing_threads = 1
     _worker_bytes = 0
 
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
@@ -84,7 +83,7 @@ class CasePredictor(LogitsPredictor):
             with suppress(UsageError):  # the reader tells it better
                 header = planner.facts_of_files(job.name, *job.files, probabilities)
         self._planning = CasePlanning(planner, budget, folder, header)
-        self._preprocessing_threads = self._planning.check()
+        self._planning.check()
         return self._planning
 
     def _prefetch_fits(self, jobs: Sequence[Job], folder: Path, probabilities: bool) -> bool:
@@ -228,7 +227,7 @@ class CasePredictor(LogitsPredictor):
             self.plans_manager,
             self.configuration_manager,
             self.dataset_json,
-            threads=self._preprocessing_threads,
+            threads=1 if self._planning is None else self._planning.threads,
             allocate=np.empty if self._planning is None else self._planning.allocate,
             verbose=self.verbose_preprocessing,
             accept_nan=self.accept_nan,
@@ -244,7 +243,7 @@ class CasePredictor(LogitsPredictor):
             self.plans_manager,
             self.configuration_manager,
             self.dataset_json,
-            threads=self._preprocessing_threads,
+            threads=1 if self._planning is None else self._planning.threads,
             verbose=self.verbose_preprocessing,
             accept_nan=self.accept_nan,
         )

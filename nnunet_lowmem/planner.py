@@ -123,14 +123,14 @@ def all_plans(
         yield Plan(case.name, placement, tuple(allocations(model, case, placement, device)), budget)
 
 
-def next_plan(plans: Iterable[Plan], failed: Plan, place: Place) -> Plan | None:
-    """Return the fastest plan that takes less than `failed` in a place during prediction, if any fits elsewhere.
+def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = Stage.PREDICTION) -> Plan | None:
+    """Return the fastest plan that takes less than `failed` in a place during a stage, if any fits elsewhere.
 
     An allocation has failed in `place` although the plan said it fits: somebody else has taken memory meanwhile.
     """
-    needed = failed.planned_bytes(place, Stage.PREDICTION)
+    needed = failed.planned_bytes(place, stage)
     elsewhere = [other for other in Place if other is not place]
-    smaller = (plan for plan in plans if plan.planned_bytes(place, Stage.PREDICTION) < needed)
+    smaller = (plan for plan in plans if plan.planned_bytes(place, stage) < needed)
     return next((plan for plan in smaller if all(map(plan.fits, elsewhere))), None)
 
 

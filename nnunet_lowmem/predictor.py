@@ -268,7 +268,7 @@ class LowMemPredictor(CasePredictor):
                 watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):
                 planning = self._begin(job, folder, probabilities)
-                case = job.load()
+                case = planning.preprocessing(job.load)
             result, plan = self._segment(case, job, clock, planning, probabilities)
             if job.output is not None:
                 with clock.stage("writing"):

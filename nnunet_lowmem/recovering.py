@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Recovery:
-    """The ladder of one case.
+    """The ladder of one stage of a case.
 
     Parameters
     ----------
@@ -37,6 +37,8 @@ class Recovery:
         What the case began with.
     plans : iterable of Plan
         All there are, fastest first; those that change what cannot be changed under way are left out.
+    stage : Stage
+        Prediction, or preprocessing.
 
     Attributes
     ----------
@@ -48,11 +50,12 @@ class Recovery:
         Called with each new plan.
     """
 
-    def __init__(self, plan: Plan, plans: Iterable[Plan]) -> None:
+    def __init__(self, plan: Plan, plans: Iterable[Plan], stage: Stage = Stage.PREDICTION) -> None:
         self.plan = plan
+        self._stage = stage
         self.steps: list[str] = []
         self.listeners: list[Callable[[Plan], None]] = []
-        self._plans = [other for other in plans if _fixed(other) == _fixed(plan)]
+        self._plans = [other for other in plans if _fixed(other, stage) == _fixed(plan, stage)]
 
     def run(self, operation: Callable[[], T]) -> T:
         """Return ``operation()``, tried again with less and less memory.
@@ -75,18 +78,16 @@ class Recovery:
             self._step_down(place, reason)
 
     def _step_down(self, place: Place, reason: str) -> None:
-        following = next_plan(self._plans, self.plan, place)
+        following = next_plan(self._plans, self.plan, place, self._stage)
         if following is None:
             story = "; ".join([*self.steps, reason])
             raise MemoryExhaustedError(
                 f"case {self.plan.case}: {place.value} ran out, and nothing is left to be made smaller: {story}. "
-                f"Projected were {format_gib(_predicting(self.plan, place))}; end what else takes memory"
+                f"Projected were {format_gib(self._projected(self.plan, place))}; end what else takes memory"
             )
         step = (
-            f"{place.value} ran out ({reason}): from {format_gib(_predicting(self.plan, place))} projected to "
-            f"{format_gib(_predicting(following, place))}, with {following.placement.in_words()}, "
-            f"{following.placement.slab_planes or 'all'} planes labelled at a time in blocks of "
-            f"{format_gib(following.placement.block_bytes)}"
+            f"{place.value} ran out ({reason}): from {format_gib(self._projected(self.plan, place))} projected to "
+            f"{format_gib(self._projected(following, place))}, with {_what_changes(following, self._stage)}"
         )
         self.steps.append(step)
         _logger.warning("case %s: %s", self.plan.case, step)
@@ -96,6 +97,9 @@ class Recovery:
         return_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _projected(self, plan: Plan, place: Place) -> int:
+        return plan.budget.reserved(place) + plan.planned_bytes(place, self._stage)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -108,11 +112,18 @@ def is_about_ram(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (type(error) is RuntimeError and _CPU_ALLOCATOR in str(error))
 
 
-def _predicting(plan: Plan, place: Place) -> int:
-    return plan.budget.reserved(place) + plan.planned_bytes(place, Stage.PREDICTION)
-
-
-def _fixed(plan: Plan) -> tuple[object, ...]:
-    """Return what cannot be changed while a case is predicted."""
+def _what_changes(plan: Plan, stage: Stage) -> str:
     chosen = plan.placement
-    return chosen.image, chosen.label_map, chosen.planes, chosen.threads
+    if stage is not Stage.PREDICTION:
+        where = "on disk" if chosen.image is Place.DISK else f"in {chosen.image.value}"
+        return f"the image {where}, threads: {chosen.threads}"
+    return (
+        f"{chosen.in_words()}, {chosen.slab_planes or 'all'} planes labelled at a time in blocks of "
+        f"{format_gib(chosen.block_bytes)}"
+    )
+
+
+def _fixed(plan: Plan, stage: Stage) -> tuple[object, ...]:
+    """Return what cannot be changed while a case is predicted; before, nothing is fixed."""
+    chosen = plan.placement
+    return (chosen.image, chosen.label_map, chosen.planes, chosen.threads) if stage is Stage.PREDICTION else ()

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import resource
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import CasesFailedError
+
+
+class Log(logging.Handler):
+    """Keeps what is told."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
 
 
 def data_bytes() -> int:
@@ -29,6 +42,25 @@ def limited(begin):
         return planning
 
     return begin_with_limit
+
+
+def short_of_memory(begin):
+    """No room for an image in RAM. The error is made up: what the kernel refuses depends on what was freed before."""
+
+    def begin_without_room(*arguments):
+        planning = begin(*arguments)
+        allocate = planning.allocate
+
+        def only_on_disk(shape, dtype):
+            image = allocate(shape, dtype)
+            if not isinstance(image, np.memmap):
+                raise MemoryError(f"no room for {image.nbytes} bytes")
+            return image
+
+        planning.allocate = only_on_disk
+        return planning
+
+    return begin_without_room
 
 
 def main() -> None:
@@ -65,6 +97,9 @@ def main() -> None:
     predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
     if options.get("limit"):
         predictor._begin = limited(predictor._begin)
+    if options.get("short_of_memory"):
+        predictor._begin = short_of_memory(predictor._begin)
+    logging.getLogger("nnunet_lowmem").addHandler(log := Log(logging.WARNING))
     error = None
     try:
         predictor.predict_from_files(options["images"], options["output"])
@@ -76,7 +111,9 @@ def main() -> None:
     planning = predictor._planning
     plans = planning.planner.all(planning.header, planning.budget)
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
-    print(json.dumps({"least": least, "cases": told, "outputs": digests, "left": left, "error": error}))
+    print(
+        json.dumps({"least": least, "cases": told, "outputs": digests, "left": left, "error": error, "log": log.told})
+    )
 
 
 if __name__ == "__main__":
