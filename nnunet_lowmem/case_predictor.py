@@ -149,9 +149,9 @@ class CasePredictor(LogitsPredictor):
         recovery = planning.recovery(plan)
         with ExitStack() as stack:
             threads = stack.enter_context(RowThreads(plan.placement.threads))
-            stack.enter_context(clock.stage("prediction"))
+            stack.enter_context(clock.stage("prediction", self._tiles(grid)))
             trace("first_tile", job.name)
-            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, recovery))
+            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
             if streams:
@@ -167,7 +167,9 @@ class CasePredictor(LogitsPredictor):
             export.store_slabs(slabs, store)
             recovery.listeners.clear()
             heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
-            with clock.stage("export"):
+            passes = 1 if not (by_softmax and rule.ranked) else 3 if probabilities else 2
+            with clock.stage("export", heads.heads * passes):
+                heads.on_head = clock.advance
                 if not by_softmax:
                     return self._to_file_axes(export.label_heads(heads, geometry, rule)), plan
                 if not probabilities:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
 from nnunet_lowmem.clock import StageClock, trace
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
-from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.prefetching import Prefetcher
+from nnunet_lowmem.progress import logging_prints, on_terminal
 from nnunet_lowmem.records import Recipe, fingerprint
 from nnunet_lowmem.reporting import CaseReport, RunReport
-from nnunet_lowmem.stall_watch import StallWatch
+from nnunet_lowmem.stall_watch import LINE_S, StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
 
 logger = logging.getLogger(__name__)
@@ -101,9 +101,10 @@ class LowMemPredictor(CasePredictor):
         if from_folder:
             model_files.tell_skipped(source, self.dataset_json["file_ending"])
             source = model_files.list_cases(source, self.dataset_json["file_ending"])
-        cases, outputs, stages = self._manage_input_and_output_lists(
-            source, target, stage_folder, True, part_id, num_parts, save_probabilities
-        )
+        with logging_prints():
+            cases, outputs, stages = self._manage_input_and_output_lists(
+                source, target, stage_folder, True, part_id, num_parts, save_probabilities
+            )
         if outputs is not None and len(outputs) > len(cases):  # nnU-Net 2.5 gives each part the names of all
             outputs = outputs[part_id::num_parts]
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
@@ -245,7 +246,8 @@ class LowMemPredictor(CasePredictor):
         return results
 
     def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, keep_going: bool) -> list[Result]:
-        with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device)) as watch:
+        line_s = LINE_S if self.allow_tqdm and not on_terminal() else 0
+        with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device), line_s) as watch:
             predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)
             return run_cases(jobs, predict, self.run_report, keep_going)
 
@@ -261,10 +263,9 @@ class LowMemPredictor(CasePredictor):
     def _predict_job(
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport]:
-        with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
-            clock.listeners.append(partial(watch.mark, job.name))
+        clock.listeners.append(watch.note)
+        with self._observed(clock) as sampler:
             if sampler is not None:
-                clock.listeners.append(sampler.mark)
                 watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):
                 planning = self._begin(job, folder, probabilities)
