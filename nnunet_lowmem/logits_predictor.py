@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from nnunet_lowmem import export, model_files, nnunet_adapter
 from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
+from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import Model, check_finite, load_model
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.planner import Plan
-from nnunet_lowmem.progress import ProgressBars, logging_prints, on_terminal
+from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
@@ -69,10 +70,12 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Packages whose code a model may name, beside nnU-Net's, ``dynamic_network_architectures`` and ``torch.nn``.
     trust_model : bool
         Run whatever code a model's files hold or name, as stock does.
+    report : bool
+        Write ``lowmem_report.html`` into the output folder of `predict_from_files`: what the run took and made.
     on_plan : callable, optional
         Called with the `Plan` of each case before it is predicted.
     on_case : callable, optional
-        Called with the `CaseReport` of each case; memory is measured only if this or `on_progress` is given.
+        Called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`.
     on_progress : callable, optional
         Called with the `Progress` (stage, case, done, total, memory_bytes) of each case, in the thread that called the
         predictor. What it raises ends the run at once, whatever `continue_on_error` says, and reaches the caller.
@@ -102,6 +105,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         accept_nan: bool = False,
         trust: Sequence[str] = (),
         trust_model: bool = False,
+        report: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -129,6 +133,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.continue_on_error = continue_on_error
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
+        self.report = report
+        self._html_report: HtmlReport | None = None
         self._measured: tuple[Any, ModelFacts] | None = None
         self.on_plan = on_plan
         self.on_case = on_case
@@ -306,19 +312,11 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         """Tiles of all folds."""
         return grid.tile_count * _fold_count(self.list_of_parameters)
 
-    @contextmanager
-    def _observed(self, clock: StageClock) -> Iterator[PeakSampler | None]:
+    def _observed(self, clock: StageClock) -> AbstractContextManager[PeakSampler | None]:
         """Show and tell the progress of a case; give its memory where somebody asks for that."""
-        with ExitStack() as stack:
-            sampler = None
-            if self.on_case is not None or self.on_progress is not None:
-                sampler = stack.enter_context(PeakSampler(stage="preprocessing"))
-                clock.measure(sampler)
-            if self.allow_tqdm and on_terminal():
-                clock.listeners.append(stack.enter_context(ProgressBars()).show)
-            if self.on_progress is not None:
-                clock.listeners.append(self.on_progress)
-            yield sampler
+        page = None if self._html_report is None else self._html_report.case
+        asked = self.on_case is not None or self.on_progress is not None
+        return observed(clock, self.allow_tqdm, asked, self.on_progress, page)
 
     # -- one case ----------------------------------------------------------------------------------------------------
 

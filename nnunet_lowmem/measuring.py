@@ -80,7 +80,7 @@ class PeakSampler:
         self._pid = os.getpid() if pid is None else pid
         self._stage = stage
         self._peaks: dict[str, int] = {stage: 0}
-        self._timeline = _Timeline()
+        self._timeline = Timeline()
         self._counted_twice_bytes = 0
         self._calibrated_pids: list[int] = []
         self._next_exact_s = 0.0
@@ -164,13 +164,14 @@ class PeakSampler:
         self._timeline.add(time.time(), held_bytes)
 
 
-class _Timeline:
+class Timeline:
     """Points in time of bounded number: when there are too many, each pair gives way to its higher member."""
 
     def __init__(self) -> None:
         self.points: list[tuple[float, int]] = []
 
     def add(self, time_s: float, held_bytes: int) -> None:
+        """Append a point; times grow."""
         self.points.append((time_s, held_bytes))
         if len(self.points) == _TIMELINE_POINTS:  # an even number
             pairs = zip(self.points[::2], self.points[1::2], strict=True)

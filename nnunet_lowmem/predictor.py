@@ -112,24 +112,31 @@ class LowMemPredictor(CasePredictor):
         if from_folder:
             jobs = [unless_misnumbered(job, self.dataset_json["file_ending"]) for job in jobs]
         self.run_report = RunReport()
-        if not overwrite and outputs is not None:
-            jobs = without_those_done(jobs, self.run_report)
-        if not jobs:
-            return None
+        processes = arguments.get("num_processes_preprocessing", 0)
+        with self._reporting(target):
+            if not overwrite and outputs is not None:
+                jobs = without_those_done(jobs, self.run_report)
+            results = self._predict_recorded(jobs, target, save_probabilities, processes) if jobs else None
+        if results is not None:
+            raise_failures(self.run_report, results)
+        return results
+
+    def _predict_recorded(
+        self, jobs: list[Job], target: str | list[str] | None, save_probabilities: bool, processes: int
+    ) -> list[Result]:
+        """Predict cases of files; what failed is told in the output folder."""
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = jobs
             self._worker_bytes = 0
-            prefetches = self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0))
+            prefetches = self._prefetches(len(jobs), processes)
             if prefetches and self._prefetch_fits(jobs, folder, save_probabilities):
                 waiting = stack.enter_context(self._prefetcher(folder)).jobs(jobs)
             try:
-                results = self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
+                return self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
             finally:
                 if target is not None:
                     self.run_report.write_failures(nnunet_adapter.output_folder(target))
-        raise_failures(self.run_report, results)
-        return results
 
     def _jobs(
         self, cases: list[list[str]], outputs: list[str] | None, stages: list[str | None], probabilities: bool
@@ -276,6 +283,7 @@ class LowMemPredictor(CasePredictor):
                     self._write(result, job.output, case.properties)
                     if job.recipe is not None:
                         job.recipe.write_record()
+                self._draw(case, job, result, clock)
                 result = None
         trace("case_end", job.name, clock.seconds)
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})

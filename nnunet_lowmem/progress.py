@@ -1,18 +1,19 @@
-"""What is seen of progress: bars where a terminal is there; what others print becomes messages of this package."""
+"""Who follows a case: bars where a terminal is there, callbacks, the report; what nnU-Net prints becomes messages."""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from nnunet_lowmem.clock import Progress
+from nnunet_lowmem.clock import Progress, StageClock
+from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.memory import format_gib
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,43 @@ class ProgressBars:
         if progress.memory_bytes:
             bar.set_postfix_str(format_gib(progress.memory_bytes), refresh=False)
         bar.update(progress.done - bar.n)
+
+
+@contextmanager
+def observed(
+    clock: StageClock,
+    bars: bool,
+    measures: bool,
+    on_progress: Callable[[Progress], None] | None,
+    page: Callable[[StageClock, PeakSampler], AbstractContextManager[None]] | None,
+) -> Iterator[PeakSampler | None]:
+    """Let everybody who wants to know follow one case.
+
+    Parameters
+    ----------
+    clock : StageClock
+    bars : bool
+        Show bars if a terminal is there.
+    measures : bool
+        Give the sampler although nobody else here needs it.
+    on_progress : callable or None
+        Told last, when memory is known.
+    page : callable or None
+        Takes clock and sampler, and gives what the report does around the case.
+    """
+    with ExitStack() as stack:
+        sampler = None
+        if measures or page is not None:
+            sampler = PeakSampler(stage="preprocessing")
+            if page is not None:
+                stack.enter_context(page(clock, sampler))
+            stack.enter_context(sampler)
+            clock.measure(sampler)
+        if bars and on_terminal():
+            clock.listeners.append(stack.enter_context(ProgressBars()).show)
+        if on_progress is not None:
+            clock.listeners.append(on_progress)
+        yield sampler
 
 
 @contextmanager

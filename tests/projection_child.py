@@ -61,6 +61,7 @@ def main() -> None:
         on_case=tell,
         prefetch=options.get("prefetch"),
         kernel_threads=options.get("threads", 2),
+        report=options.get("report", False),
     )
     predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
     if options.get("limit"):
@@ -76,7 +77,8 @@ def main() -> None:
     planning = predictor._planning
     plans = planning.planner.all(planning.header, planning.budget)
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
-    print(json.dumps({"least": least, "cases": told, "outputs": digests, "left": left, "error": error}))
+    pages = [path.name for path in Path(options["output"]).glob("*.html")]
+    print(json.dumps({"least": least, "cases": told, "outputs": digests, "left": left, "error": error, "pages": pages}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ switching
 predictor
 case_predictor case_loop
 probabilities logits_predictor prefetching
+html_report
 export warming console
 estimating
 case_planning
@@ -33,9 +34,9 @@ input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
 records
 files
-label_kernels device_labelling planner memory process_tree
-kernels spline stored_voxels finite_voxels allocations
-resampling tiling halves headers threads nonzero model_files verifying watchdog clock
+label_kernels device_labelling planner memory_chart process_tree
+kernels spline stored_voxels finite_voxels allocations memory
+resampling tiling halves headers threads nonzero overlays model_files verifying watchdog clock
 plugin rebinding running measuring
 types interruption
 errors
