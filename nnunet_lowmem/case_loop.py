@@ -51,7 +51,7 @@ def run_cases(jobs: Iterable[Job], predict: Predict, report: RunReport, keep_goi
     ModelError
         At once, since it would fail every case.
     Exception
-        Of the first case that fails, without `keep_going`.
+        At once, if a listener of the clock raised it; without `keep_going` that of the first case that fails.
     """
     results = []
     for job in jobs:
@@ -62,6 +62,8 @@ def run_cases(jobs: Iterable[Job], predict: Predict, report: RunReport, keep_goi
         except ModelError:
             raise
         except Exception as error:
+            if error is clock.listener_error:
+                raise
             if not keep_going:
                 _name_case(error, job.name, clock.failed_stage)
                 raise

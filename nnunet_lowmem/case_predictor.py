@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,16 @@ from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import StageClock, trace
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
-from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.files import atomic_output, temporary_folder
+from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.memory import return_freed_memory
+from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
+from nnunet_lowmem.reporting import RunReport
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase
@@ -42,6 +48,7 @@ Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
 class CasePredictor(LogitsPredictor):
     """The part of the predictor that takes one case from its files to its outputs."""
 
+    run_report: RunReport
     _planning: CasePlanning | None = None
     _worker_bytes = 0
 
@@ -125,6 +132,8 @@ class CasePredictor(LogitsPredictor):
         plan = planning.plan(name, case, probabilities)
         if self.on_plan is not None:
             self.on_plan(plan)
+        if self._html_report is not None:
+            self._html_report.plan(plan)
         return_freed_memory()
         return plan
 
@@ -148,9 +157,9 @@ class CasePredictor(LogitsPredictor):
         recovery = planning.recovery(plan)
         with ExitStack() as stack:
             threads = stack.enter_context(RowThreads(plan.placement.threads))
-            stack.enter_context(clock.stage("prediction"))
+            stack.enter_context(clock.stage("prediction", self._tiles(grid)))
             trace("first_tile", job.name)
-            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, recovery))
+            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
             if streams:
@@ -166,7 +175,9 @@ class CasePredictor(LogitsPredictor):
             export.store_slabs(slabs, store)
             recovery.listeners.clear()
             heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
-            with clock.stage("export"):
+            passes = 1 if not (by_softmax and rule.ranked) else 3 if probabilities else 2
+            with clock.stage("export", heads.heads * passes):
+                heads.on_head = clock.advance
                 if not by_softmax:
                     return self._to_file_axes(export.label_heads(heads, geometry, rule)), plan
                 if not probabilities:
@@ -247,6 +258,48 @@ class CasePredictor(LogitsPredictor):
             verbose=self.verbose_preprocessing,
             accept_nan=self.accept_nan,
         )
+
+    # -- the report --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reporting(self, target: str | list[str] | None) -> Iterator[None]:
+        """Write the report of the block, if one is wanted and there is a folder for it."""
+        if not self.report or target is None:
+            yield
+            return
+        with ExitStack() as stack:
+            folder = stack.enter_context(temporary_folder(self.tmp_dir))
+            page = HtmlReport(nnunet_adapter.output_folder(target), folder, self._facts(), self.run_report)
+            self._html_report = stack.enter_context(page)
+            stack.callback(setattr, self, "_html_report", None)
+            yield
+
+    def _facts(self) -> dict[str, str]:
+        """Name what the labels and the times depend on."""
+        mirrored = self.use_mirroring and bool(self.allowed_mirroring_axes)
+        patch = " × ".join(map(str, self.configuration_manager.patch_size))
+        facts = {
+            "model": f"{self.plans_manager.dataset_name}, {self.trainer_name}, {self.plans_manager.plans_name}",
+            "heads": str(self.label_manager.num_segmentation_heads),
+            "checkpoints": str(len(self.list_of_parameters or [0])),
+            "tiles": f"{patch} voxels, step {self.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
+            "device": str(self.device),
+            "budget asked for": f"RAM {self.max_ram or 'not limited'}, VRAM {self.max_vram or 'not limited'}",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        }
+        return facts | {name: version(name) for name in ("nnunetv2", "torch", "numpy")}
+
+    def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
+        """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""
+        if self._html_report is None or result is None or job.output is None:
+            return
+        with clock.stage("report"):
+            try:
+                segmentation = result[0] if isinstance(result, tuple) else result
+                volume = nnunet_adapter.labelled_volume(case, segmentation, self.plans_manager.transpose_forward)
+                self._html_report.draw(job.output, overlays(volume), nnunet_adapter.label_names(self.dataset_json))
+            except Exception as error:
+                logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

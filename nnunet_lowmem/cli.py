@@ -37,6 +37,7 @@ LIMIT_FLAGS = {
     "accept_nan": "accept_nan",
     "trust": "trust",
     "trust_model": "trust_model",
+    "report": "report",
 }
 
 
@@ -136,6 +137,9 @@ def predict_parser() -> argparse.ArgumentParser:
         action="store_true",
         default=None,
         help="run whatever code this model's files hold or name",
+    )
+    more.add_argument(
+        "--report", action="store_true", default=None, help="write lowmem_report.html: memory, times, slices, failures"
     )
     more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
     more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")

@@ -1,4 +1,4 @@
-"""Time per stage of one case, and where to tell of progress."""
+"""Time and progress per stage of one case, and who is told of it."""
 
 from __future__ import annotations
 
@@ -11,41 +11,78 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_lowmem import interruption
+from nnunet_lowmem.measuring import PeakSampler
 
 #: Environment variable naming a file to which every stage change is appended as a JSON line.
 TRACE_VARIABLE = "nnUNet_lowmem_trace"
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far one case is.
+
+    Attributes
+    ----------
+    stage, case : str
+    done, total : int
+        Steps of this stage: tiles of all folds in "prediction", planes of the label map in "export" (heads, once per
+        pass, where they are needed as a whole); a stage without steps is one.
+    memory_bytes : int
+        What the process tree holds; 0 where nobody measures.
+    """
+
+    stage: str
+    case: str
+    done: int
+    total: int
+    memory_bytes: int = 0
+
+
 @dataclass
 class StageClock:
-    """Seconds per stage of one case; stages may nest, and the inner one's time is not counted for the outer.
+    """Seconds and steps per stage of one case; stages may nest, the inner one's time is not counted for the outer.
 
     Attributes
     ----------
     case : str
     listeners : list of callable
-        Called with the name of each stage that is entered or returned to.
+        Called, in the thread that works, with the `Progress` whenever a stage is entered or returned to, and after
+        its steps. What they raise ends the run.
+    held_bytes : callable
+        Tells what memory is held.
     seconds : dict
         Seconds per stage so far.
     failed_stage : str
         The innermost stage that an exception has left; empty if none has.
+    listener_error : Exception or None
+        What a listener has raised.
     """
 
     case: str
-    listeners: list[Callable[[str], None]] = field(default_factory=list)
+    listeners: list[Callable[[Progress], None]] = field(default_factory=list)
+    held_bytes: Callable[[], int] = int
     seconds: dict[str, float] = field(default_factory=dict)
     failed_stage: str = ""
+    listener_error: Exception | None = None
+    _done: dict[str, int] = field(default_factory=dict)
+    _totals: dict[str, int] = field(default_factory=dict)
     _stack: list[str] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time of the block for stage `name`."""
+    def stage(self, name: str, steps: int | None = None) -> Iterator[None]:
+        """Count the time of the block for stage `name`, which has so many steps; without, leaving it is its only one.
+
+        A stage that is entered again goes on with the steps that were done.
+        """
         self._switch()
         self._stack.append(name)
+        self._totals[name] = steps or 1
         self._enter(name)
         try:
             yield
+            if steps is None:
+                self.advance()
         except Exception:
             self.failed_stage = self.failed_stage or name
             raise
@@ -53,8 +90,14 @@ class StageClock:
             self._switch()
             self._stack.pop()
             trace(f"{name}_end", self.case)
-            if self._stack:
-                self._enter(self._stack[-1])
+        if self._stack:
+            self._enter(self._stack[-1])
+
+    def advance(self, steps: int = 1) -> None:
+        """Note that steps of the present stage are done."""
+        stage = self._stack[-1]
+        self._done[stage] = min(self._totals[stage], self._done.get(stage, 0) + steps)
+        self._tell(stage)
 
     def _switch(self) -> None:
         now = time.perf_counter()
@@ -65,9 +108,22 @@ class StageClock:
 
     def _enter(self, name: str) -> None:
         trace(f"{name}_start", self.case)
+        self._tell(name)
+
+    def measure(self, sampler: PeakSampler) -> None:
+        """Let a sampler know the stages, and tell what it finds."""
+        self.listeners.append(lambda progress: sampler.mark(progress.stage))
+        self.held_bytes = lambda: sampler.held_bytes
+
+    def _tell(self, stage: str) -> None:
         interruption.check()
         for listener in self.listeners:
-            listener(name)
+            progress = Progress(stage, self.case, self._done.get(stage, 0), self._totals[stage], self.held_bytes())
+            try:
+                listener(progress)
+            except Exception as error:
+                self.listener_error = error
+                raise
 
 
 def trace(event: str, case: str, seconds: dict[str, float] | None = None) -> None:

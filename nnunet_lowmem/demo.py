@@ -60,20 +60,15 @@ def draw_slices(image: NDArray[np.number], labels: NDArray[np.number], path: Pat
     image, labels : arrays, shape (z, y, x)
         z upwards, y backwards, x to the patient's left, one voxel size in all directions.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colours = colormaps["gist_ncar"](np.random.default_rng(0).permutation(256))
+    from nnunet_lowmem.overlays import blend
+
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     for axis, (axes, title) in enumerate(zip(figure.subplots(1, 3), ("axial", "coronal", "sagittal"), strict=True)):
         middle = image.shape[axis] // 2
-        grey = image.take(middle, axis).astype(np.float32)
-        over = labels.take(middle, axis).astype(np.int64)
-        origin = "upper" if axis == 0 else "lower"
-        axes.imshow(grey, cmap="gray", vmin=_WINDOW[0], vmax=_WINDOW[1], origin=origin)
-        overlay = colours[over % 256]
-        overlay[..., 3] = np.where(over > 0, 0.45, 0.0)
-        axes.imshow(overlay, origin=origin, interpolation="nearest")
+        picture = blend(np.take(image, middle, axis), np.take(labels, middle, axis), _WINDOW)
+        axes.imshow(picture, origin="upper" if axis == 0 else "lower", interpolation="nearest")
         axes.set_title(f"{title}, slice {middle}")
         axes.set_axis_off()
     figure.savefig(path, dpi=110)

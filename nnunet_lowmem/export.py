@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def label_slabs(
         labeller.attempt = recovery.run
         recovery.listeners.append(labeller.follow)
     for slab in slabs:
-        with clock.stage("export"):
+        with clock.stage("export", cropped.shape[slab.axis]):
+            done = labeller.done
             labeller.add(slab)
+            clock.advance(labeller.done - done)
     labeller.finish()
     return whole
 
@@ -124,6 +126,11 @@ class ResampledHeads:
     shape : int, 3
         Cropped grid.
     threads : RowThreads
+
+    Attributes
+    ----------
+    on_head : callable
+        Called when a head has been used.
     """
 
     def __init__(self, store: PlaneStore, resampling: LogitsResampling, shape: Shape3, threads: RowThreads) -> None:
@@ -132,12 +139,15 @@ class ResampledHeads:
         self._resampling = resampling
         self._shape = shape
         self._threads = threads
+        self.on_head: Callable[[], object] = int
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         group = 1 if self._resampling.tables is not None else HEADS_PER_CALL
         for start in range(0, self.heads, group):
             logits = self._store.read_heads(start, min(start + group, self.heads))
-            yield from self._resample(logits)
+            for head in self._resample(logits):
+                yield head
+                self.on_head()
 
     def _resample(self, logits: NDArray[np.float16]) -> Iterable[NDArray[Any]]:
         tables = self._resampling.tables

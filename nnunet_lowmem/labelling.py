@@ -114,6 +114,11 @@ class SlabLabeller:
     threads : RowThreads
         For the compiled kernels.
     limits : SlabLimits
+
+    Attributes
+    ----------
+    done : int
+        Output planes that are labelled.
     """
 
     def __init__(
@@ -131,36 +136,36 @@ class SlabLabeller:
         self.limits = limits
         self.attempt: Callable[[Callable[[], None]], None] = lambda operation: operation()
         self._axis = 0
-        self._done = 0
+        self.done = 0
 
     def add(self, slab: LogitsSlab) -> None:
         """Label every output plane whose neighbours are now final."""
         self._axis = slab.axis
         table = self._tables[slab.axis]
         ready = table.ready(slab.stop)
-        while self._done < ready:
+        while self.done < ready:
             self.attempt(lambda: self._label_until(slab, self._next_stop(table, ready)))
 
     def _next_stop(self, table: AxisTable, ready: int) -> int:
         """End of the output planes that are labelled together."""
         if self.limits.planes is None:
             return ready
-        within = int(np.searchsorted(table.high, int(table.low[self._done]) + self.limits.planes))
-        return min(ready, max(within, self._done + 1))
+        within = int(np.searchsorted(table.high, int(table.low[self.done]) + self.limits.planes))
+        return min(ready, max(within, self.done + 1))
 
     def _label_until(self, slab: LogitsSlab, ready: int) -> None:
         table = self._tables[slab.axis]
-        first, last = int(table.low[self._done]), int(table.high[ready - 1])
+        first, last = int(table.low[self.done]), int(table.high[ready - 1])
         origin = list(slab.origin)
         origin[slab.axis] += first - slab.first
         shape = list(slab.shape)
         shape[slab.axis] = last + 1 - first
         tables = list(self._tables)
-        tables[slab.axis] = table.part(self._done, ready, first)
+        tables[slab.axis] = table.part(self.done, ready, first)
         chosen: list[slice] = [slice(None)] * 3
-        chosen[slab.axis] = slice(self._done, ready)
+        chosen[slab.axis] = slice(self.done, ready)
         self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)])
-        self._done = ready
+        self.done = ready
 
     def follow(self, plan: Plan) -> None:
         """Work with the limits of a new plan from now on."""
@@ -168,7 +173,7 @@ class SlabLabeller:
 
     def finish(self) -> None:
         """Check that every output plane was written."""
-        assert self._done == self._labels.shape[self._axis], "slabs ended before the last plane"
+        assert self.done == self._labels.shape[self._axis], "slabs ended before the last plane"
 
     def _label_box(
         self,

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from torch._dynamo import OptimizedModule
-from tqdm import tqdm
 
-from nnunet_lowmem import export, interruption, model_files, nnunet_adapter
+from nnunet_lowmem import export, model_files, nnunet_adapter
 from nnunet_lowmem.allocations import ModelFacts, Place
+from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
+from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
+from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import Model, check_finite, load_model
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
@@ -45,7 +48,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     ----------
     tile_step_size, use_gaussian, use_mirroring, perform_everything_on_device, device, verbose, verbose_preprocessing, \
     allow_tqdm
-        As in nnU-Net. `perform_everything_on_device` says where the rolling window lives.
+        As in nnU-Net. `perform_everything_on_device` says where the rolling window lives; without `allow_tqdm` there
+        are neither bars nor, where no terminal is, lines in the log.
     max_ram, max_vram : int or str, optional
         Budgets in bytes or as text (``6G``, ``80%``); what the machine has free if not given.
     tmp_dir : path, optional
@@ -66,10 +70,15 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Packages whose code a model may name, beside nnU-Net's, ``dynamic_network_architectures`` and ``torch.nn``.
     trust_model : bool
         Run whatever code a model's files hold or name, as stock does.
+    report : bool
+        Write ``lowmem_report.html`` into the output folder of `predict_from_files`: what the run took and made.
     on_plan : callable, optional
         Called with the `Plan` of each case before it is predicted.
     on_case : callable, optional
-        Called with the `CaseReport` of each case; memory is measured only if this is given.
+        Called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`.
+    on_progress : callable, optional
+        Called with the `Progress` (stage, case, done, total, memory_bytes) of each case, in the thread that called the
+        predictor. What it raises ends the run at once, whatever `continue_on_error` says, and reaches the caller.
     """
 
     network: Any
@@ -96,19 +105,24 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         accept_nan: bool = False,
         trust: Sequence[str] = (),
         trust_model: bool = False,
+        report: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        super().__init__(
-            tile_step_size,
-            use_gaussian,
-            use_mirroring,
-            perform_everything_on_device and device.type == "cuda",
-            device,
-            verbose,
-            verbose_preprocessing,
-            allow_tqdm,
-        )
+        on_device = perform_everything_on_device and device.type == "cuda"
+        # nnU-Net says of every other device that CUDA alone keeps logits, whatever it was asked for
+        with logging_prints(logging.DEBUG):
+            super().__init__(
+                tile_step_size,
+                use_gaussian,
+                use_mirroring,
+                on_device,
+                device,
+                verbose,
+                verbose_preprocessing,
+                allow_tqdm,
+            )
         self.max_ram = max_ram
         self.max_vram = max_vram
         self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
@@ -119,9 +133,12 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.continue_on_error = continue_on_error
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
+        self.report = report
+        self._html_report: HtmlReport | None = None
         self._measured: tuple[Any, ModelFacts] | None = None
         self.on_plan = on_plan
         self.on_case = on_case
+        self.on_progress = on_progress
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -207,9 +224,13 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
         case = PreprocessedCase(input_image.cpu().numpy(), None, {})
         grid = self._grid(case)
-        with RowThreads(self.kernel_threads) as threads, self._progress_bar(grid.tile_count) as on_tile:
+        clock = StageClock("image")
+        with ExitStack() as stack:
+            threads = stack.enter_context(RowThreads(self.kernel_threads))
+            stack.enter_context(self._observed(clock))
+            stack.enter_context(clock.stage("prediction", grid.tile_count))
             window = self._window(grid, threads, Place.VRAM if self.perform_everything_on_device else Place.RAM)
-            slabs = self._roll(case, grid, window, on_tile)
+            slabs = self._roll(case, grid, window, clock)
             return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
 
     def _grid(self, case: PreprocessedCase) -> TileGrid:
@@ -228,14 +249,14 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill)
 
     def _roll(
-        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
+        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, clock: StageClock
     ) -> Iterator[LogitsSlab]:
         """Slabs of the final logits of the current weights."""
         self.network = self.network.to(self.device)
         self.network.eval()
         empty_cache(self.device)
         source = TileSource(case, grid, self.label_manager.foreground_labels)
-        return roll(self._network_tile, source, grid, window, self.device, on_tile)
+        return roll(self._network_tile, source, grid, window, self.device, clock.advance)
 
     @contextmanager
     def _final_slabs(
@@ -245,19 +266,19 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         plan: Plan,
         threads: RowThreads,
         folder: Path,
+        clock: StageClock,
         recovery: Recovery | None = None,
     ) -> Iterator[Iterator[LogitsSlab]]:
         """Slabs of the mean over all folds; the running sum between folds lives where the plan says."""
         folds = _fold_count(self.list_of_parameters)
         heads = self.label_manager.num_segmentation_heads
         with ExitStack() as stack:
-            on_tile = stack.enter_context(self._progress_bar(grid.tile_count * folds))
             store = None
             if folds > 1:
                 place = folder if plan.placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
             # nothing here holds the window but the recovery, which forgets it after the last slab
-            passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), on_tile)
+            passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
             stack.enter_context(_network_threads())
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
 
@@ -271,15 +292,15 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         return window
 
     def _fold_passes(
-        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
+        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, clock: StageClock
     ) -> Iterator[Iterator[LogitsSlab]]:
         if self.list_of_parameters is None:
-            yield self._roll(case, grid, window, on_tile)
+            yield self._roll(case, grid, window, clock)
             return
         for number, weights in enumerate(self.list_of_parameters):
             self._load_weights(weights, number)
             del weights
-            yield self._naming_fold(self._roll(case, grid, window, on_tile), number)
+            yield self._naming_fold(self._roll(case, grid, window, clock), number)
 
     def _naming_fold(self, slabs: Iterator[LogitsSlab], number: int) -> Iterator[LogitsSlab]:
         try:
@@ -287,15 +308,15 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         except NonFiniteLogitsError as error:
             raise NonFiniteLogitsError(f"{self._weights_name(number)}: {error}") from error
 
-    @contextmanager
-    def _progress_bar(self, tiles: int) -> Iterator[Callable[[], object]]:
-        with tqdm(total=tiles, disable=not self.allow_tqdm, unit="tile") as bar:
+    def _tiles(self, grid: TileGrid) -> int:
+        """Tiles of all folds."""
+        return grid.tile_count * _fold_count(self.list_of_parameters)
 
-            def on_tile() -> None:
-                interruption.check()
-                bar.update()
-
-            yield on_tile
+    def _observed(self, clock: StageClock) -> AbstractContextManager[PeakSampler | None]:
+        """Show and tell the progress of a case; give its memory where somebody asks for that."""
+        page = None if self._html_report is None else self._html_report.case
+        asked = self.on_case is not None or self.on_progress is not None
+        return observed(clock, self.allow_tqdm, asked, self.on_progress, page)
 
     # -- one case ----------------------------------------------------------------------------------------------------
 

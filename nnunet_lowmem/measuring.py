@@ -69,15 +69,18 @@ class PeakSampler:
     ----------
     cpu_s : float
         CPU seconds that sampling has taken so far.
+    held_bytes : int
+        The latest sample.
     """
 
     def __init__(self, interval_s: float = 0.05, *, pid: int | None = None, stage: str = "start") -> None:
         self.cpu_s = 0.0
+        self.held_bytes = 0
         self._interval_s = interval_s
         self._pid = os.getpid() if pid is None else pid
         self._stage = stage
         self._peaks: dict[str, int] = {stage: 0}
-        self._timeline = _Timeline()
+        self._timeline = Timeline()
         self._counted_twice_bytes = 0
         self._calibrated_pids: list[int] = []
         self._next_exact_s = 0.0
@@ -99,6 +102,8 @@ class PeakSampler:
 
     def mark(self, stage: str) -> None:
         """End the present stage and begin, or come back to, the stage of this name."""
+        if stage == self._stage:
+            return
         self._sample()
         with self._lock:
             self._stage = stage
@@ -154,17 +159,19 @@ class PeakSampler:
         self._next_exact_s = time.monotonic() + _PAUSE_PER_COST * (time.thread_time() - start_s)
 
     def _record(self, held_bytes: int) -> None:
+        self.held_bytes = held_bytes
         self._peaks[self._stage] = max(self._peaks[self._stage], held_bytes)
         self._timeline.add(time.time(), held_bytes)
 
 
-class _Timeline:
+class Timeline:
     """Points in time of bounded number: when there are too many, each pair gives way to its higher member."""
 
     def __init__(self) -> None:
         self.points: list[tuple[float, int]] = []
 
     def add(self, time_s: float, held_bytes: int) -> None:
+        """Append a point; times grow."""
         self.points.append((time_s, held_bytes))
         if len(self.points) == _TIMELINE_POINTS:  # an even number
             pairs = zip(self.points[::2], self.points[1::2], strict=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
 from nnunet_lowmem.clock import StageClock, trace
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
-from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.prefetching import Prefetcher
+from nnunet_lowmem.progress import logging_prints, on_terminal
 from nnunet_lowmem.records import Recipe, fingerprint
 from nnunet_lowmem.reporting import CaseReport, RunReport
-from nnunet_lowmem.stall_watch import StallWatch
+from nnunet_lowmem.stall_watch import LINE_S, StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
 
 logger = logging.getLogger(__name__)
@@ -101,9 +101,10 @@ class LowMemPredictor(CasePredictor):
         if from_folder:
             model_files.tell_skipped(source, self.dataset_json["file_ending"])
             source = model_files.list_cases(source, self.dataset_json["file_ending"])
-        cases, outputs, stages = self._manage_input_and_output_lists(
-            source, target, stage_folder, True, part_id, num_parts, save_probabilities
-        )
+        with logging_prints():
+            cases, outputs, stages = self._manage_input_and_output_lists(
+                source, target, stage_folder, True, part_id, num_parts, save_probabilities
+            )
         if outputs is not None and len(outputs) > len(cases):  # nnU-Net 2.5 gives each part the names of all
             outputs = outputs[part_id::num_parts]
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
@@ -111,24 +112,31 @@ class LowMemPredictor(CasePredictor):
         if from_folder:
             jobs = [unless_misnumbered(job, self.dataset_json["file_ending"]) for job in jobs]
         self.run_report = RunReport()
-        if not overwrite and outputs is not None:
-            jobs = without_those_done(jobs, self.run_report)
-        if not jobs:
-            return None
+        processes = arguments.get("num_processes_preprocessing", 0)
+        with self._reporting(target):
+            if not overwrite and outputs is not None:
+                jobs = without_those_done(jobs, self.run_report)
+            results = self._predict_recorded(jobs, target, save_probabilities, processes) if jobs else None
+        if results is not None:
+            raise_failures(self.run_report, results)
+        return results
+
+    def _predict_recorded(
+        self, jobs: list[Job], target: str | list[str] | None, save_probabilities: bool, processes: int
+    ) -> list[Result]:
+        """Predict cases of files; what failed is told in the output folder."""
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = jobs
             self._worker_bytes = 0
-            prefetches = self._prefetches(len(jobs), arguments.get("num_processes_preprocessing", 0))
+            prefetches = self._prefetches(len(jobs), processes)
             if prefetches and self._prefetch_fits(jobs, folder, save_probabilities):
                 waiting = stack.enter_context(self._prefetcher(folder)).jobs(jobs)
             try:
-                results = self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
+                return self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
             finally:
                 if target is not None:
                     self.run_report.write_failures(nnunet_adapter.output_folder(target))
-        raise_failures(self.run_report, results)
-        return results
 
     def _jobs(
         self, cases: list[list[str]], outputs: list[str] | None, stages: list[str | None], probabilities: bool
@@ -245,7 +253,8 @@ class LowMemPredictor(CasePredictor):
         return results
 
     def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, keep_going: bool) -> list[Result]:
-        with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device)) as watch:
+        line_s = LINE_S if self.allow_tqdm and not on_terminal() else 0
+        with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device), line_s) as watch:
             predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)
             return run_cases(jobs, predict, self.run_report, keep_going)
 
@@ -261,10 +270,9 @@ class LowMemPredictor(CasePredictor):
     def _predict_job(
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport]:
-        with PeakSampler(stage="preprocessing") if self.on_case else nullcontext() as sampler:
-            clock.listeners.append(partial(watch.mark, job.name))
+        clock.listeners.append(watch.note)
+        with self._observed(clock) as sampler:
             if sampler is not None:
-                clock.listeners.append(sampler.mark)
                 watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):
                 planning = self._begin(job, folder, probabilities)
@@ -275,6 +283,7 @@ class LowMemPredictor(CasePredictor):
                     self._write(result, job.output, case.properties)
                     if job.recipe is not None:
                         job.recipe.write_record()
+                self._draw(case, job, result, clock)
                 result = None
         trace("case_end", job.name, clock.seconds)
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})

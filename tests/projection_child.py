@@ -93,6 +93,7 @@ def main() -> None:
         on_case=tell,
         prefetch=options.get("prefetch"),
         kernel_threads=options.get("threads", 2),
+        report=options.get("report", False),
     )
     predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
     if options.get("limit"):
@@ -111,9 +112,9 @@ def main() -> None:
     planning = predictor._planning
     plans = planning.planner.all(planning.header, planning.budget)
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
-    print(
-        json.dumps({"least": least, "cases": told, "outputs": digests, "left": left, "error": error, "log": log.told})
-    )
+    pages = [path.name for path in Path(options["output"]).glob("*.html")]
+    found = {"outputs": digests, "left": left, "error": error, "log": log.told, "pages": pages}
+    print(json.dumps({"least": least, "cases": told, **found}))
 
 
 if __name__ == "__main__":

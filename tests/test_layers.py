@@ -24,19 +24,20 @@ switching
 predictor
 case_predictor case_loop
 probabilities logits_predictor prefetching
+html_report
 export warming console
 estimating
 case_planning
 preprocessing_memory sliding_window
 preprocessing nnunet_adapter model_loading workers budget
 input_checks
-trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch spill
+trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
 records
 files
-label_kernels device_labelling planner memory process_tree
-kernels spline stored_voxels finite_voxels allocations
-resampling tiling halves headers threads nonzero model_files measuring verifying watchdog clock
-plugin rebinding running
+label_kernels device_labelling planner memory_chart process_tree
+kernels spline stored_voxels finite_voxels allocations memory
+resampling tiling halves headers threads nonzero overlays model_files verifying watchdog clock
+plugin rebinding running measuring
 types interruption
 errors
 """
@@ -169,6 +170,19 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def talks(node: ast.AST) -> bool:
+    """Whether a call writes where the user looks: print, a console, a stream of the process."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = ast.unparse(node.func)
+    return called in {"print", "pprint", "Console"} or called.startswith(("sys.stdout.", "sys.stderr.write"))
+
+
+def test_only_the_commands_talk():
+    talkers = {module for module in MODULES if any(talks(node) for node in ast.walk(tree(module)))}
+    assert talkers == {"cli", "console", "demo", "shell"}, "a library logs; the commands decide what is shown"
 
 
 def test_package_gives_its_predictor_and_nothing_else():

@@ -271,7 +271,7 @@ def test_sampling_costs_less_than_two_percent_of_a_core_however_short_the_interv
 
 
 def test_a_long_timeline_stays_short_and_keeps_the_peak_and_the_ends() -> None:
-    timeline = measuring._Timeline()
+    timeline = measuring.Timeline()
     for step in range(100_000):
         timeline.add(float(step), 7_000 if step == 33_333 else step % 1000)
     assert len(timeline.points) <= 2048

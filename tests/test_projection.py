@@ -204,6 +204,17 @@ def test_promise_over_random_cases_and_budgets(predict):
     check()
 
 
+def test_the_report_is_made_within_the_same_bounds(predict):
+    """From pictures to page under the kernel's limit, with no budget but the projected peak."""
+    free = predict("many classes")
+    most = free["cases"][0]["projected"]
+    told = predict("many classes", max_ram=most + 12 * MIB, limit=True, report=True)
+    assert_promise_kept(told)
+    assert told["outputs"] == free["outputs"]
+    assert told["cases"][0]["stages"]["report"] <= told["cases"][0]["measured"]
+    assert told["pages"] == ["lowmem_report.html"]
+
+
 @pytest.mark.slow
 def test_a_process_that_prefetches_is_inside_the_budget(predict):
     alone = predict("few classes", cases=3)

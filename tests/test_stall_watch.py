@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
+from nnunet_lowmem.clock import Progress
 from nnunet_lowmem.stall_watch import StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
 
@@ -15,7 +17,7 @@ def idle(seconds: float) -> None:
 
 def test_idle_stage_is_told_with_case_stage_stack_and_memory(caplog):
     with StallWatch(WorkerLimits(stall_s=0.3), "cpu") as watch:
-        watch.mark("scan", "writing")
+        watch.note(Progress("writing", "scan", 0, 1))
         idle(1.2)
     assert "case scan, writing: the main process made no progress for" in caplog.text
     assert "GiB" in caplog.text
@@ -25,11 +27,21 @@ def test_idle_stage_is_told_with_case_stage_stack_and_memory(caplog):
 
 def test_busy_stage_is_left_alone(caplog):
     with StallWatch(WorkerLimits(stall_s=1.0), "cpu") as watch:
-        watch.mark("scan", "prediction")
+        watch.note(Progress("prediction", "scan", 3, 8))
         end = time.monotonic() + 2.5
         while time.monotonic() < end:
             sum(range(1000))
     assert caplog.text == ""
+
+
+def test_plain_lines_say_how_far_the_case_is_even_while_nothing_moves(caplog):
+    caplog.set_level("INFO", "nnunet_lowmem")
+    with StallWatch(WorkerLimits(stall_s=0), "cpu", line_s=0.2) as watch:
+        watch.note(Progress("prediction", "scan", 3, 8))
+        idle(1.1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert 3 <= len(lines) <= 5
+    assert all(re.fullmatch(r"case scan: prediction, 3 of 8, \d+\.\d\d GiB", line) for line in lines)
 
 
 def test_no_thread_where_it_is_off_and_none_afterwards():

@@ -1,0 +1,194 @@
+"""``lowmem_report.html``: one page that tells what a run took and made, and needs nothing beside itself.
+
+Pictures wait as small files, and the page is written piece by piece, so that its cost in memory does not grow with the
+number of cases. Names of cases, labels and messages are strangers' strings: the template escapes every one, and the
+page forbids itself to load or run anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from nnunet_lowmem.allocations import Place
+from nnunet_lowmem.clock import Progress, StageClock
+from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.measuring import PeakSampler, Timeline
+from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
+from nnunet_lowmem.overlays import Overlay, colour
+from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.reporting import RunReport
+
+REPORT_FILE = "lowmem_report.html"
+
+_SHOWN_LABELS = 12
+_SHOWN_WARNINGS = 100
+_WIDE, _NARROW = (10.4, 3.7), (3.9, 3.6)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A slice that waits in a file."""
+
+    title: str
+    path: Path
+
+    @property
+    def uri(self) -> str:
+        """The picture itself, for a page."""
+        return _data_uri(self.path.read_bytes(), "image/jpeg")
+
+
+@dataclass
+class CasePictures:
+    """The slices of one case, the labels that take most of them, and how many labels more there are."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    further: int = 0
+
+
+class HtmlReport:
+    """Watches a run and writes its page at the end, however it ends; a context manager.
+
+    Parameters
+    ----------
+    target : Path
+        Output folder.
+    folder : Path
+        Temporary folder for pictures.
+    facts : mapping
+        What else to tell of the run: names and values.
+    report : RunReport
+        Filled by whoever runs the cases.
+    """
+
+    def __init__(self, target: Path, folder: Path, facts: Mapping[str, str], report: RunReport) -> None:
+        self._target, self._folder, self._facts, self._report = target, folder, facts, report
+        self._pictures: dict[str, CasePictures] = {}
+        self._plans: dict[str, Plan] = {}
+        self._story = MemoryStory()
+        self._timeline = Timeline()
+        self._messages = _Messages()
+        self._began_s = time.time()
+
+    def __enter__(self) -> HtmlReport:
+        logging.getLogger("nnunet_lowmem").addHandler(self._messages)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logging.getLogger("nnunet_lowmem").removeHandler(self._messages)
+        self._story.end_s = self._now_s()
+        self._story.points = [(when - self._began_s, held) for when, held in self._timeline.points]
+        self._write("" if kind is None else f"{kind.__name__}: {error}")
+
+    @contextmanager
+    def case(self, clock: StageClock, sampler: PeakSampler) -> Iterator[None]:
+        """Take part in one case."""
+        self._story.cases.append((self._now_s(), clock.case))
+        clock.listeners.append(self._note)
+        try:
+            yield
+        finally:
+            self._story.stages.append((self._now_s(), ""))
+            for point in sampler.timeline():
+                self._timeline.add(*point)
+
+    def plan(self, plan: Plan) -> None:
+        """Take note of the plan of a case."""
+        self._plans[plan.case] = plan
+        limits = Limits(self._now_s(), plan.projected_bytes(Place.RAM), plan.budget.limit(Place.RAM))
+        self._story.limits.append(limits)
+
+    def draw(self, output: str, overlays: Sequence[Overlay], names: Mapping[int, str]) -> None:
+        """Keep the slices of the case that was written to `output`."""
+        kept = self._pictures[output] = CasePictures()
+        counts: Counter[int] = Counter()
+        for axis, overlay in enumerate(overlays):
+            path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
+            overlay.save(path)
+            kept.pictures.append(Picture(overlay.title, path))
+            counts += overlay.counts
+        shown = [value for value, _ in counts.most_common(_SHOWN_LABELS)]
+        kept.legend = [(names.get(value, f"label {value}"), colour(value)) for value in shown]
+        kept.further = max(0, len(counts) - _SHOWN_LABELS)
+
+    def _now_s(self) -> float:
+        return time.time() - self._began_s
+
+    def _note(self, progress: Progress) -> None:
+        if not self._story.stages or self._story.stages[-1][1] != progress.stage:
+            self._story.stages.append((self._now_s(), progress.stage))
+
+    def _write(self, ended_by: str) -> None:
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.filters |= {"gib": format_gib, "duration": duration, "colour": stage_colour}
+        template = environment.from_string((files("nnunet_lowmem") / "data" / "report.html").read_text("utf-8"))
+        with atomic_output(self._target / REPORT_FILE) as path, path.open("w", encoding="utf-8") as file:
+            for piece in template.generate(self._content(ended_by)):
+                file.write(piece)
+
+    def _content(self, ended_by: str) -> dict[str, Any]:
+        sizes = (_WIDE, _NARROW) if self._story.points else ()
+        charts = [_data_uri(memory_chart(self._story, *size), "image/svg+xml") for size in sizes]
+        return {
+            "run": self._report,
+            "cases": [(case, self._pictures.get(case.output or "", CasePictures())) for case in self._report.done],
+            "failed": [(case, self._plans.get(case.case)) for case in self._report.failed],
+            "peak": max(self._report.done, key=lambda case: case.peak_bytes, default=None),
+            "longest_s": max((sum(case.seconds.values()) for case in self._report.done), default=0.0),
+            "charts": charts,
+            "story": self._story,
+            "messages": self._messages,
+            "facts": self._facts,
+            "folder": self._target.resolve().name,
+            "began": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._began_s)),
+            "ended_by": ended_by,
+            "ram": Place.RAM,
+            "places": list(Place),
+        }
+
+
+class _Messages(logging.Handler):
+    """Warnings of a run, each once; errors are told with the case that failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self.further = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.ERROR or text in self.texts:
+            return
+        if len(self.texts) < _SHOWN_WARNINGS:
+            self.texts.append(text)
+        else:
+            self.further += 1
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text: ``0.04 s``, ``4.2 s``, ``83 s``, ``12 min 05 s``."""
+    if seconds < 119.5:
+        digits = 2 if seconds < 0.95 else 1 if seconds < 9.95 else 0
+        return f"{seconds:.{digits}f} s"
+    seconds = round(seconds)
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
