@@ -82,12 +82,12 @@ def _next_stages(trainer: Any, name: str, properties: dict[str, Any]) -> tuple[N
         output = Path(trainer.output_folder_base, "predicted_next_stage", stage)
         output.mkdir(parents=True, exist_ok=True)
         z, y, x = map(int, shape)
-        write = partial(_write_labels, trainer, type(data), output / name, properties, (z, y, x))
+        write = partial(write_labels, trainer, type(data), output / name, properties, (z, y, x))
         found.append(NextStage((z, y, x), write))
     return tuple(found)
 
 
-def _write_labels(
+def write_labels(
     trainer: Any, data_class: Any, output: Path, properties: dict[str, Any], shape: Shape3, labels: NDArray[Any]
 ) -> None:
     """Store labels through ``resample_and_save``, which is given nothing to resample and to decide."""
