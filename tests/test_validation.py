@@ -56,7 +56,7 @@ def test_what_stock_has_to_do_is_left_to_it_and_told():
     assert "leaves this validation to nnU-Net" in trainer.log[0]
     assert "several GPUs" in trainer.log[0]
     trainer = BaseLowMem(is_ddp=False)
-    trainer.label_manager = type("OwnLabels", (), {})()
+    trainer.label_manager = type("OwnLabels", (), {"has_regions": False})()
     trainer.perform_actual_validation()
     assert trainer.validated == [False]
     assert "label manager OwnLabels" in trainer.log[0]
@@ -118,62 +118,75 @@ def moved(folder: Path) -> Path:
     return Path(shutil.move(folder, folder.with_name(folder.name + "_of_ours")))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-class TestRealTraining:
-    """One preprocessed data set; the low resolution is trained on and validates all cases, the cascade on one fold."""
+# -- one preprocessed data set; the low resolution is trained on and validates all cases, the cascade one fold
 
-    @pytest.fixture(scope="class")
-    def training(self, tmp_path_factory) -> TinyTraining:
-        pytest.importorskip("nnunetv2.utilities.find_objects")  # trainers from outside are new in nnU-Net 2.8
-        return TinyTraining(tmp_path_factory.mktemp("training")).prepare()
+slow = pytest.mark.slow
 
-    @pytest.fixture(scope="class")
-    def low(self, training) -> SimpleNamespace:
-        log = training.train("3d_lowres", "all", "QuickTrainerLowMem")
-        fold = training.results("3d_lowres") / "fold_all"
-        ours, ours_next = moved(fold / "validation"), moved(fold.parent / "predicted_next_stage")
-        training.train("3d_lowres", "all", "QuickTrainer", "--val")
-        stock_next = Path(shutil.copytree(fold.parent / "predicted_next_stage", fold / "next_of_stock"))
-        return SimpleNamespace(log=log, fold=fold, ours=ours, ours_next=ours_next, stock_next=stock_next)
 
-    def test_same_files_and_metrics(self, low):
-        assert "validates: one case after the other in this process" in low.log
-        assert "Mean Validation Dice" in low.log
-        assert_same_validation(low.ours, low.fold / "validation", CASES)
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> TinyTraining:
+    pytest.importorskip("nnunetv2.utilities.find_objects")  # trainers from outside are new in nnU-Net 2.8
+    return TinyTraining(tmp_path_factory.mktemp("training")).prepare()
 
-    def test_same_labels_for_all_next_stages(self, low):
-        assert_same_next_stages(low.ours_next, low.stock_next, CASES)
 
-    def test_checkpoint_and_folder_are_those_of_the_base(self, training, low):
-        checkpoint = torch.load(low.fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-        assert checkpoint["trainer_name"] == "QuickTrainer"
-        assert [path.name for path in (training.root / "results" / NAME).iterdir()] == [low.fold.parent.name]
+@pytest.fixture(scope="module")
+def low(training) -> SimpleNamespace:
+    log = training.train("3d_lowres", "all", "QuickTrainerLowMem")
+    fold = training.results("3d_lowres") / "fold_all"
+    ours, ours_next = moved(fold / "validation"), moved(fold.parent / "predicted_next_stage")
+    training.train("3d_lowres", "all", "QuickTrainer", "--val")
+    stock_next = Path(shutil.copytree(fold.parent / "predicted_next_stage", fold / "next_of_stock"))
+    return SimpleNamespace(log=log, fold=fold, ours=ours, ours_next=ours_next, stock_next=stock_next)
 
-    def test_probabilities_of_a_finished_fold(self, training, low):
-        training.train("3d_lowres", "0", "QuickTrainer")
-        fold = training.results("3d_lowres") / "fold_0"
-        shutil.rmtree(fold / "validation")
-        training.train("3d_lowres", "0", "QuickTrainerLowMem", "--val", "--npz")
-        ours = moved(fold / "validation")
-        training.train("3d_lowres", "0", "QuickTrainer", "--val", "--npz")
-        assert_same_validation(ours, fold / "validation", VALIDATED)
-        for case in VALIDATED:
-            actual, expected = (np.load(f / f"{case}.npz")["probabilities"] for f in (ours, fold / "validation"))
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=2.0**-21)
 
-    def test_cascade(self, training, low):
-        training.train("3d_cascade_fullres", "0", "QuickTrainerLowMem")
-        fold = training.results("3d_cascade_fullres") / "fold_0"
-        ours = moved(fold / "validation")
-        training.train("3d_cascade_fullres", "0", "QuickTrainer", "--val")
-        assert_same_validation(ours, fold / "validation", VALIDATED)
+@slow
+def test_same_files_and_metrics(low):
+    assert "validates: one case after the other in this process" in low.log
+    assert "Mean Validation Dice" in low.log
+    assert_same_validation(low.ours, low.fold / "validation", CASES)
 
-    def test_budget_of_the_environment_binds(self, training, low):
-        words = ["1", "3d_lowres", "all", "-tr", "QuickTrainerLowMem", "-device", "cpu", "--val"]
-        before = json.loads((low.fold / "validation" / "summary.json").read_text())
-        done = training.run("nnUNetv2_train", *words, nnUNet_lowmem_max_ram="100M")
-        assert done.returncode != 0
-        assert "5 of 5 cases failed" in done.stderr
-        assert "does not fit: RAM projected" in done.stderr
-        assert json.loads((low.fold / "validation" / "summary.json").read_text()) == before
+
+@slow
+def test_same_labels_for_all_next_stages(low):
+    assert_same_next_stages(low.ours_next, low.stock_next, CASES)
+
+
+@slow
+def test_checkpoint_and_folder_are_those_of_the_base(training, low):
+    checkpoint = torch.load(low.fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    assert checkpoint["trainer_name"] == "QuickTrainer"
+    assert [path.name for path in (training.root / "results" / NAME).iterdir()] == [low.fold.parent.name]
+
+
+@slow
+def test_probabilities_of_a_finished_fold(training, low):
+    training.train("3d_lowres", "0", "QuickTrainer")
+    fold = training.results("3d_lowres") / "fold_0"
+    shutil.rmtree(fold / "validation")
+    training.train("3d_lowres", "0", "QuickTrainerLowMem", "--val", "--npz")
+    ours = moved(fold / "validation")
+    training.train("3d_lowres", "0", "QuickTrainer", "--val", "--npz")
+    assert_same_validation(ours, fold / "validation", VALIDATED)
+    for case in VALIDATED:
+        actual, expected = (np.load(f / f"{case}.npz")["probabilities"] for f in (ours, fold / "validation"))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2.0**-21)
+
+
+@slow
+def test_cascade(training, low):
+    training.train("3d_cascade_fullres", "0", "QuickTrainerLowMem")
+    fold = training.results("3d_cascade_fullres") / "fold_0"
+    ours = moved(fold / "validation")
+    training.train("3d_cascade_fullres", "0", "QuickTrainer", "--val")
+    assert_same_validation(ours, fold / "validation", VALIDATED)
+
+
+@slow
+def test_budget_of_the_environment_binds(training, low):
+    words = ["1", "3d_lowres", "all", "-tr", "QuickTrainerLowMem", "-device", "cpu", "--val"]
+    before = json.loads((low.fold / "validation" / "summary.json").read_text())
+    done = training.run("nnUNetv2_train", *words, nnUNet_lowmem_max_ram="100M")
+    assert done.returncode != 0
+    assert "5 of 5 cases failed" in done.stderr
+    assert "does not fit: RAM projected" in done.stderr
+    assert json.loads((low.fold / "validation" / "summary.json").read_text()) == before

@@ -54,7 +54,6 @@ class TinyTraining:
         environment = {
             **os.environ,
             **folders,
-            "nnUNet_n_proc_DA": "0",
             "nnUNet_def_n_proc": "1",
             "nnUNet_extTrainer": os.pathsep.join(map(str, TRAINERS)),
             "PYTHONPATH": os.pathsep.join([*map(str, self.path), str(TRAINERS[1].parents[1])]),
@@ -73,7 +72,7 @@ class TinyTraining:
 
     def train(self, configuration: str, fold: str, trainer: str, *flags: str, **variables: str) -> str:
         words = ["1", configuration, fold, "-tr", trainer, "-device", "cpu", *flags]
-        return self.must("nnUNetv2_train", *words, **variables)
+        return self.must("nnUNetv2_train", *words, nnUNet_n_proc_DA="0", **variables)
 
     def results(self, configuration: str, trainer: str = "QuickTrainer") -> Path:
         return self.root / "results" / NAME / f"{trainer}__nnUNetPlans__{configuration}"
