@@ -132,6 +132,8 @@ class CaseFacts:
         Working arrays where heads are needed as a whole.
     image_place : Place or None
         Where the preprocessed image is, once it exists.
+    next_stages_bytes : int
+        Labels for the next stages of a cascade, which are made along with a validation.
     """
 
     name: str
@@ -145,6 +147,7 @@ class CaseFacts:
     previous_stage_bytes: int = 0
     export_bytes: int = 0
     image_place: Place | None = None
+    next_stages_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,8 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
         yield Allocation("weights", compute, model.weight_bytes, tuple(Stage)[2:])
     yield Allocation("network on one tile", compute, model.activation_bytes, predict)
     yield from _window_allocations(model, case, placement, compute, with_window)
+    if case.next_stages_bytes:
+        yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)
     yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
     writer_bytes = label_map_bytes + _BUFFER_BYTES
     yield Allocation("writer's copy of the label map", ram, writer_bytes, (Stage.WRITING,))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nnunet_lowmem import nnunet_adapter, preprocessing
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Stage
 from nnunet_lowmem.headers import read_header
-from nnunet_lowmem.nnunet_adapter import CaseGeometry
+from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, closest_plan, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
 from nnunet_lowmem.recovering import Recovery
@@ -114,6 +114,7 @@ class CasePlanner:
             image_bytes=case.image.nbytes,
             image_place=place,
             previous_stage_bytes=stage_bytes,
+            next_stages_bytes=self._next_stages(case),
         )
 
     def with_network_shape(self, facts: CaseFacts, shape: Sequence[int]) -> CaseFacts:
@@ -175,14 +176,36 @@ class CasePlanner:
             return False, heads * (10 * network + 6 * cropped) + 12 * original
         properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
         resampling = nnunet_adapter.logits_resampling(described.plans, described.configuration, geometry, properties)
-        by_softmax = probabilities or (nnunet_adapter.TAKES_ARGMAX_OF_SOFTMAX and rule.ranked)
-        if resampling.tables is not None and not by_softmax:
+        if nnunet_adapter.streams(resampling, rule, probabilities):
             return True, 0
-        group = 1 if resampling.tables is not None else min(heads, nnunet_adapter.HEADS_PER_CALL)
+        by_softmax = nnunet_adapter.takes_softmax(rule, probabilities)
+        # one head in the original grid
+        head = _SINGLE_BYTES * original if by_softmax else 0
+        return False, self._whole_heads(network, cropped, resampling, by_softmax) + head
+
+    def _next_stages(self, case: PreprocessedCase) -> int:
+        """Labels of all next stages, the copy that is written, and what is needed where heads cannot stream."""
+        described, network = self.description, math.prod(case.image.shape[1:])
+        rule = nnunet_adapter.label_rule(described.labels)
+        working, maps = [0], [0]
+        for stage in case.next_stages:
+            geometry = nnunet_adapter.next_stage_geometry(case.image.shape[1:], stage)
+            resampling = nnunet_adapter.next_stage_resampling(
+                described.plans, described.configuration, geometry, case.properties
+            )
+            maps.append(math.prod(stage.shape) * self.model.label_bytes)
+            if not nnunet_adapter.streams(resampling, rule):
+                by_softmax = nnunet_adapter.takes_softmax(rule)
+                working.append(self._whole_heads(network, math.prod(stage.shape), resampling, by_softmax))
+        return sum(maps) + max(maps) + max(working)
+
+    def _whole_heads(self, network: int, cropped: int, resampling: LogitsResampling, by_softmax: bool) -> int:
+        """Working arrays of labelling head after head; voxels of both grids are given."""
+        group = 1 if resampling.tables is not None else min(self.model.heads, nnunet_adapter.HEADS_PER_CALL)
         resampled = _HALF_BYTES * cropped if group == 1 else group * 8 * (network + cropped)
-        # largest logit, sum of exponentials, close calls, one head in the original grid
-        decision = (12 * cropped + _SINGLE_BYTES * original) if by_softmax else 6 * cropped
-        return False, 2 * group * _HALF_BYTES * network + resampled + decision
+        # largest logit, sum of exponentials, close calls
+        decision = 12 * cropped if by_softmax else 6 * cropped
+        return 2 * group * _HALF_BYTES * network + resampled + decision
 
 
 @dataclass
@@ -211,6 +234,11 @@ class CasePlanning:
     exact: CaseFacts | None = None
     begun: Plan | None = None
     _spills_image: bool = False
+
+    def expect(self, name: str, case: PreprocessedCase, probabilities: bool, reading_bytes: int) -> None:
+        """Take a stored image, which is not read yet, for the header of the case; reading it takes that much more."""
+        facts = self.planner.facts_of_image(name, case, probabilities)
+        self.header = replace(facts, image_place=None, preprocessing_bytes=reading_bytes)
 
     def check(self) -> None:
         """Refuse what cannot fit whatever is cropped.

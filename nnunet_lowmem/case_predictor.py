@@ -16,7 +16,7 @@ import numpy as np
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter
 from nnunet_lowmem.allocations import WORKER_BYTES, CaseFacts, Place
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
@@ -51,6 +51,12 @@ class CasePredictor(LogitsPredictor):
     run_report: RunReport
     _planning: CasePlanning | None = None
     _worker_bytes = 0
+
+    @property
+    def planning(self) -> CasePlanning:
+        """Of the case that is under way."""
+        assert self._planning is not None, "a case is planned before it is loaded"
+        return self._planning
 
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
@@ -149,8 +155,7 @@ class CasePredictor(LogitsPredictor):
         resampling = nnunet_adapter.logits_resampling(
             self.plans_manager, self.configuration_manager, geometry, case.properties
         )
-        by_softmax = probabilities or (nnunet_adapter.TAKES_ARGMAX_OF_SOFTMAX and rule is not None and rule.ranked)
-        streams = rule is not None and resampling.tables is not None and not by_softmax
+        by_softmax = nnunet_adapter.takes_softmax(rule, probabilities)
         plan = self._plan(case, job.name, planning, probabilities)
         grid, folder = self._grid(case), planning.folder
         map_folder = folder if plan.placement.label_map is Place.DISK else None
@@ -162,8 +167,10 @@ class CasePredictor(LogitsPredictor):
             slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan
-            if streams:
-                limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
+            limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
+            targets = next_stages.targets(case, self.plans_manager, self.configuration_manager)
+            slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery, folder)
+            if nnunet_adapter.streams(resampling, rule, probabilities):
                 labels = export.label_slabs(
                     slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery
                 )

@@ -47,12 +47,8 @@ def label_slabs(
     -------
     uint8 or uint16 array, original grid in the axis order of the network
     """
-    assert resampling.tables is not None
     whole, cropped = empty_label_map(geometry, rule, folder)
-    labeller = SlabLabeller(resampling.tables, rule, cropped, threads, limits)
-    if recovery is not None:
-        labeller.attempt = recovery.run
-        recovery.listeners.append(labeller.follow)
+    labeller = slab_labeller(resampling, rule, cropped, threads, limits, recovery)
     for slab in slabs:
         with clock.stage("export", cropped.shape[slab.axis]):
             done = labeller.done
@@ -60,6 +56,23 @@ def label_slabs(
             clock.advance(labeller.done - done)
     labeller.finish()
     return whole
+
+
+def slab_labeller(
+    resampling: LogitsResampling,
+    rule: LabelRule,
+    labels: NDArray[Any],
+    threads: RowThreads,
+    limits: SlabLimits,
+    recovery: Recovery | None,
+) -> SlabLabeller:
+    """Make a labeller that writes `labels` and takes part in the recovery."""
+    assert resampling.tables is not None
+    labeller = SlabLabeller(resampling.tables, rule, labels, threads, limits)
+    if recovery is not None:
+        labeller.attempt = recovery.run
+        recovery.listeners.append(labeller.follow)
+    return labeller
 
 
 def store_slabs(slabs: Iterable[LogitsSlab], store: PlaneStore) -> None:

@@ -82,6 +82,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     """
 
     network: Any
+    #: At most; stock sets it for predictions and not for validations.
+    network_threads: int = default_num_processes
 
     def __init__(
         self,
@@ -279,7 +281,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
                 store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
             # nothing here holds the window but the recovery, which forgets it after the last slab
             passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
-            stack.enter_context(_network_threads())
+            stack.enter_context(_network_threads(self.network_threads))
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
 
     def _watched_window(
@@ -355,7 +357,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         tile = (1, self._input_channels(), *self.configuration_manager.patch_size)
         mirrored = 2 if self.use_mirroring and self.allowed_mirroring_axes else 0
         output = self.label_manager.num_segmentation_heads * math.prod(self.configuration_manager.patch_size) * 4
-        size_bytes: int = int(activation_bytes(self.network, tile) * scratch_factor) + mirrored * output
+        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        size_bytes: int = int(activation_bytes(network, tile) * scratch_factor) + mirrored * output
         return size_bytes
 
     def _measured_tile_bytes(self) -> int:
@@ -365,7 +368,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.network.eval()
         try:
             self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None
-            with torch.inference_mode(), _network_threads():
+            with torch.inference_mode(), _network_threads(self.network_threads):
                 measured = measured_bytes(lambda: self._network_tile(tile), self.device)
         finally:
             self.allowed_mirroring_axes = axes
@@ -387,10 +390,10 @@ def _fold_count(parameters: Sequence[Any] | None) -> int:
 
 
 @contextmanager
-def _network_threads() -> Iterator[None]:
+def _network_threads(most: int) -> Iterator[None]:
     """Run the network on stock's number of threads: its output on the CPU depends on it."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(default_num_processes, threads))
+    torch.set_num_threads(min(most, threads))
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.overlays import Volume
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.trust import Trust
-from nnunet_lowmem.types import PreprocessedCase, Shape3
+from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
 from nnunet_lowmem.verifying import verify_gzip
 
 try:
@@ -122,6 +122,16 @@ def label_rule(label_manager: LabelManager) -> LabelRule | None:
     else:
         values = np.arange(heads + 1, dtype=np.uint16)
     return LabelRule(ranked=not label_manager.has_regions, values=values, dtype=dtype)
+
+
+def takes_softmax(rule: LabelRule | None, probabilities: bool = False) -> bool:
+    """Whether stock decides by probabilities where this does."""
+    return probabilities or (TAKES_ARGMAX_OF_SOFTMAX and rule is not None and rule.ranked)
+
+
+def streams(resampling: LogitsResampling, rule: LabelRule | None, probabilities: bool = False) -> bool:
+    """Whether labels can be found slab by slab, no head being needed as a whole."""
+    return rule is not None and resampling.tables is not None and not takes_softmax(rule, probabilities)
 
 
 def check_reader(plans_manager: PlansManager) -> None:
@@ -231,6 +241,12 @@ def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> C
     )
 
 
+def next_stage_geometry(network_shape: Sequence[int], stage: NextStage) -> CaseGeometry:
+    """Return the shapes of a case whose labels are made in the grid of a next stage."""
+    whole = (slice(0, stage.shape[0]), slice(0, stage.shape[1]), slice(0, stage.shape[2]))
+    return CaseGeometry(_shape3(network_shape), stage.shape, stage.shape, whole)
+
+
 def uncropped_geometry(
     shape: Sequence[int], spacing: Sequence[float], plans_manager: Any, configuration_manager: Any
 ) -> CaseGeometry:
@@ -256,13 +272,34 @@ def logits_resampling(
     The spacings are those of ``convert_predicted_logits_to_segmentation_with_correct_shape``: a two-dimensional
     configuration keeps the spacing between slices.
     """
+    spacing, current = _spacings(plans_manager, configuration_manager, geometry, properties)
+    function = configuration_manager.resampling_fn_probabilities
+    arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
+    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
+
+
+def next_stage_resampling(
+    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+) -> LogitsResampling:
+    """Return the resampling of logits to the grid of a next stage, which `geometry` calls the cropped one.
+
+    As in ``resample_and_save``, both spacings are those of the configuration that predicts.
+    """
+    _, current = _spacings(plans_manager, configuration_manager, geometry, properties)
+    function = configuration_manager.resampling_fn_probabilities
+    arguments = (geometry.cropped_shape, current, current)
+    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, current))
+
+
+def _spacings(
+    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Spacing of the file and of the network, both in the axis order of the network."""
     spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
     current = configuration_manager.spacing
     if len(current) != len(geometry.cropped_shape):
         current = [spacing[0], *current]
-    function = configuration_manager.resampling_fn_probabilities
-    arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
-    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
+    return spacing, current
 
 
 def _default_tables(

@@ -20,7 +20,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
-from nnunet_lowmem import model_files, nnunet_adapter
+from nnunet_lowmem import model_files, nnunet_adapter, plugin, validation
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
@@ -241,6 +241,22 @@ class LowMemPredictor(CasePredictor):
         load = partial(self._preprocess_array, input_image, segmentation_previous_stage, image_properties)
         job = Job("array", output_file_truncated, load)
         return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
+
+    @classmethod
+    def perform_actual_validation(cls, trainer: Any, save_probabilities: bool = False, **options: Any) -> bool:
+        """Do what the trainer's method of that name does, in bounded memory; False where it has to do it by itself.
+
+        The trainers in ``nnunet_lowmem/trainers`` and nnU-Net as patched in ``patches/`` call this.
+        """
+        if validation.is_left_to_stock(trainer):
+            return False
+        chosen = plugin.options(plugin.OWN.name, cls, trainer.plans_manager.plans)
+        predictor = cls(device=trainer.device, allow_tqdm=False, **{**chosen, **options})
+        with validation.prepared(trainer, predictor):
+            jobs = validation.jobs(trainer, predictor, save_probabilities)
+            predictor._predict_unrecorded(jobs, save_probabilities, predictor.continue_on_error)
+            validation.write_summary(trainer, predictor)
+        return True
 
     # -- cases in a row ----------------------------------------------------------------------------------------------
 

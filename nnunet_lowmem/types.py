@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class NextStage:
+    """A later stage of a cascade that wants the labels of a case in its own grid.
+
+    Attributes
+    ----------
+    shape : int, 3
+        Network grid of that stage.
+    write : callable
+        Stores the labels: integers, shape (z, y, x).
+    """
+
+    shape: Shape3
+    write: Callable[[NDArray[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -24,8 +41,11 @@ class PreprocessedCase:
         Labels of the previous stage of a cascade in network space, -1 outside the nonzero mask.
     properties : dict
         nnU-Net's own properties of the case (spacing, crop, shapes, what the writer needs). Read, never changed.
+    next_stages : tuple of NextStage
+        Which labels are wanted beside those in the original grid.
     """
 
     image: NDArray[np.float32]
     previous_stage: NDArray[np.integer[Any]] | None
     properties: dict[str, Any]
+    next_stages: tuple[NextStage, ...] = ()

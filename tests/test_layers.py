@@ -20,12 +20,14 @@ ROOMS = """
 __main__
 cli
 demo ensembling shell startup
-switching
+switching training
 predictor
+validation
 case_predictor case_loop
+next_stages
 probabilities logits_predictor prefetching
 html_report
-export warming console
+export warming console training_data
 estimating
 case_planning
 preprocessing_memory sliding_window
@@ -55,6 +57,8 @@ MAY_IMPORT_NNUNET = {
     "trust",
     "input_checks",
     "ensembling",
+    "training_data",
+    "validation",
 }
 MUST_BE_PURE = {"planner", "allocations", "tiling", "types", "errors", "resampling"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,8 @@ import nibabel
 import numpy as np
 import pytest
 from factory import ModelSpec
+from test_validation import assert_same_next_stages, assert_same_validation, moved
+from tiny_training import TRAINERS, VALIDATED, TinyTraining
 
 import nnunet_lowmem
 
@@ -54,7 +57,9 @@ print('threads left:', sum('producer' in t.name for t in threading.enumerate()))
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def source(request, tmp_path_factory) -> tuple[str, Path]:
-    return request.param, unpacked(request.param, tmp_path_factory.mktemp("stock"))
+    folder = unpacked(request.param, tmp_path_factory.mktemp("stock"))
+    apply(f"predictor-{request.param}.patch", folder)
+    return request.param, folder
 
 
 def unpacked(version: str, folder: Path) -> Path:
@@ -86,8 +91,7 @@ def python(folder: Path, program: str, *words: str, timeout: float = 200, **vari
 
 
 def test_predictor_flag(source, images, models, tmp_path):
-    version, folder = source
-    apply(f"predictor-{version}.patch", folder)
+    _, folder = source
     model, case = models(ModelSpec(), images("head")), Path(images("head")[0])
 
     def predict(out: str, *flags: str):
@@ -111,6 +115,21 @@ def test_predictor_flag(source, images, models, tmp_path):
     )
     assert unknown.returncode != 0
     assert "no predictor named nonsense. Installed are: ['lowmem'" in unknown.stderr
+
+
+def test_validation_at_the_end_of_training(source, tmp_path):
+    _, folder = source
+    # before 2.8 there are no trainers from outside
+    shutil.copy(TRAINERS[0] / "quick_trainer.py", folder / "nnunetv2" / "training" / "nnUNetTrainer")
+    training = TinyTraining(tmp_path, [folder]).prepare()
+    log = training.train("3d_lowres", "0", "QuickTrainer", nnUNet_predictor="lowmem")
+    assert "validates: one case after the other in this process" in log
+    results = training.results("3d_lowres")
+    ours, ours_next = moved(results / "fold_0" / "validation"), moved(results / "predicted_next_stage")
+    log = training.train("3d_lowres", "0", "QuickTrainer", "--val")
+    assert "nnunet_lowmem" not in log
+    assert_same_validation(ours, results / "fold_0" / "validation", VALIDATED)
+    assert_same_next_stages(ours_next, results / "predicted_next_stage", VALIDATED)
 
 
 @pytest.mark.parametrize("version", WITH_PRODUCER)

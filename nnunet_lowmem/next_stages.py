@@ -1,0 +1,110 @@
+"""Labels of a case in the grids of later stages of a cascade, found along with its segmentation.
+
+Stock resamples all logits to each of these grids. Here the slabs pass by on their way to the segmentation, and a grid
+whose resampling is known as tables is labelled as they come. For any other the logits are spilled, and labelled head by
+head once the last slab has passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nnunet_lowmem import export, nnunet_adapter
+from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
+from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
+from nnunet_lowmem.probabilities import label_and_export
+from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.spill import PlaneStore
+from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.types import NextStage, PreprocessedCase
+
+
+@dataclass(frozen=True)
+class Target:
+    """A next stage, and how logits get into its grid."""
+
+    stage: NextStage
+    geometry: CaseGeometry
+    resampling: LogitsResampling
+
+
+def targets(case: PreprocessedCase, plans_manager: Any, configuration_manager: Any) -> list[Target]:
+    """Return what the next stages of a case ask for."""
+    found = []
+    for stage in case.next_stages:
+        geometry = nnunet_adapter.next_stage_geometry(case.image.shape[1:], stage)
+        resampling = nnunet_adapter.next_stage_resampling(
+            plans_manager, configuration_manager, geometry, case.properties
+        )
+        found.append(Target(stage, geometry, resampling))
+    return found
+
+
+def label_along(
+    slabs: Iterator[LogitsSlab],
+    wanted: Sequence[Target],
+    rule: LabelRule,
+    threads: RowThreads,
+    limits: SlabLimits,
+    recovery: Recovery,
+    folder: Path,
+) -> Iterator[LogitsSlab]:
+    """Pass slabs on as they are; when they have ended, the labels of every target are written."""
+    with ExitStack() as stack:
+        makers: list[_Streamed | _Stored] = []
+        for target in wanted:
+            if nnunet_adapter.streams(target.resampling, rule):
+                makers.append(_Streamed(target, rule, threads, limits, recovery))
+            else:
+                makers.append(_Stored(target, rule, threads, folder, stack))
+        for slab in slabs:
+            for maker in makers:
+                maker.add(slab)
+            yield slab
+        for target, maker in zip(wanted, makers, strict=True):
+            target.stage.write(maker.finish())
+
+
+class _Streamed:
+    """Labels slab by slab."""
+
+    def __init__(
+        self, target: Target, rule: LabelRule, threads: RowThreads, limits: SlabLimits, recovery: Recovery
+    ) -> None:
+        self._labels, cropped = export.empty_label_map(target.geometry, rule)
+        self._labeller = export.slab_labeller(target.resampling, rule, cropped, threads, limits, recovery)
+        self.add = self._labeller.add
+
+    def finish(self) -> NDArray[Any]:
+        self._labeller.finish()
+        return self._labels
+
+
+class _Stored:
+    """Spills the slabs, and labels head by head."""
+
+    def __init__(self, target: Target, rule: LabelRule, threads: RowThreads, folder: Path, stack: ExitStack) -> None:
+        self._target, self._rule, self._threads = target, rule, threads
+        self._folder, self._stack = folder, stack
+        self._store: PlaneStore | None = None
+
+    def add(self, slab: LogitsSlab) -> None:
+        if self._store is None:
+            shape = self._target.geometry.network_shape
+            store = PlaneStore(slab.buffer.shape[0], shape, slab.axis, self._folder)
+            self._store = self._stack.enter_context(store)
+        export.store_slabs([slab], self._store)
+
+    def finish(self) -> NDArray[Any]:
+        assert self._store is not None, "a grid has at least one tile"
+        geometry = self._target.geometry
+        heads = export.ResampledHeads(self._store, self._target.resampling, geometry.cropped_shape, self._threads)
+        if nnunet_adapter.takes_softmax(self._rule):
+            return label_and_export(heads, geometry, self._rule, None)
+        return export.label_heads(heads, geometry, self._rule)
