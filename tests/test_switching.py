@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -176,6 +177,13 @@ def test_what_cannot_be_reached_gets_one_warning(module, monkeypatch, caplog):
     module.predict.__defaults__ = (HOLDER.stock,)
     module.Sub = type("Sub", (HOLDER.stock,), {"__module__": "some_tool"})
     module.Holder = type("Holder", (), {"__module__": "some_tool", "cls": HOLDER.stock})
+    exec("class Method:\n    def predict(self, cls=None): ...\ndef closure(cls): return lambda: cls", vars(module))
+    module.Method.__module__ = module.closure.__module__ = "some_tool"
+    module.Method.predict.__defaults__ = (HOLDER.stock,)
+    module.closed = module.closure(HOLDER.stock)
+    module.closed.__module__ = "some_tool"
+    module.made = HOLDER.stock(device=CPU)
+    module.part = functools.partial(HOLDER.stock, device=CPU)
     module.TABLE = {"nnunet": HOLDER.stock}
     module.harmless = {"nnunet": LowMemPredictor}
     monkeypatch.setattr(switching, "_warned", False)
@@ -185,7 +193,8 @@ def test_what_cannot_be_reached_gets_one_warning(module, monkeypatch, caplog):
         nnunet_lowmem.enable()
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
-    assert "some_tool.Holder, some_tool.Sub, some_tool.TABLE, some_tool.predict: call" in warnings[0]
+    held = ["Holder", "Method", "Sub", "TABLE", "closed", "made", "part", "predict"]
+    assert ", ".join(f"some_tool.{name}" for name in held) + ": call" in warnings[0]
 
 
 def test_another_predictor_can_be_chosen(monkeypatch):
