@@ -21,6 +21,7 @@ import pytest
 import torch
 from factory import ModelSpec
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module  # noqa: N813
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import assert_same_array
 from test_plugin import FAKE
 
@@ -243,6 +244,30 @@ def test_plans_choose_the_predictor_and_its_options(images, models, tmp_path):
     assert_same_array(expected, actual)
     assert not isinstance(unasked, LowMemPredictor)
     assert isinstance(unasked, HOLDER.stock)
+
+
+def test_plans_are_seen_where_a_tool_loads_the_model_itself(images, models):
+    """As MONAI's bundle does, and nnU-Net's trainer by `manual_initialization`."""
+    loaded = LowMemPredictor(device=CPU, allow_tqdm=False)
+    loaded.initialize_from_trained_model_folder(models(ModelSpec(), images("head")), (0,))
+    expected = loaded.predict_from_files_sequential([images("head")], None)[0]
+    model = {name: getattr(loaded, name) for name in ("network", "configuration_manager", "dataset_json",
+             "trainer_name", "label_manager", "list_of_parameters", "allowed_mirroring_axes")}  # fmt: skip
+    asking = PlansManager({**loaded.plans_manager.plans, "predictor": "lowmem", "predictor_options": {"max_ram": "5G"}})
+    for manager, kind in ((asking, LowMemPredictor), (loaded.plans_manager, HOLDER.stock)):
+        with nnunet_lowmem.enable("plans"):
+            by_attributes, by_method = (stock_module.nnUNetPredictor(device=CPU, allow_tqdm=False) for _ in range(2))
+            by_attributes.plans_manager = manager
+            for name, value in model.items():
+                setattr(by_attributes, name, value)
+            by_method.manual_initialization(
+                loaded.network, manager, loaded.configuration_manager, [loaded.list_of_parameters[0]],
+                loaded.dataset_json, loaded.trainer_name, loaded.allowed_mirroring_axes)  # fmt: skip
+            for made in (by_attributes, by_method):
+                assert isinstance(made, LowMemPredictor) == (kind is LowMemPredictor)
+                assert made.plans_manager is manager
+                assert getattr(made, "max_ram", None) == ("5G" if manager is asking else None)
+                assert_same_array(expected, made.predict_from_files_sequential([images("head")], None)[0])
 
 
 # -- what is installed

@@ -84,4 +84,5 @@ def test_function(tool, weights, tmp_path):
     run = tool.python(LATE, scan, tmp_path / "ours", tmp_path / "stock")
     ours, stock = map(Path, run.stdout.split()[-2:])
     assert len(run.cases) == 1
+    assert "still stock" not in run.stderr
     assert_same_labels(stock, ours)

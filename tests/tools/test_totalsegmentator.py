@@ -121,19 +121,26 @@ def test_higher_order_resampling_is_exact(tool, variables, home, tmp_path):
 
 LATE = """
 import sys
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as stock
+import nnunet_lowmem
+import nnunetv2.inference.predict_from_raw_data as nnunet
 import totalsegmentator.nnunet as tool
 from totalsegmentator.python_api import totalsegmentator
-assert stock.predict_from_files.__module__ == "totalsegmentator.nnunet_runtime_patches"
-import nnunet_lowmem
-with nnunet_lowmem.enable():
-    ours = tool.nnUNetPredictor
-    assert ours is not stock and issubclass(ours, nnunet_lowmem.LowMemPredictor)
-    for name in [name for name in vars(stock) if name.startswith("predict_from") or name == "predict_single_npy_array"]:
-        assert getattr(ours, name).__module__ == "nnunet_lowmem.predictor", name
-    totalsegmentator(sys.argv[1], sys.argv[2], fast=True, ml=True, device="cpu")
-assert tool.nnUNetPredictor is stock
-totalsegmentator(sys.argv[1], sys.argv[3], fast=True, ml=True, device="cpu")
+
+def main(stock):  # a global name would be exchanged, too
+    patched = [name for name in vars(stock) if vars(stock)[name].__class__.__name__ == "function"
+               and vars(stock)[name].__module__ == "totalsegmentator.nnunet_runtime_patches"]
+    assert len(patched) == 5, patched
+    with nnunet_lowmem.enable():
+        ours = tool.nnUNetPredictor
+        assert ours is not stock and issubclass(ours, nnunet_lowmem.LowMemPredictor)
+        for name in patched:
+            assert getattr(ours, name).__module__ == "nnunet_lowmem.predictor", name
+        totalsegmentator(sys.argv[1], sys.argv[2], fast=True, ml=True, device="cpu")
+    assert tool.nnUNetPredictor is stock
+    totalsegmentator(sys.argv[1], sys.argv[3], fast=True, ml=True, device="cpu")
+
+if __name__ == "__main__":
+    main(nnunet.nnUNetPredictor)
 """
 
 
@@ -141,6 +148,7 @@ def test_patches_of_the_tool_do_not_leak(tool, variables, scan, tmp_path):
     """Imported first, the tool has overwritten methods of stock's class, from which ours is derived."""
     run = tool.python(LATE, scan, tmp_path / "ours.nii.gz", tmp_path / "stock.nii.gz", **variables)
     assert run.cases == ["s01"]
+    assert "still stock" not in run.stderr
     assert_same_labels(tmp_path / "stock.nii.gz", tmp_path / "ours.nii.gz")
 
 
