@@ -189,22 +189,29 @@ def _by_plans(stock: type) -> type:
         initializer = _become(self, base, plans_manager.plans)
         initializer.manual_initialization(self, network, plans_manager, *arguments, **given)
 
+    def see(self: Any, manager: Any) -> None:
+        vars(self)["plans_manager"] = manager
+        if manager is not None and _become(self, base, manager.plans) is not base:
+            self.plans_manager = manager  # the attribute of another class now, which began without
+
+    # tools that load a model themselves set it and call no method
+    seen = property(lambda self: vars(self)["plans_manager"], see)
     methods = {"initialize_from_trained_model_folder": from_folder, "manual_initialization": manually}
-    return _in_place_of_stock(base, {"__init__": __init__, **methods})
+    return _in_place_of_stock(base, {"__init__": __init__, "plans_manager": seen, **methods})
 
 
 def _become(instance: Any, stock: Any, plans: Mapping[str, Any]) -> Any:
     """Turn a predictor into the one that the plans name; return the class whose methods are to be used."""
     name = plans.get("predictor")
-    if name is None:
+    if name is None or "_given" not in vars(instance):
         return stock
+    arguments, given = vars(instance).pop("_given")
     predictor: Any = plugin.load(name)
     if type(instance).__mro__[1] is not stock:
         logger.warning("the plans ask for predictor %r, which cannot replace the subclass %r", name, type(instance))
         return stock
     chosen = plugin.options(name, predictor, plans)
     _announce(name, predictor, chosen)
-    arguments, given = instance._given
     instance.__class__ = predictor
     predictor.__init__(instance, *arguments, **{**chosen, **given})
     return predictor

@@ -132,7 +132,9 @@ class Trust:
         self._locate("plans.json: 'network_class_name'", architecture["network_class_name"])
 
     def trainer_class(self, name: Any) -> Any:
-        """Return the trainer of that name: from nnU-Net itself, or from a folder in ``nnUNet_extTrainer``.
+        """Return the trainer of that name: nnU-Net's, the running program's, or one from ``nnUNet_extTrainer``.
+
+        Tools add trainers to nnU-Net at run time; what a program has imported already is no stranger's code.
 
         Raises
         ------
@@ -141,6 +143,8 @@ class Trust:
         """
         where = "the checkpoint's 'trainer_name'"
         found = _find(_TRAINERS, name) if _is_identifier(name) else None
+        if found is None and (imported := _imported_trainer(name)) is not None:
+            return imported
         if found is None and nnUNet_extTrainer is not None and _is_identifier(name):
             found = self._external_trainer(where, name)
         if not self.everything:
@@ -222,6 +226,16 @@ def _find(package: str, name: Any) -> Any:
     root, *parts = package.split(".")
     top = {"nnunetv2": nnunetv2, "dynamic_network_architectures": dynamic_network_architectures}[root]
     return recursive_find_python_class(str(Path(top.__path__[0], *parts)), name, package)
+
+
+def _imported_trainer(name: Any) -> type | None:
+    """Look among the trainers that exist in this process; nothing is imported."""
+    waiting: list[type] = [nnUNetTrainer]
+    while waiting:
+        waiting += (found := waiting.pop()).__subclasses__()
+        if found.__name__ == name:
+            return found
+    return None
 
 
 def _import(module: str) -> ModuleType | None:

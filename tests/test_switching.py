@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -20,6 +21,7 @@ import pytest
 import torch
 from factory import ModelSpec
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module  # noqa: N813
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import assert_same_array
 from test_plugin import FAKE
 
@@ -176,6 +178,13 @@ def test_what_cannot_be_reached_gets_one_warning(module, monkeypatch, caplog):
     module.predict.__defaults__ = (HOLDER.stock,)
     module.Sub = type("Sub", (HOLDER.stock,), {"__module__": "some_tool"})
     module.Holder = type("Holder", (), {"__module__": "some_tool", "cls": HOLDER.stock})
+    exec("class Method:\n    def predict(self, cls=None): ...\ndef closure(cls): return lambda: cls", vars(module))
+    module.Method.__module__ = module.closure.__module__ = "some_tool"
+    module.Method.predict.__defaults__ = (HOLDER.stock,)
+    module.closed = module.closure(HOLDER.stock)
+    module.closed.__module__ = "some_tool"
+    module.made = HOLDER.stock(device=CPU)
+    module.part = functools.partial(HOLDER.stock, device=CPU)
     module.TABLE = {"nnunet": HOLDER.stock}
     module.harmless = {"nnunet": LowMemPredictor}
     monkeypatch.setattr(switching, "_warned", False)
@@ -185,7 +194,8 @@ def test_what_cannot_be_reached_gets_one_warning(module, monkeypatch, caplog):
         nnunet_lowmem.enable()
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
-    assert "some_tool.Holder, some_tool.Sub, some_tool.TABLE, some_tool.predict: call" in warnings[0]
+    held = ["Holder", "Method", "Sub", "TABLE", "closed", "made", "part", "predict"]
+    assert ", ".join(f"some_tool.{name}" for name in held) + ": call" in warnings[0]
 
 
 def test_another_predictor_can_be_chosen(monkeypatch):
@@ -234,6 +244,30 @@ def test_plans_choose_the_predictor_and_its_options(images, models, tmp_path):
     assert_same_array(expected, actual)
     assert not isinstance(unasked, LowMemPredictor)
     assert isinstance(unasked, HOLDER.stock)
+
+
+def test_plans_are_seen_where_a_tool_loads_the_model_itself(images, models):
+    """As MONAI's bundle does, and nnU-Net's trainer by `manual_initialization`."""
+    loaded = LowMemPredictor(device=CPU, allow_tqdm=False)
+    loaded.initialize_from_trained_model_folder(models(ModelSpec(), images("head")), (0,))
+    expected = loaded.predict_from_files_sequential([images("head")], None)[0]
+    model = {name: getattr(loaded, name) for name in ("network", "configuration_manager", "dataset_json",
+             "trainer_name", "label_manager", "list_of_parameters", "allowed_mirroring_axes")}  # fmt: skip
+    asking = PlansManager({**loaded.plans_manager.plans, "predictor": "lowmem", "predictor_options": {"max_ram": "5G"}})
+    for manager, kind in ((asking, LowMemPredictor), (loaded.plans_manager, HOLDER.stock)):
+        with nnunet_lowmem.enable("plans"):
+            by_attributes, by_method = (stock_module.nnUNetPredictor(device=CPU, allow_tqdm=False) for _ in range(2))
+            by_attributes.plans_manager = manager
+            for name, value in model.items():
+                setattr(by_attributes, name, value)
+            by_method.manual_initialization(
+                loaded.network, manager, loaded.configuration_manager, [loaded.list_of_parameters[0]],
+                loaded.dataset_json, loaded.trainer_name, loaded.allowed_mirroring_axes)  # fmt: skip
+            for made in (by_attributes, by_method):
+                assert isinstance(made, LowMemPredictor) == (kind is LowMemPredictor)
+                assert made.plans_manager is manager
+                assert getattr(made, "max_ram", None) == ("5G" if manager is asking else None)
+                assert_same_array(expected, made.predict_from_files_sequential([images("head")], None)[0])
 
 
 # -- what is installed

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from factory import ModelSpec
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from oracle import make_predictor
 from test_cli import assert_one_line
 
@@ -301,6 +302,14 @@ def test_trainer_of_an_external_folder_needs_its_name(model, tmp_path, monkeypat
         make_predictor(LowMemPredictor, str(model))
     predictor = make_predictor(LowMemPredictor, str(model), trust=("mine",))
     assert predictor.trainer_name == "SpecialTrainer"
+
+
+def test_trainer_that_the_program_has_imported_is_no_stranger(model):
+    class TrainerOfTheTool(nnUNetTrainer):
+        pass
+
+    spoil_checkpoint(model, lambda c: c.update(trainer_name="TrainerOfTheTool"))
+    assert make_predictor(LowMemPredictor, str(model)).trainer_name == "TrainerOfTheTool"
 
 
 # -- names of files
