@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nnunet_lowmem import interruption
 
-#: Environment variable naming a file to which every stage change is appended as a JSON line.
+#: Environment variable naming a file to which the span of every stage is appended as a JSON line.
 TRACE_VARIABLE = "nnUNet_lowmem_trace"
 
 
@@ -52,28 +52,27 @@ class StageClock:
         finally:
             self._switch()
             self._stack.pop()
-            trace(f"{name}_end", self.case)
             if self._stack:
                 self._enter(self._stack[-1])
 
     def _switch(self) -> None:
         now = time.perf_counter()
         if self._stack:
-            stage = self._stack[-1]
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+            stage, seconds = self._stack[-1], now - self._since
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            trace(stage, seconds)
         self._since = now
 
     def _enter(self, name: str) -> None:
-        trace(f"{name}_start", self.case)
         interruption.check()
         for listener in self.listeners:
             listener(name)
 
 
-def trace(event: str, case: str, seconds: dict[str, float] | None = None) -> None:
-    """Append an event, with the seconds per stage where they are known, to the trace file if one is asked for."""
+def trace(stage: str, seconds: float, **facts: int) -> None:
+    """Append to the trace file, if one is asked for, that `stage` went on for so many seconds until now."""
     path = os.environ.get(TRACE_VARIABLE)
     if path:
+        stop_s = time.time()
         with Path(path).open("a") as file:
-            line = {"time": time.time(), "event": event, "case": case, "seconds": seconds}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"stage": stage, "start_s": stop_s - seconds, "stop_s": stop_s, **facts}) + "\n")
