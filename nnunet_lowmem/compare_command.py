@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from nnunet_lowmem.errors import UsageError
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
         raise UsageError(f"--repeat must be at least 1, got {options.repeat}")
     limit_bytes = _limit_bytes(options.stock_limit)
     flags, our_flags = _flags_of_both(options), _our_flags(options)
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
         model_folder, ending = checked_model([*flags, *_model_words(options), "-o", out, *our_flags])
     from nnunet_lowmem import comparing, comparison_table, console, model_files
 

@@ -23,7 +23,7 @@ def jit(function: Callable[..., object]) -> Any:
     numba takes ``NUMBA_CACHE_DIR``, else the folder of the package, else the user's cache folder.
     """
     try:
-        compiled = njit(nogil=True, cache=True)(function)
+        compiled: Any = njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba found no writable cache folder
         return njit(nogil=True)(function)
     cache = compiled._cache  # numba offers no other way to it
