@@ -84,9 +84,11 @@ def read_labels(file: Path) -> NDArray[Any]:
 
 
 def _counts(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Voxels of each label up to the largest; row by row, since `bincount` makes a copy of eight bytes a voxel."""
-    bins = int(labels.max(initial=0)) + 1
-    return np.sum([np.bincount(row.ravel(), minlength=bins) for row in np.array_split(labels, 64)], axis=0)
+    """Voxels of each label up to the largest; part by part, since `bincount` makes a copy of eight bytes a voxel."""
+    counts = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
+    for part in np.array_split(labels.ravel(), 64):
+        counts += np.bincount(part, minlength=len(counts))
+    return counts
 
 
 def _dice(stock: NDArray[np.int64], ours: NDArray[np.int64], common: NDArray[np.int64]) -> dict[int, float]:

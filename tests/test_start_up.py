@@ -86,7 +86,7 @@ def hits_and_misses(
     where = f"import nnunet_lowmem\nassert nnunet_lowmem.__file__.startswith({str(site)!r})\n"
     done = subprocess.run(
         [sys.executable, "-c", where + program + KERNELS, *arguments],
-        env=environment, capture_output=True, text=True, timeout=240, **run,
+        env=environment, cwd=site, capture_output=True, text=True, timeout=240, **run,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
