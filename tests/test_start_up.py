@@ -99,7 +99,8 @@ def test_a_second_run_compiles_nothing_where_the_package_cannot_be_written(locke
     (_, compiled), _ = hits_and_misses(PREDICT, locked_package, tmp_path / "home", arguments)
     (loaded, compiled_again), _ = hits_and_misses(PREDICT, locked_package, tmp_path / "home", arguments)
     assert compiled > 10
-    assert (compiled_again, loaded > 10) == (0, True)
+    assert compiled_again == 0
+    assert loaded > 0  # a kernel that is loaded brings those that it calls
     assert list((tmp_path / "home").rglob("*.nbc"))
 
 
