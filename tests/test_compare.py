@@ -184,8 +184,9 @@ def test_spans_become_stages_with_their_peaks(tmp_path):
         "with clock.stage('preprocessing'): time.sleep(0.2)\n"
         "with clock.stage('prediction'):\n"
         "    time.sleep(0.2)\n"
-        "    with clock.stage('export'): held = b'1' * (200 * 2**20); time.sleep(0.4)\n"
-        "    del held; time.sleep(0.2)\n"
+        "    with clock.stage('export'):\n"  # a busy machine tells of what it has read some time later
+        "        time.sleep(0.2); held = b'1' * (200 * 2**20); time.sleep(0.4); del held; time.sleep(0.3)\n"
+        "    time.sleep(0.2)\n"
     )
     run = run_python(code, tmp_path)
     assert list(run.stages) == ["preprocessing", "prediction", "export"]
