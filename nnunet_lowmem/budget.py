@@ -17,13 +17,11 @@ from nnunet_lowmem.memory import (
     available_ram,
     format_gib,
     free_disk_bytes,
+    less_headroom,
     return_freed_memory,
     total_ram_bytes,
 )
 
-# left to the rest of the machine where no limit was asked for
-_HEADROOM_SHARE = 0.05
-_LEAST_HEADROOM_BYTES = 128 * 2**20
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +58,7 @@ def machine_budget(
     machine = available_ram()
     ram = asked_bytes("--max_ram", max_ram, total_ram_bytes())
     if ram is None:
-        ram = _less_headroom(machine.free_bytes) + reserved_ram
+        ram = less_headroom(machine.free_bytes) + reserved_ram
     elif ram > machine.free_bytes + reserved_ram:
         _warn_beyond("--max_ram", ram, f"{machine.source} leaves", machine.free_bytes + reserved_ram)
     vram, reserved_vram = _vram(max_vram, device)
@@ -90,14 +88,10 @@ def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None,
     reserved = torch.cuda.memory_reserved(device)
     asked = asked_bytes("--max_vram", max_vram, total)
     if asked is None:
-        return _less_headroom(free) + reserved, reserved
+        return less_headroom(free) + reserved, reserved
     if asked > free + reserved:
         _warn_beyond("--max_vram", asked, "the device leaves", free + reserved)
     return asked, reserved
-
-
-def _less_headroom(free_bytes: int) -> int:
-    return max(0, free_bytes - max(_LEAST_HEADROOM_BYTES, int(_HEADROOM_SHARE * free_bytes)))
 
 
 @cache

@@ -21,7 +21,7 @@ from nnunet_lowmem.allocations import WORKER_BYTES, CaseFacts, Place
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job
-from nnunet_lowmem.clock import StageClock, trace
+from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output, temporary_folder
@@ -163,7 +163,6 @@ class CasePredictor(LogitsPredictor):
         with ExitStack() as stack:
             threads = stack.enter_context(RowThreads(plan.placement.threads))
             stack.enter_context(clock.stage("prediction", self._tiles(grid)))
-            trace("first_tile", job.name)
             slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
             if rule is None:
                 return self._convert_as_stock(slabs, case, clock, probabilities), plan

@@ -8,12 +8,12 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_lowmem import __version__
+from nnunet_lowmem import __version__, compare_command
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.shell import guarded
 
@@ -72,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--verbose", action="store_true", help="show tracebacks")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
     run.set_defaults(run=_run)
+    compare = commands.add_parser("compare", help="stock nnU-Net and this package side by side, on your own images")
+    _add_model_flags(compare.add_argument)
+    compare_command.add_flags(compare.add_argument)
+    compare.set_defaults(run=lambda options: compare_command.run(options, _checked_model))
     options = parser.parse_args(arguments)
     return guarded(lambda: int(options.run(options)), options.verbose)
 
@@ -86,28 +90,14 @@ def predict_parser() -> argparse.ArgumentParser:
         description="nnUNetv2_predict in bounded memory: the same flags and the same labels.",
     )
     add = parser.add_argument
-    add("-i", required=True, metavar="FOLDER", help="input folder; files end in _0000 etc. as in training")
+    _add_model_flags(add)
     add("-o", required=True, metavar="FOLDER", help="output folder; made if it does not exist")
-    add("-m", metavar="FOLDER", help="trained model folder (holds fold_X); instead of -d, -p, -tr and -c")
-    add("-d", metavar="DATASET", help="dataset name or id of the model")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer class (default: %(default)s)")
-    add("-c", metavar="CONFIG", help="nnU-Net configuration, such as 3d_fullres")
-    add("-f", nargs="+", default=[0, 1, 2, 3, 4], type=_fold, metavar="FOLD", help="folds (default: 0 1 2 3 4)")
-    add("-step_size", type=float, default=0.5, help="tile step over patch size, in (0, 1] (default: %(default)s)")
-    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
     add("--verbose", action="store_true", help="print the plan, the measured peak, and tracebacks")
     add("--save_probabilities", action="store_true", help="write the probabilities of all classes, too")
     add("--continue_prediction", action="store_true", help="skip cases that have been predicted")
-    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint name (default: %(default)s)")
-    for flag, variable, what in (("-npp", "nnUNet_npp", "preprocessing"), ("-nps", "nnUNet_nps", "export")):
-        add(flag, type=int, default=_from_environment(variable, 3), metavar="N", help=f"at most N {what} processes")
-    add("-prev_stage_predictions", metavar="FOLDER", help="predictions of the previous stage of a cascade")
     add("-num_parts", type=int, default=1, metavar="N", help="number of calls that share the work (default: 1)")
     add("-part_id", type=int, default=0, metavar="K", help="which of them this one is, from 0 (default: 0)")
-    add("-device", metavar="DEVICE", help="cuda, cuda:N, mps or cpu (default: the first of these there is)")
     add("--disable_progress_bar", action="store_true", help="no progress bar")
-    add("--not_on_device", action="store_true", help="keep the logits in RAM instead of on the device")
     more = parser.add_argument_group("bounded memory")
     more.add_argument("--max_ram", metavar="SIZE", help="RAM budget: 6G or 6GiB (2**30 bytes), 6GB (10**9), 80%%")
     more.add_argument("--max_vram", metavar="SIZE", help="VRAM budget, likewise")
@@ -144,6 +134,25 @@ def predict_parser() -> argparse.ArgumentParser:
     more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
     more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")
     return parser
+
+
+def _add_model_flags(add: Callable[..., object]) -> None:
+    """Add the flags that say what is predicted, and how; stock's, but for -m and the default of -device."""
+    add("-i", required=True, metavar="FOLDER", help="input folder; files end in _0000 etc. as in training")
+    add("-m", metavar="FOLDER", help="trained model folder (holds fold_X); instead of -d, -p, -tr and -c")
+    add("-d", metavar="DATASET", help="dataset name or id of the model")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer class (default: %(default)s)")
+    add("-c", metavar="CONFIG", help="nnU-Net configuration, such as 3d_fullres")
+    add("-f", nargs="+", default=[0, 1, 2, 3, 4], type=_fold, metavar="FOLD", help="folds (default: 0 1 2 3 4)")
+    add("-step_size", type=float, default=0.5, help="tile step over patch size, in (0, 1] (default: %(default)s)")
+    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint name (default: %(default)s)")
+    for flag, variable, what in (("-npp", "nnUNet_npp", "preprocessing"), ("-nps", "nnUNet_nps", "export")):
+        add(flag, type=int, default=_from_environment(variable, 3), metavar="N", help=f"at most N {what} processes")
+    add("-prev_stage_predictions", metavar="FOLDER", help="predictions of the previous stage of a cascade")
+    add("-device", metavar="DEVICE", help="cuda, cuda:N, mps or cpu (default: the first of these there is)")
+    add("--not_on_device", action="store_true", help="keep the logits in RAM instead of on the device")
 
 
 def _fold(text: str) -> int | str:
@@ -242,6 +251,13 @@ def _run(options: argparse.Namespace) -> int:
     return running.run(words, options.predictor)
 
 
+def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
+    """Check a command before it runs; return its model folder and the ending of its files."""
+    options = predict_parser().parse_args(arguments)
+    model_folder = _check(options)
+    return model_folder, _check_cases(options.i, Path(model_folder))
+
+
 def _check(options: argparse.Namespace) -> str:
     """Refuse what cannot work, by looking at arguments and folders only; return the model folder."""
     from nnunet_lowmem import model_files
@@ -273,7 +289,8 @@ def _check(options: argparse.Namespace) -> str:
     return str(model_folder)
 
 
-def _check_cases(folder: str, model_folder: Path) -> None:
+def _check_cases(folder: str, model_folder: Path) -> str:
+    """Refuse a folder without cases; return the ending of its files."""
     from nnunet_lowmem import model_files
 
     model_files.read_json(model_folder / "plans.json")
@@ -281,6 +298,7 @@ def _check_cases(folder: str, model_folder: Path) -> None:
     file_ending = model_files.check_file_ending(model_files.read_json(dataset_json), dataset_json)
     if not model_files.list_cases(folder, file_ending):
         raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs")
+    return file_ending
 
 
 def _check_sizes(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from nnunet_lowmem import interruption
 from nnunet_lowmem.measuring import PeakSampler
 
-#: Environment variable naming a file to which every stage change is appended as a JSON line.
+#: Environment variable naming a file to which the span of every stage is appended as a JSON line.
 TRACE_VARIABLE = "nnUNet_lowmem_trace"
 
 
@@ -78,7 +78,7 @@ class StageClock:
         self._switch()
         self._stack.append(name)
         self._totals[name] = steps or 1
-        self._enter(name)
+        self._tell(name)
         try:
             yield
             if steps is None:
@@ -89,9 +89,8 @@ class StageClock:
         finally:
             self._switch()
             self._stack.pop()
-            trace(f"{name}_end", self.case)
         if self._stack:
-            self._enter(self._stack[-1])
+            self._tell(self._stack[-1])
 
     def advance(self, steps: int = 1) -> None:
         """Note that steps of the present stage are done."""
@@ -102,13 +101,10 @@ class StageClock:
     def _switch(self) -> None:
         now = time.perf_counter()
         if self._stack:
-            stage = self._stack[-1]
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+            stage, seconds = self._stack[-1], now - self._since
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            trace(stage, seconds)
         self._since = now
-
-    def _enter(self, name: str) -> None:
-        trace(f"{name}_start", self.case)
-        self._tell(name)
 
     def measure(self, sampler: PeakSampler) -> None:
         """Let a sampler know the stages, and tell what it finds."""
@@ -126,10 +122,10 @@ class StageClock:
                 raise
 
 
-def trace(event: str, case: str, seconds: dict[str, float] | None = None) -> None:
-    """Append an event, with the seconds per stage where they are known, to the trace file if one is asked for."""
+def trace(stage: str, seconds: float, **facts: int) -> None:
+    """Append to the trace file, if one is asked for, that `stage` went on for so many seconds until now."""
     path = os.environ.get(TRACE_VARIABLE)
     if path:
+        stop_s = time.time()
         with Path(path).open("a") as file:
-            line = {"time": time.time(), "event": event, "case": case, "seconds": seconds}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"stage": stage, "start_s": stop_s - seconds, "stop_s": stop_s, **facts}) + "\n")

@@ -25,7 +25,7 @@ from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
 from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
-from nnunet_lowmem.model_loading import Model, check_finite, load_model
+from nnunet_lowmem.model_loading import Model, check_finite, load_model, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
@@ -188,7 +188,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         except LowMemError:
             raise
         except Exception as error:
-            raise ModelError(_why_not_loaded(checkpoints[0], error)) from error
+            raise ModelError(why_not_loaded(checkpoints[0], error)) from error
         self.plans_manager, self.configuration_manager = model.plans_manager, model.configuration_manager
         self.label_manager, self.dataset_json = model.label_manager, model.dataset_json
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
@@ -204,7 +204,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
-            raise ModelError(_why_not_loaded(name, error)) from error
+            raise ModelError(why_not_loaded(name, error)) from error
 
     def _weights_name(self, number: int) -> str:
         checkpoints = getattr(self.list_of_parameters, "checkpoints", None)
@@ -373,15 +373,6 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         finally:
             self.allowed_mirroring_axes = axes
         return max(measured, self._estimated_tile_bytes(1.0)) if measured else 0
-
-
-def _why_not_loaded(checkpoint: Path | str, error: Exception) -> str:
-    """One line; of weights that do not fit, torch lists every tensor, and the first says enough."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, RuntimeError) and "state_dict" in lines[0] and len(lines) > 1:
-        return f"the weights in {checkpoint} do not fit the plans beside them: {lines[1]}"
-    reason = " ".join(lines) or "no reason given"
-    return f"{checkpoint} cannot be loaded as a model: {type(error).__name__}: {reason}"
 
 
 def _fold_count(parameters: Sequence[Any] | None) -> int:

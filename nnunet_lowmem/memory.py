@@ -32,6 +32,9 @@ _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 # cgroup v1 writes "no limit" as the largest multiple of the page size that fits 63 bits
 _NO_LIMIT_BYTES = 2**60
 _MIB = 2**20
+# left to the rest of the machine where no limit was asked for
+_HEADROOM_SHARE = 0.05
+_LEAST_HEADROOM_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,11 @@ def available_ram(root: Path = Path("/"), environ: Mapping[str, str] = os.enviro
     Parameters are those of `ram_limits`.
     """
     return min(ram_limits(root, environ), key=lambda limit: limit.free_bytes)
+
+
+def less_headroom(free_bytes: int) -> int:
+    """Return what may be taken of the bytes that are free where no limit was asked for."""
+    return max(0, free_bytes - max(_LEAST_HEADROOM_BYTES, int(_HEADROOM_SHARE * free_bytes)))
 
 
 def total_ram_bytes(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> int:

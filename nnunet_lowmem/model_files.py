@@ -113,6 +113,14 @@ def case_name(files: Sequence[str], file_ending: str) -> str:
     return os.path.basename(files[0])[: -(len(file_ending) + 5)]
 
 
+def label_names(model_folder: Path) -> dict[int, str]:
+    """Return what dataset.json calls each label; regions have no label of their own."""
+    labels = read_json(model_folder / "dataset.json").get("labels")
+    return (
+        {value: str(name) for name, value in labels.items() if type(value) is int} if isinstance(labels, dict) else {}
+    )
+
+
 def check_previous_stage(cases: Sequence[Sequence[str]], stages: Sequence[str | None], file_ending: str) -> None:
     """Refuse cases of a cascade whose segmentation of the previous stage is missing.
 

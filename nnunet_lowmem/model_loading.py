@@ -102,6 +102,15 @@ def check_finite(weights: Mapping[str, Any], name: object) -> None:
             raise ModelError(f"{name}: {wrong} of the {value.numel()} weights {key!r} are NaN or infinite")
 
 
+def why_not_loaded(checkpoint: Path | str, error: Exception) -> str:
+    """One line; of weights that do not fit, torch lists every tensor, and the first says enough."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RuntimeError) and "state_dict" in lines[0] and len(lines) > 1:
+        return f"the weights in {checkpoint} do not fit the plans beside them: {lines[1]}"
+    reason = " ".join(lines) or "no reason given"
+    return f"{checkpoint} cannot be loaded as a model: {type(error).__name__}: {reason}"
+
+
 def _build(trainer: Any, plans: Any, configuration: Any, channels: int, heads: int) -> nn.Module:
     build: Callable[..., nn.Module] = trainer.build_network_architecture
     if "plans_manager" in inspect.signature(build).parameters:  # since nnU-Net 2.7

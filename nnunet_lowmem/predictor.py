@@ -24,7 +24,7 @@ from nnunet_lowmem import model_files, nnunet_adapter, plugin, validation
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
-from nnunet_lowmem.clock import StageClock, trace
+from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.prefetching import Prefetcher
@@ -301,7 +301,6 @@ class LowMemPredictor(CasePredictor):
                         job.recipe.write_record()
                 self._draw(case, job, result, clock)
                 result = None
-        trace("case_end", job.name, clock.seconds)
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})
         if self.on_case is not None:
             self.on_case(report)

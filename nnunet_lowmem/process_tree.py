@@ -75,6 +75,10 @@ class ProcessTree:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
+    def ended(self) -> bool:
+        """Return whether nothing of the tree runs any more, be it that nobody has waited for it."""
+        return all(status == psutil.STATUS_ZOMBIE for status in self._each(psutil.Process.status))
+
     def _each(self, ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
         for process in [*([] if self._root is None else [self._root]), *self._descendants]:
             with contextlib.suppress(psutil.Error):

@@ -17,9 +17,11 @@ PACKAGE = Path(nnunet_lowmem.__file__).parent
 
 # a module imports only from rows below its own; the package's face and its version are above and below all
 ROOMS = """
-__main__
+__main__ one_side
 cli
-demo ensembling shell startup
+demo ensembling shell startup compare_command
+comparison_table
+comparing
 switching training
 predictor
 validation
@@ -34,7 +36,7 @@ preprocessing_memory sliding_window
 preprocessing nnunet_adapter model_loading workers budget
 input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
-records
+records label_comparison measured_command
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
@@ -126,6 +128,8 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
     [
         "cli",
         "__main__",
+        "compare_command",
+        "comparing",
         "model_files",
         "memory",
         "measuring",

@@ -112,13 +112,14 @@ def with_heads(fitted: nn.Module, plans: dict[str, Any], heads: int) -> nn.Modul
     """
     network = build_network(plans, heads)
     weights = fitted.state_dict()
-    visible = np.linspace(0, heads - 1, VISIBLE).round().astype(int)
+    count = min(heads, VISIBLE)
+    visible, shown = (np.linspace(0, last, count).round().astype(int) for last in (heads - 1, VISIBLE - 1))
     for name in [name for name in weights if "seg_layers" in name]:
         old = weights[name]
         new = old[torch.arange(heads) % VISIBLE] * 0.5
         if name.endswith("bias"):
             new -= 8 + torch.rand(heads)
-        new[visible] = old
+        new[visible] = old[shown]
         weights[name] = new
     network.load_state_dict(weights)
     return network
@@ -144,8 +145,8 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200, help="of fitting, per fold")
     args = parser.parse_args()
-    if args.heads < VISIBLE:
-        parser.error(f"--heads {args.heads}: at least {VISIBLE}")
+    if args.heads < 2:
+        parser.error(f"--heads {args.heads}: at least 2")
     plans, dataset = plans_of(args.patch, args.spacing), dataset_of(args.heads)
     image = torch.from_numpy(normalised(resampled(DATA / "ct_abdomen_3mm.nii.gz", args.spacing), plans))
     for fold in range(args.folds):
