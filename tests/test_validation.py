@@ -12,8 +12,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from factory import ModelSpec
+from nnunetv2.configuration import default_num_processes
 from tiny_training import CASES, NAME, TRAINERS, VALIDATED, TinyTraining
 
+from nnunet_lowmem import LowMemPredictor, validation
+from nnunet_lowmem.cases import Job
 from nnunet_lowmem.training import LowMemValidation
 
 NEXT = ("3d_cascade_fullres", "3d_other")
@@ -72,6 +76,45 @@ def test_trainers_are_found_where_nnunet_looks(monkeypatch):
         assert issubclass(found, find_objects.recursive_find_trainer_class_by_name(stock))
     with pytest.raises(RuntimeError, match="nnUNetTrainerNonsense"):
         find_objects.recursive_find_trainer_class_by_name("nnUNetTrainerNonsenseLowMem")
+
+
+@pytest.fixture
+def eleven_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(11)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, eleven_threads):
+    """Stock sets a limit for predictions and none for validations; the output of the network depends on it."""
+    predictor = LowMemPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(models(ModelSpec(), images("head")), (0,))
+    case = predictor._preprocess_files(images("head"), None)
+    seen = set()
+
+    def note(network: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if not inputs[0].is_meta:  # where memory is only counted
+            seen.add(torch.get_num_threads())
+
+    predictor.network.register_forward_pre_hook(note)
+    predictor._predict_unrecorded([Job("case", None, lambda: case)], False, False)
+    assert seen == {min(11, default_num_processes)} != {11}, "run this with nnUNet_def_n_proc below 11"
+    seen.clear()
+    switched = []
+    trainer = SimpleNamespace(
+        network=predictor.network,
+        plans_manager=predictor.plans_manager,
+        configuration_manager=predictor.configuration_manager,
+        dataset_json=predictor.dataset_json,
+        inference_allowed_mirroring_axes=None,
+        set_deep_supervision_enabled=switched.append,
+    )
+    with validation.prepared(trainer, predictor):
+        assert switched == [False]
+        predictor._predict_unrecorded([Job("case", None, lambda: case)], False, False)
+    assert seen == {11}
+    assert switched == [False, True]
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:

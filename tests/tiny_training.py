@@ -55,6 +55,8 @@ class TinyTraining:
             **os.environ,
             **folders,
             "nnUNet_def_n_proc": "1",
+            # nnU-Net 2.5 reads its own checkpoints as torch did before 2.6
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
             "nnUNet_extTrainer": os.pathsep.join(map(str, TRAINERS)),
             "PYTHONPATH": os.pathsep.join([*map(str, self.path), str(TRAINERS[1].parents[1])]),
             **self.variables,
@@ -109,15 +111,18 @@ def write_raw(folder: Path) -> None:
 
 
 def edit_plans(path: Path) -> None:
-    """A small network and patch, a grid of its own, and a cascade with two second stages."""
+    """A small network and patch, a grid of its own, and a cascade with two second stages.
+
+    Patches are powers of two: for others, nnU-Net 2.6 and 2.7 compute chunks for blosc2 that are smaller than blocks.
+    """
     plans = json.loads(path.read_text())
     full = plans["configurations"]["3d_fullres"]
-    full.update(patch_size=[24, 28, 24], spacing=[4.3, 4.7, 4.1], batch_size=2)
+    full.update(patch_size=[32, 32, 32], spacing=[4.3, 4.7, 4.1], batch_size=2)
     full["architecture"]["arch_kwargs"].update(ARCHITECTURE)
     full["architecture"]["network_class_name"] = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
     full["architecture"]["arch_kwargs"].pop("n_blocks_per_stage", None)
     second = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-    low = {"inherits_from": "3d_fullres", "spacing": [6.2, 6.2, 6.2], "patch_size": [16, 20, 16]}
+    low = {"inherits_from": "3d_fullres", "spacing": [6.2, 6.2, 6.2], "patch_size": [16, 16, 16]}
     low |= {"data_identifier": "nnUNetPlans_3d_lowres", "next_stage": ["3d_cascade_fullres", "3d_other"]}
     other = {**second, "spacing": [5.5, 5.0, 6.0], "data_identifier": "nnUNetPlans_3d_other"}
     plans["configurations"].update({"3d_lowres": low, "3d_cascade_fullres": second, "3d_other": other})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
@@ -10,3 +11,8 @@ class QuickTrainer(nnUNetTrainer):
         super().initialize()
         self.num_epochs = self.num_val_iterations_per_epoch = 1
         self.num_iterations_per_epoch = 2
+
+    def configure_optimizers(self):
+        # the scheduler of nnU-Net 2.5 knows older versions of torch only
+        optimizer = torch.optim.SGD(self.network.parameters(), self.initial_lr)
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
