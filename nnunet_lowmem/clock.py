@@ -103,7 +103,7 @@ class StageClock:
         if self._stack:
             stage, seconds = self._stack[-1], now - self._since
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-            trace(stage, seconds)
+            trace(stage, seconds, case=self.case)
         self._since = now
 
     def measure(self, sampler: PeakSampler) -> None:
@@ -122,7 +122,7 @@ class StageClock:
                 raise
 
 
-def trace(stage: str, seconds: float, **facts: int) -> None:
+def trace(stage: str, seconds: float, **facts: int | str) -> None:
     """Append to the trace file, if one is asked for, that `stage` went on for so many seconds until now."""
     path = os.environ.get(TRACE_VARIABLE)
     if path:

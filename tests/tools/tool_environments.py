@@ -36,7 +36,7 @@ NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PR
 
 @dataclass(frozen=True)
 class Run:
-    """What a program wrote, and the cases that `LowMemPredictor` finished in it."""
+    """What a program wrote, and the cases that `LowMemPredictor` worked on in it."""
 
     stdout: str
     stderr: str
@@ -65,8 +65,8 @@ class Environment:
             words = [str(self.programs / command[0]), *map(str, command[1:])]
             done = subprocess.run(words, env={**inherited, **own}, capture_output=True, text=True, timeout=RUN_S)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-            events = map(json.loads, trace.read_text().splitlines()) if trace.exists() else []
-            return Run(done.stdout, done.stderr, [event["case"] for event in events if event["event"] == "case_end"])
+            spans = map(json.loads, trace.read_text().splitlines()) if trace.exists() else []
+            return Run(done.stdout, done.stderr, list(dict.fromkeys(span["case"] for span in spans)))
 
     def python(self, program: str, *words: str | Path, **variables: str) -> Run:
         return self.run("python", "-c", program, *words, **variables)
