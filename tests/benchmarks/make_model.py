@@ -46,9 +46,14 @@ def plans_of(patch: int, spacing: float) -> dict[str, Any]:
     return plans
 
 
-def dataset_of(heads: int) -> dict[str, Any]:
-    labels = {"background": 0} | {f"label_{value}": value for value in range(1, heads)}
-    return {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
+def dataset_of(heads: int, regions: bool) -> dict[str, Any]:
+    """Return dataset.json; regions have no head for the background, and each of them holds the last label, too."""
+    common = {"channel_names": {"0": "CT"}, "numTraining": 1, "file_ending": ".nii.gz"}
+    if not regions:
+        return common | {"labels": {"background": 0} | {f"label_{value}": value for value in range(1, heads)}}
+    values = range(1, heads + 1)
+    labels = {"background": 0} | {f"region_{value}": [value, heads] for value in values[:-1]} | {"last": heads}
+    return common | {"labels": labels, "regions_class_order": [*values]}
 
 
 def build_network(plans: dict[str, Any], heads: int) -> nn.Module:
@@ -143,11 +148,12 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--spacing", type=float, default=1.5)
     parser.add_argument("--folds", type=int, default=1)
+    parser.add_argument("--regions", action="store_true", help="as many regions instead of labels")
     parser.add_argument("--steps", type=int, default=200, help="of fitting, per fold")
     args = parser.parse_args()
     if args.heads < 2:
         parser.error(f"--heads {args.heads}: at least 2")
-    plans, dataset = plans_of(args.patch, args.spacing), dataset_of(args.heads)
+    plans, dataset = plans_of(args.patch, args.spacing), dataset_of(args.heads, args.regions)
     image = torch.from_numpy(normalised(resampled(DATA / "ct_abdomen_3mm.nii.gz", args.spacing), plans))
     for fold in range(args.folds):
         torch.manual_seed(fold)
