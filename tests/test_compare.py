@@ -88,6 +88,7 @@ def test_both_sides_are_measured_and_their_labels_are_the_same(start, short_tmp,
     assert list(short_tmp.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_stock_is_ended_at_its_limit_and_the_table_says_so(start, short_tmp):
     process = start("--stock-limit", "600M")
     stdout, stderr = process.communicate(timeout=240)
@@ -101,6 +102,7 @@ def test_stock_is_ended_at_its_limit_and_the_table_says_so(start, short_tmp):
     assert list(short_tmp.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_both_trees(start, short_tmp):
     process = start()
     deadline = time.monotonic() + 120

@@ -68,7 +68,7 @@ RUNS = {
     "NibabelIOWithReorient": Run(ct(labels=5, reader="NibabelIOWithReorient")),
     "regions": Run(ct(labels={"background": 0, "both": [1, 2], "one": [2]}, regions_class_order=(1, 2))),
 }
-QUICK = ("tiny", "many classes")
+QUICK = ("tiny",)
 
 
 def scan(shape, spacing, voxels) -> SimpleITK.Image:
@@ -204,6 +204,7 @@ def test_promise_over_random_cases_and_budgets(predict):
     check()
 
 
+@pytest.mark.slow
 def test_the_report_is_made_within_the_same_bounds(predict):
     """From pictures to page under the kernel's limit, with no budget but the projected peak."""
     free = predict("many classes")
