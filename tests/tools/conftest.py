@@ -11,5 +11,6 @@ from tool_environments import Environment, environment
 @pytest.fixture(scope="module")
 def tool(request: pytest.FixtureRequest) -> Iterator[Environment]:
     """The environment of the module's tool; the first test that asks for it waits for the installation."""
-    with environment(request.module.TOOL.partition("=")[0], [request.module.TOOL]) as made:
+    requirements: list[str] = request.module.REQUIREMENTS
+    with environment(requirements[0].partition("=")[0], requirements) as made:
         yield made

@@ -20,7 +20,8 @@ from tool_environments import (
     write_weights,
 )
 
-TOOL = "monai==1.6.1"
+#: The bundle predictor builds networks as nnU-Net did before 2.7; with later versions it fails, flag or not.
+REQUIREMENTS = ["monai==1.6.1", "nnunetv2==2.6.4"]
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(3000)]
 

@@ -16,7 +16,7 @@ from tool_environments import (
     write_weights,
 )
 
-TOOL = "moosez==3.2.2"
+REQUIREMENTS = ["moosez==3.2.2"]
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(3000)]
 

@@ -18,7 +18,7 @@ from tool_environments import (
     write_weights,
 )
 
-TOOL = "TotalSegmentator==2.18.0"
+REQUIREMENTS = ["TotalSegmentator==2.18.0"]
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(3000)]
 
