@@ -44,7 +44,7 @@ def as_parameter(row: Row) -> Any:
 
 @pytest.mark.parametrize("row", [as_parameter(row) for row in ROWS])
 def test_equals_stock(row: Row, images, models, tmp_path: Path):
-    skip_what_is_not_in_this_nnunet(row)
+    skip_what_is_not_in_this_nnunet(row.name, row.spec)
     cases = [images(row.image, row.spec.file_ending)]
     model = models(row.spec, images(row.fit or row.image, row.spec.file_ending))
     stock = make_predictor(nnUNetPredictor, model, row.folds, **row.options)
@@ -61,12 +61,12 @@ def test_equals_stock(row: Row, images, models, tmp_path: Path):
     assert len(np.unique(voxels)) >= (min(row.classes, 200) if INSTALLED < (2, 6) else row.classes)
 
 
-def skip_what_is_not_in_this_nnunet(row: Row) -> None:
-    if row.spec.resampling == "none" and INSTALLED < (2, 6):
+def skip_what_is_not_in_this_nnunet(name: str, spec: ModelSpec) -> None:
+    if spec.resampling == "none" and INSTALLED < (2, 6):
         pytest.skip("no_resampling_hack is new in nnU-Net 2.6")
-    if row.spec.reader == "SimpleITKIOWithReorient" and INSTALLED < (2, 6):
+    if spec.reader == "SimpleITKIOWithReorient" and INSTALLED < (2, 6):
         pytest.skip("SimpleITKIOWithReorient is new in nnU-Net 2.6")
-    if row.name == "torch_separate_z" and INSTALLED < (2, 7):
+    if name == "torch_separate_z" and INSTALLED < (2, 7):
         pytest.skip("torch resampling of nnU-Net before 2.7 fails on separate z: it asks for the length of a number")
 
 
@@ -117,7 +117,7 @@ def cascade(images, models, tmp_path: Path) -> Callable[..., tuple[str, list[str
     ("name", "probabilities"), [*((name, False) for name in CASCADES), ("labels", True), ("regions", True)]
 )
 def test_cascade_equals_stock(name: str, probabilities: bool, cascade, tmp_path: Path):
-    skip_what_is_not_in_this_nnunet(CASCADES[name][0].get("resampling", "default"))
+    skip_what_is_not_in_this_nnunet(name, ModelSpec(**CASCADES[name][0]))
     model, files, previous = cascade(*CASCADES[name])
     folds = CASCADES[name][0].get("folds", (0,))
     predictors = [make_predictor(cls, model, folds) for cls in (nnUNetPredictor, LowMemPredictor)]
