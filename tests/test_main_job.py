@@ -111,12 +111,14 @@ def test_resampling_from_a_finer_grid(tmp_path):
     assert len(np.unique(labels)) > 10
 
 
+@pytest.mark.slow
 def test_resampling_with_a_separate_axis(tmp_path):
     """Slices of 6 mm, pixels of 1.6 mm: nnU-Net interpolates in the plane and copies along the axis."""
     labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :70], (1.6, 1.6, 6.0)), tmp_path, MODEL, [0])
     assert len(np.unique(labels)) > 10
 
 
+@pytest.mark.slow
 def test_mirroring_and_numbers_of_processes(tmp_path):
     """All eight mirrorings of one tile."""
     labels = assert_command_equals_stock(crop()[:64, :64, :64], tmp_path, MODEL, [0], flags=["-npp", "1", "-nps", "1"])

@@ -135,6 +135,7 @@ def test_unknown_name_changes_nothing():
     assert stock_module.nnUNetPredictor is HOLDER.stock
 
 
+@pytest.mark.slow
 def test_threads_leave_a_consistent_state(module):
     module.P = HOLDER.stock
     start, failures = threading.Barrier(8), []
