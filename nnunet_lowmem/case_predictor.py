@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,7 @@ from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
-from nnunet_lowmem.files import atomic_output, temporary_folder
-from nnunet_lowmem.html_report import HtmlReport
+from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.memory import return_freed_memory
@@ -33,7 +29,6 @@ from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
-from nnunet_lowmem.reporting import RunReport
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase
@@ -48,7 +43,6 @@ Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
 class CasePredictor(LogitsPredictor):
     """The part of the predictor that takes one case from its files to its outputs."""
 
-    run_report: RunReport
     _planning: CasePlanning | None = None
     _worker_bytes = 0
 
@@ -265,36 +259,6 @@ class CasePredictor(LogitsPredictor):
             accept_nan=self.accept_nan,
         )
 
-    # -- the report --------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _reporting(self, target: str | list[str] | None) -> Iterator[None]:
-        """Write the report of the block, if one is wanted and there is a folder for it."""
-        if not self.report or target is None:
-            yield
-            return
-        with ExitStack() as stack:
-            folder = stack.enter_context(temporary_folder(self.tmp_dir))
-            page = HtmlReport(nnunet_adapter.output_folder(target), folder, self._facts(), self.run_report)
-            self._html_report = stack.enter_context(page)
-            stack.callback(setattr, self, "_html_report", None)
-            yield
-
-    def _facts(self) -> dict[str, str]:
-        """Name what the labels and the times depend on."""
-        mirrored = self.use_mirroring and bool(self.allowed_mirroring_axes)
-        patch = " × ".join(map(str, self.configuration_manager.patch_size))
-        facts = {
-            "model": f"{self.plans_manager.dataset_name}, {self.trainer_name}, {self.plans_manager.plans_name}",
-            "heads": str(self.label_manager.num_segmentation_heads),
-            "checkpoints": str(len(self.list_of_parameters or [0])),
-            "tiles": f"{patch} voxels, step {self.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
-            "device": str(self.device),
-            "budget asked for": f"RAM {self.max_ram or 'not limited'}, VRAM {self.max_vram or 'not limited'}",
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        }
-        return facts | {name: version(name) for name in ("nnunetv2", "torch", "numpy")}
-
     def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
         """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""
         if self._html_report is None or result is None or job.output is None:
@@ -303,7 +267,7 @@ class CasePredictor(LogitsPredictor):
             try:
                 segmentation = result[0] if isinstance(result, tuple) else result
                 volume = nnunet_adapter.labelled_volume(case, segmentation, self.plans_manager.transpose_forward)
-                self._html_report.draw(job.output, overlays(volume), nnunet_adapter.label_names(self.dataset_json))
+                self._html_report.draw(job.output, overlays(volume), model_files.label_names(self.dataset_json))
             except Exception as error:
                 logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
 

@@ -62,7 +62,8 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
         keep=Path(options.o) if options.o else None,
     )
     found = comparing.compare(request, _tell)
-    comparison_table.print_comparison(found, model_files.label_names(Path(model_folder)), options.json)
+    names = model_files.label_names(model_files.read_json(Path(model_folder) / "dataset.json"))
+    comparison_table.print_comparison(found, names, options.json)
     return found.exit_code
 
 

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.verifying import DamagedFileError, verify_whole
-
-_MEDICAL = (".nii", ".nii.gz", ".nrrd", ".mha", ".gipl")
+from nnunet_lowmem.verifying import DamagedFileError, is_volume, verify_whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def read_labels(file: Path) -> NDArray[Any]:
         If it cannot be read.
     """
     verify_whole(file)
-    if file.name.lower().endswith(_MEDICAL):
+    if is_volume(file):
         import SimpleITK
 
         return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file))))

@@ -40,6 +40,8 @@ from nnunet_lowmem.types import PreprocessedCase
 
 logger = logging.getLogger(__name__)
 
+Folds = Sequence[int | str] | int | str | None
+
 
 class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
     """nnU-Net's predictor up to the final logits, which come as slabs and never as a whole.
@@ -147,7 +149,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def initialize_from_trained_model_folder(
         self,
         model_training_output_dir: str,
-        use_folds: Sequence[int | str] | int | str | None,
+        use_folds: Folds,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
         """Build the network from a model folder; the weights of each fold are read when they are needed.
@@ -157,8 +159,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         ModelError
             If a file is missing or unreadable, or the weights do not fit the network of the plans.
         """
-        checkpoints = model_files.checkpoint_files(model_training_output_dir, use_folds, checkpoint_name)
-        model = self._describe(model_training_output_dir, checkpoints, "cpu")
+        model = self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu")
         self._load_weights(model.weights, 0)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
             self.network = torch.compile(self.network)
@@ -166,7 +167,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def describe_trained_model_folder(
         self,
         model_training_output_dir: str,
-        use_folds: Sequence[int | str] | int | str | None,
+        use_folds: Folds,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
         """As `initialize_from_trained_model_folder`, but read no weights: enough for `estimate`, and for nothing else.
@@ -176,11 +177,11 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         ModelError
             If a file is missing or unreadable.
         """
-        checkpoints = model_files.checkpoint_files(model_training_output_dir, use_folds, checkpoint_name)
-        self._describe(model_training_output_dir, checkpoints, "meta")
+        self._describe(model_training_output_dir, use_folds, checkpoint_name, "meta")
 
-    def _describe(self, folder: str, checkpoints: Sequence[Path], device: str) -> Model:
+    def _describe(self, folder: str, folds: Folds, checkpoint_name: str, device: str) -> Model:
         """Set the attributes that describe the model, its network without its weights."""
+        checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name)
         if self.trust.everything:
             logger.warning("%s is trusted: the code it holds or names is run", folder)
         try:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,14 @@ def case_name(files: Sequence[str], file_ending: str) -> str:
     return os.path.basename(files[0])[: -(len(file_ending) + 5)]
 
 
-def label_names(model_folder: Path) -> dict[int, str]:
-    """Return what dataset.json calls each label; regions have no label of their own."""
-    labels = read_json(model_folder / "dataset.json").get("labels")
-    return (
-        {value: str(name) for name, value in labels.items() if type(value) is int} if isinstance(labels, dict) else {}
-    )
+def label_names(dataset_json: Mapping[str, Any]) -> dict[int, str]:
+    """Return the name of each value of a label map; with regions, of the one that is written with that value."""
+    labels = dataset_json["labels"]
+    order = dataset_json.get("regions_class_order")
+    if order is not None:
+        regions = [name for name, values in labels.items() if values not in (0, [0])]
+        return {int(value): str(name) for value, name in zip(order, regions, strict=False)}
+    return {int(value): str(name) for name, value in labels.items() if not isinstance(value, list | tuple)}
 
 
 def check_previous_stage(cases: Sequence[Sequence[str]], stages: Sequence[str | None], file_ending: str) -> None:

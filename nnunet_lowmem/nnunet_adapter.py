@@ -193,16 +193,6 @@ def write_properties(properties: dict[str, Any], path: str) -> None:
         save_pickle(properties, str(partial_file))
 
 
-def label_names(dataset_json: Mapping[str, Any]) -> dict[int, str]:
-    """Return the name of each value of a label map; with regions, of the one that is written with that value."""
-    labels = dataset_json["labels"]
-    order = dataset_json.get("regions_class_order")
-    if order is not None:
-        regions = [name for name, values in labels.items() if values not in (0, [0])]
-        return {int(value): str(name) for value, name in zip(order, regions, strict=False)}
-    return {int(value): str(name) for name, value in labels.items() if not isinstance(value, list | tuple)}
-
-
 def labelled_volume(case: PreprocessedCase, segmentation: NDArray[Any], transpose_forward: Sequence[int]) -> Volume:
     """Return views of the first channel and the labels, in the axes of the network."""
     geometry = case_geometry(case.image.shape[1:], case.properties)

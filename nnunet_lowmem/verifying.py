@@ -136,13 +136,18 @@ def verify_whole(path: Path) -> None:
         raise DamagedFileError(f"{path.name} is empty")
     if name.endswith(".npz"):
         _verify_archive(path)
-    elif name.endswith(tuple(_VOXEL_BYTES)):
+    elif is_volume(path):
         if name.endswith(".nii.gz"):
             verify_gzip(path)  # a damaged stream fails in many ways where its header is read
         shape, dtype = _promised(path)
         verify_label_file(path, shape, dtype)
     else:
         _decode_picture(path)
+
+
+def is_volume(path: Path) -> bool:
+    """Tell by its name whether a file is one that SimpleITK reads; others are pictures."""
+    return path.name.lower().endswith(tuple(_VOXEL_BYTES))
 
 
 def _promised(path: Path) -> tuple[Sequence[int], np.dtype[Any]]:
