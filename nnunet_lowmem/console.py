@@ -92,7 +92,7 @@ def print_run(report: RunReport, folder: str) -> None:
         table.add_row(failed.case, "failed", failed.stage, failed.reason)
     Console().print(table)
     if report.failed:
-        Console().print(f"{len(report.failed)} cases failed; see {Path(folder) / FAILURES_FILE}", highlight=False)
+        Console().print(f"{report.failed_of_all()}; see {Path(folder) / FAILURES_FILE}", highlight=False)
 
 
 def print_estimates(estimates: Iterable[Estimate], as_json: bool, verbose: bool) -> int:

@@ -106,7 +106,11 @@ class RunReport:
     def failures_in_words(self) -> str:
         """Return one line: how many of how many, and each with case, stage and reason."""
         told = "; ".join(case.in_words() for case in self.failed)
-        return f"{len(self.failed)} of {len(self.failed) + len(self.done)} cases failed: {told}"
+        return f"{self.failed_of_all()}: {told}"
+
+    def failed_of_all(self) -> str:
+        """Return how many of the cases that were tried have failed."""
+        return f"{len(self.failed)} of {len(self.failed) + len(self.done)} cases failed"
 
     def write_failures(self, folder: Path) -> None:
         """Write what failed into `folder`; where nothing did, remove what an earlier run has written there."""
