@@ -37,6 +37,7 @@ LIMIT_FLAGS = {
     "accept_nan": "accept_nan",
     "trust": "trust",
     "trust_model": "trust_model",
+    "fast": "fast",
     "report": "report",
 }
 
@@ -127,6 +128,12 @@ def predict_parser() -> argparse.ArgumentParser:
         action="store_true",
         default=None,
         help="run whatever code this model's files hold or name",
+    )
+    more.add_argument(
+        "--fast",
+        action="store_true",
+        default=None,
+        help="on the CPU: less time, sums in another order than stock's, so that a label here and there may differ",
     )
     more.add_argument(
         "--report", action="store_true", default=None, help="write lowmem_report.html: memory, times, slices, failures"

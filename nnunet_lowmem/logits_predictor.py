@@ -16,16 +16,16 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
-from torch._dynamo import OptimizedModule
 
 from nnunet_lowmem import export, model_files, nnunet_adapter
 from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
+from nnunet_lowmem.fast_network import FastNetwork, fast_network
 from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
-from nnunet_lowmem.model_loading import Model, check_finite, load_model, why_not_loaded
+from nnunet_lowmem.model_loading import Model, check_finite, load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
@@ -33,7 +33,7 @@ from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
-from nnunet_lowmem.threads import RowThreads, usable_cores
+from nnunet_lowmem.threads import RowThreads, torch_threads, usable_cores
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import PreprocessedCase
@@ -72,6 +72,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         Packages whose code a model may name, beside nnU-Net's, ``dynamic_network_architectures`` and ``torch.nn``.
     trust_model : bool
         Run whatever code a model's files hold or name, as stock does.
+    fast : bool
+        On the CPU, let the network add in another order, on all cores: less time, labels that may differ.
     report : bool
         Write ``lowmem_report.html`` into the output folder of `predict_from_files`: what the run took and made.
     on_plan : callable, optional
@@ -109,6 +111,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         accept_nan: bool = False,
         trust: Sequence[str] = (),
         trust_model: bool = False,
+        fast: bool = False,
         report: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
@@ -137,6 +140,9 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.continue_on_error = continue_on_error
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
+        self.fast = fast and device.type == "cpu"
+        self.network_threads = usable_cores() if self.fast else self.network_threads
+        self._fast_network: tuple[Any, FastNetwork | None] = (None, None)
         self.report = report
         self._html_report: HtmlReport | None = None
         self._measured: tuple[Any, ModelFacts] | None = None
@@ -199,7 +205,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         return model
 
     def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
-        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        network = uncompiled(self.network)
         name = self._weights_name(number)
         check_finite(weights, name)
         try:
@@ -212,9 +218,20 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         return str(checkpoints[number]) if checkpoints else f"entry {number} of list_of_parameters"
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
-        """Logits of one tile; autocast only on CUDA, as in stock."""
+        """Logits of one tile, or features where the window has a head; autocast only on CUDA, as in stock."""
+        if (fast := self._fast()) is not None:
+            return fast.features(tile, self.allowed_mirroring_axes or () if self.use_mirroring else ())
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
+
+    def _fast(self) -> FastNetwork | None:
+        """How the network that is loaded is run fast, if it is."""
+        if self.fast and self._fast_network[0] is not self.network:
+            self._fast_network = self.network, fast_network(uncompiled(self.network), self._tile_shape())
+        return self._fast_network[1]
+
+    def _tile_shape(self) -> tuple[int, ...]:
+        return (1, self._input_channels(), *self.configuration_manager.patch_size)
 
     # -- logits ------------------------------------------------------------------------------------------------------
 
@@ -258,6 +275,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.network = self.network.to(self.device)
         self.network.eval()
         empty_cache(self.device)
+        window.head = None if (fast := self._fast()) is None else fast.head()
         source = TileSource(case, grid, self.label_manager.foreground_labels)
         return roll(self._network_tile, source, grid, window, self.device, clock.advance)
 
@@ -282,7 +300,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
                 store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
             # nothing here holds the window but the recovery, which forgets it after the last slab
             passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
-            stack.enter_context(_network_threads(self.network_threads))
+            stack.enter_context(torch_threads(self.network_threads))
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
 
     def _watched_window(
@@ -355,21 +373,21 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _estimated_tile_bytes(self, scratch_factor: float) -> int:
         """Bytes of the network's tensors on one tile, and of the copies that mirroring keeps."""
-        tile = (1, self._input_channels(), *self.configuration_manager.patch_size)
         mirrored = 2 if self.use_mirroring and self.allowed_mirroring_axes else 0
-        output = self.label_manager.num_segmentation_heads * math.prod(self.configuration_manager.patch_size) * 4
-        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
-        size_bytes: int = int(activation_bytes(network, tile) * scratch_factor) + mirrored * output
-        return size_bytes
+        fast = self._fast()
+        channels = self.label_manager.num_segmentation_heads if fast is None else fast.channels
+        output = channels * math.prod(self.configuration_manager.patch_size) * 4
+        network = uncompiled(self.network) if fast is None else fast.body
+        return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
 
     def _measured_tile_bytes(self) -> int:
         """Peak of a run on one tile. Mirroring along one axis holds as much as along all of them."""
-        tile = torch.zeros((1, self._input_channels(), *self.configuration_manager.patch_size), device=self.device)
+        tile = torch.zeros(self._tile_shape(), device=self.device)
         axes: Any = self.allowed_mirroring_axes
         self.network.eval()
         try:
             self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None
-            with torch.inference_mode(), _network_threads(self.network_threads):
+            with torch.inference_mode(), torch_threads(self.network_threads):
                 measured = measured_bytes(lambda: self._network_tile(tile), self.device)
         finally:
             self.allowed_mirroring_axes = axes
@@ -379,14 +397,3 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 def _fold_count(parameters: Sequence[Any] | None) -> int:
     """Without a list of parameters the network is used with the weights it has."""
     return 1 if parameters is None else len(parameters)
-
-
-@contextmanager
-def _network_threads(most: int) -> Iterator[None]:
-    """Run the network on stock's number of threads: its output on the CPU depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(most, threads))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

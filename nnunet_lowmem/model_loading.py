@@ -12,6 +12,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from nnunet_lowmem import model_files, model_limits
 from nnunet_lowmem.errors import ModelError
@@ -100,6 +101,11 @@ def check_finite(weights: Mapping[str, Any], name: object) -> None:
         if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
             wrong = value.numel() - int(torch.isfinite(value).sum())
             raise ModelError(f"{name}: {wrong} of the {value.numel()} weights {key!r} are NaN or infinite")
+
+
+def uncompiled(network: Any) -> Any:
+    """Return what ``torch.compile`` was given, or the network itself."""
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 def why_not_loaded(checkpoint: Path | str, error: Exception) -> str:

@@ -71,7 +71,7 @@ def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     input_shape : int
         (1, channels, *patch_size)
     """
-    shadow = copy.deepcopy(network, _meta_parameters(network)).eval()
+    shadow = meta_copy(network)
     counter = LiveTensorBytes()
     with torch.inference_mode(), counter:
         shadow(torch.empty(input_shape, device="meta"))
@@ -115,6 +115,11 @@ def _reset_peak() -> int | None:
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def meta_copy(network: nn.Module) -> nn.Module:
+    """Return a copy to run on the meta device; weights are not copied."""
+    return copy.deepcopy(network, _meta_parameters(network)).eval()
 
 
 def _meta_parameters(network: nn.Module) -> dict[int, Any]:

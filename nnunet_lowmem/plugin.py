@@ -22,7 +22,7 @@ GROUP = "nnunetv2.predictors"
 OWN = EntryPoint("lowmem", "nnunet_lowmem.predictor:LowMemPredictor", GROUP)
 
 # a model that could say whom to trust would say itself
-_NOT_FOR_MODELS = ("trust", "trust_model", "accept_nan", "report")
+_NOT_FOR_MODELS = ("trust", "trust_model", "accept_nan", "fast", "report")
 # names a file, in `nnunet_lowmem.clock`, and no option
 _TRACE_VARIABLE = "nnunet_lowmem_trace"
 _TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

@@ -18,6 +18,7 @@ import torch
 from nnunet_lowmem import kernels
 from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import NonFiniteLogitsError
+from nnunet_lowmem.fast_network import Head
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.spill import PlaneStore, spilled_array
@@ -91,6 +92,8 @@ class RollingWindow:
     ----------
     attempt : callable
         Calls what it is given, which may take memory and can be called again.
+    head : Head or None
+        Makes logits of what is added; None where that is logits already.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class RollingWindow:
         self._axis = grid.roll_axis
         self._threads = threads
         self.attempt: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
+        self.head: Head | None = None
         self._slab_made: LogitsSlab | None = None
         self._set_importance(importance)
         shape = list(grid.padded_shape)
@@ -155,7 +159,7 @@ class RollingWindow:
         self._position = 0
 
     def add(self, logits: torch.Tensor, start: Shape3) -> None:
-        """Add one tile's logits, shape (heads, *tile); may change them.
+        """Add one tile's logits, shape (heads, *tile), or with a `head` its features; may change them.
 
         The dtype of the tile decides the rounding, as in stock: float32 tiles are multiplied and added in float32 and
         rounded once, half tiles are rounded after the product and after the sum.
@@ -164,7 +168,9 @@ class RollingWindow:
         origin[self._axis] += 1 - self._position
         inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
-        if logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
+        if self.head is not None:
+            self._add_features(logits, self.head, (origin[0], origin[1], origin[2]))
+        elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
             planes = logits.shape[0] * logits.shape[1]
             bits = self._buffer.numpy().view(np.uint16)
             self._threads.run(kernels.accumulate, planes, bits, logits.numpy(), self._importance_single, tuple(origin))
@@ -172,6 +178,12 @@ class RollingWindow:
             logits *= self._importance
             self._box(self._buffer, origin).add_(logits)
         self._box(self._weight_sum, origin).add_(self._importance)
+
+    def _add_features(self, features: torch.Tensor, head: Head, origin: Shape3) -> None:
+        bits = self._buffer.numpy().view(np.uint16)
+        last = features.movedim(0, -1).contiguous().numpy()
+        arguments = (bits, last, head.weights, head.bias, self._importance_single, origin)
+        self._threads.run(kernels.accumulate_head, len(last), *arguments)
 
     def _box(self, tensor: torch.Tensor, origin: Sequence[int]) -> torch.Tensor:
         first = tensor.ndim - 3

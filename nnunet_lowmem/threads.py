@@ -1,12 +1,15 @@
-"""One thread pool for the compiled kernels, owned by whoever opens it."""
+"""One thread pool for the compiled kernels, owned by whoever opens it; and how many threads torch may use meanwhile."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+import torch
 
 _CHUNKS_PER_THREAD = 8
 
@@ -49,3 +52,14 @@ class RowThreads:
         futures = [self._pool.submit(kernel, *arguments, start, min(start + chunk, rows)) for start in starts]
         for future in futures:
             future.result()
+
+
+@contextmanager
+def torch_threads(most: int) -> Iterator[None]:
+    """Run the network on stock's number of threads: its output on the CPU depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(most, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

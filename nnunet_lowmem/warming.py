@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import network_memory, spline
+from nnunet_lowmem.fast_network import Head
 from nnunet_lowmem.labelling import LabelRule, SlabLabeller
 from nnunet_lowmem.resampling import resampling_tables
 from nnunet_lowmem.sliding_window import RollingWindow
@@ -26,6 +27,8 @@ def warm_up(ranked: bool, label_type: str, dimensions: int) -> None:
     with RowThreads(1) as threads:
         window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half), threads)
         window.add(torch.rand((2, *grid.tile_shape)), (0, 0, 0))
+        window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
+        window.add(torch.rand((1, *grid.tile_shape)), (0, 0, 0))
         labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)
         labeller.add(window.finish(4))
         labeller.finish()

@@ -33,7 +33,7 @@ export warming console training_data
 estimating
 case_planning
 preprocessing_memory sliding_window
-preprocessing nnunet_adapter model_loading workers budget
+preprocessing nnunet_adapter model_loading fast_network workers budget
 input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
 records label_comparison measured_command
