@@ -1,16 +1,15 @@
 """``fast``: another order of the network's sums on the CPU, for less time and less memory.
 
-Channels are kept last, which convolutions are faster with; instance normalisation becomes group normalisation with
-one channel in each group, which leaves them there. A last convolution of one voxel is taken off the network (the *head*):
-the window applies it while it adds a tile, so that the logits of a tile never exist, and mirrored copies are averaged
-before.
+Channels are kept last, which convolutions are faster with; instance normalisation and the leaky ReLU behind it are one
+kernel that leaves them there. A last convolution of one voxel (the *head*) is taken off the network: the window applies
+it while it adds a tile, so that the logits of a tile never exist, and mirrored copies are averaged before it.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
@@ -19,12 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
+from nnunet_lowmem import kernels
 from nnunet_lowmem.network_memory import meta_copy
+from nnunet_lowmem.threads import RowThreads
 
 logger = logging.getLogger(__name__)
 
+# sums are made of so many partial ones, whatever the number of threads: the result does not depend on it
+_PARTS = 64
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -85,7 +87,7 @@ class FastNetwork:
         return Head(weights, bias)
 
 
-def fast_network(network: nn.Module, tile_shape: tuple[int, ...]) -> FastNetwork | None:
+def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) -> FastNetwork | None:
     """Rearrange a network's memory and return how to run it; None, and a line in the log, where that does not work.
 
     Parameters
@@ -94,26 +96,46 @@ def fast_network(network: nn.Module, tile_shape: tuple[int, ...]) -> FastNetwork
         Its weights keep their values, and get their channels last.
     tile_shape : int
         (1, channels, *patch_size); nothing is computed.
+    threads : int
+        Of the kernels.
     """
+    last = _LAST[len(tile_shape)]
     try:
         name = _head_name(network, tile_shape)
-        network.to(memory_format=_LAST[len(tile_shape)])
-        shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
-        body = copy.deepcopy(network, dict(shared)).eval()
-        changed: dict[nn.Module, nn.Module] = {
-            module: _ChannelsLastNorm(module)
-            for module in body.modules()
-            if isinstance(module, _NORMS) and not module.track_running_stats
-        }
-        if name is not None:
-            changed[body.get_submodule(name)] = nn.Identity()
-        _replace(body, changed)
+        network.to(memory_format=last)  # type: ignore[call-overload]  # torch's types know one format only
+        body = _rearranged(network, name, RowThreads(threads))
         with torch.inference_mode():
-            made = meta_copy(body)(torch.empty(tile_shape, device="meta", memory_format=_LAST[len(tile_shape)]))
+            made = meta_copy(body)(torch.empty(tile_shape, device="meta", memory_format=last))
     except Exception as error:  # whatever a stranger's network meets there
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
         logger.warning("fast: the network runs as it does without, since it cannot be rearranged: %s", error)
         return None
     return FastNetwork(network, body, made.shape[1], None if name is None else network.get_submodule(name))
+
+
+def _rearranged(network: nn.Module, head: str | None, threads: RowThreads) -> nn.Module:
+    """Return a copy with the same weights, fast normalisation, and without its head."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    body = copy.deepcopy(network, shared).eval()
+    for sequence in [module for module in body.modules() if type(module) is nn.Sequential]:
+        _use_fast_norms(sequence, threads)
+    if head is not None:
+        layer = body.get_submodule(head)
+        for parent in list(body.modules()):
+            for name in [name for name, child in parent.named_children() if child is layer]:
+                setattr(parent, name, nn.Identity())
+    return body
+
+
+def _use_fast_norms(sequence: nn.Sequential, threads: RowThreads) -> None:
+    """Replace normalisations, and leaky ReLUs right behind them; in a sequence nobody else sees what is in between."""
+    layers = [None, *sequence, None]
+    for number, (before, norm, after) in enumerate(zip(layers, layers[1:], layers[2:], strict=False)):
+        if isinstance(norm, _NORMS) and not norm.track_running_stats:
+            slope = 1.0
+            if isinstance(after, nn.LeakyReLU):
+                slope, sequence[number + 1] = after.negative_slope, nn.Identity()
+            sequence[number] = FastNorm(norm, slope, isinstance(before, _CONVOLUTIONS), threads)
 
 
 def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
@@ -138,22 +160,43 @@ def _sees_one_voxel(layer: nn.Module) -> bool:
     return set(given.kernel_size) == {1} and set(given.stride) == {1} and given.groups == 1 and not any(given.padding)
 
 
-def _replace(network: nn.Module, changed: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the place of some, wherever they are referred to."""
-    for parent in list(network.modules()):
-        for name, child in parent._modules.items():
-            if child in changed:
-                parent._modules[name] = changed[child]
+class FastNorm(nn.Module):
+    """Instance normalisation and what bends its output, channels last, with sums in double precision.
 
+    Parameters
+    ----------
+    norm : InstanceNorm
+    slope : float
+        What negative values are multiplied with.
+    in_place : bool
+        Nobody else needs the input.
+    threads : RowThreads
+    """
 
-class _ChannelsLastNorm(nn.Module):
-    """Instance normalisation that keeps channels last."""
-
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, slope: float, in_place: bool, threads: RowThreads) -> None:
         super().__init__()
         self.norm: Any = norm
+        self._slope = np.float32(slope)
+        self._in_place = in_place
+        self._threads = threads
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Normalise every channel of every sample."""
-        norm = self.norm
-        return functional.group_norm(features, features.shape[1], norm.weight, norm.bias, norm.eps)
+        last = _LAST[features.ndim]
+        out = features.contiguous(memory_format=last) if self._in_place else features.clone(memory_format=last)
+        if not out.is_meta:
+            for sample in out.movedim(1, -1).detach():
+                self._normalise(sample.flatten(0, -2).numpy())
+        return out
+
+    def _normalise(self, features: NDArray[np.float32]) -> None:
+        sums = np.empty((_PARTS, 2, features.shape[1]))
+        self._threads.run(kernels.channel_sums, _PARTS, features, sums)
+        mean, square = sums.sum(axis=0) / len(features)
+        scale = 1 / np.sqrt(square - mean * mean + self.norm.eps)
+        shift = -mean * scale
+        if self.norm.affine:
+            weight, bias = self.norm.weight.detach().numpy(), self.norm.bias.detach().numpy()
+            scale, shift = scale * weight, shift * weight + bias
+        arguments = (features, scale.astype(np.float32), shift.astype(np.float32), self._slope)
+        self._threads.run(kernels.scale_and_bend, len(features), *arguments)

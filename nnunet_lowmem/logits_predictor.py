@@ -227,7 +227,10 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
         if self.fast and self._fast_network[0] is not self.network:
-            self._fast_network = self.network, fast_network(uncompiled(self.network), self._tile_shape())
+            self._fast_network = (
+                self.network,
+                fast_network(uncompiled(self.network), self._tile_shape(), self.kernel_threads),
+            )
         return self._fast_network[1]
 
     def _tile_shape(self) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ from functools import cache
 
 import numpy as np
 import torch
+from torch import nn
 
 from nnunet_lowmem import network_memory, spline
-from nnunet_lowmem.fast_network import Head
+from nnunet_lowmem.fast_network import FastNorm, Head
 from nnunet_lowmem.labelling import LabelRule, SlabLabeller
 from nnunet_lowmem.resampling import resampling_tables
 from nnunet_lowmem.sliding_window import RollingWindow
@@ -27,6 +28,7 @@ def warm_up(ranked: bool, label_type: str, dimensions: int) -> None:
     with RowThreads(1) as threads:
         window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half), threads)
         window.add(torch.rand((2, *grid.tile_shape)), (0, 0, 0))
+        FastNorm(nn.InstanceNorm3d(2), 0.01, False, threads)(torch.rand((1, 2, *grid.tile_shape)))
         window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
         window.add(torch.rand((1, *grid.tile_shape)), (0, 0, 0))
         labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)

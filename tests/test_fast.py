@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,7 @@ BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 pytestmark = pytest.mark.timeout(240)
 
 
-def predict(images: Path, out: Path, **options) -> np.ndarray:
-    predictor = LowMemPredictor(device=torch.device("cpu"), allow_tqdm=False, **options)
-    predictor.initialize_from_trained_model_folder(str(BUNDLED), (0,))
-    predictor.predict_from_files(str(images), str(out))
-    return read_voxels(next(out.glob("*.nii.gz")))
+# -- agreement
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +34,95 @@ def real_images(tmp_path_factory) -> Path:
     return folder
 
 
+def label_map(model: Any, images: Any, out: Path, folds: Any = (0,), **options: Any) -> np.ndarray:
+    make_predictor(LowMemPredictor, str(model), folds, **options).predict_from_files(images, str(out))
+    return read_voxels(next(out.glob("*.nii.gz")))
+
+
 @pytest.mark.parametrize("mirroring", [False, True])
-def test_labels_agree_on_the_real_ct(mirroring, real_images, tmp_path, record_property):
+def test_labels_agree_on_the_real_ct(mirroring, real_images, tmp_path):
     same, fast = (
-        predict(real_images, tmp_path / str(flag), fast=flag, use_mirroring=mirroring) for flag in (False, True)
+        label_map(BUNDLED, str(real_images), tmp_path / str(flag), fast=flag, use_mirroring=mirroring)
+        for flag in (False, True)
     )
-    equal = np.mean(same == fast)
     sizes = np.bincount(same.ravel(), minlength=118) + np.bincount(fast.ravel(), minlength=118)
-    both = np.bincount(same[same == fast], minlength=118)
-    dice = 2 * both[sizes > 0] / sizes[sizes > 0]
-    record_property("equal", equal)
-    record_property("lowest_dice", dice.min())
-    print(f"{np.count_nonzero(same != fast)} of {same.size} differ, {len(dice)} classes, lowest Dice {dice.min():.5f}")
-    assert np.count_nonzero(sizes) > 50, "hardly a class is there to compare"
-    assert equal >= 0.9999
+    there = sizes > 0
+    dice = 2 * np.bincount(same[same == fast], minlength=118)[there] / sizes[there]
+    print(f"{np.count_nonzero(same != fast)} of {same.size} differ; {len(dice)} classes, least Dice {dice.min():.5f}")
+    assert len(dice) > 50, "hardly a class is there to compare"
+    assert np.mean(same == fast) >= 0.9999
     assert dice.min() >= 0.999
+
+
+MR = ModelSpec(labels=5, mirror_axes=(0, 1, 2))
+NETWORKS = {
+    "plain": MR,
+    "residual encoder": ModelSpec(labels=5, architecture="ResidualEncoderUNet", mirror_axes=(0,)),
+    "two-dimensional": ModelSpec(labels=5, patch_size=(28, 20), spacing=(4.2, 4.3), mirror_axes=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_are_close_and_no_tile_of_them_is_made(name, models, images):
+    files = images("head")
+    plain, fast = (make_predictor(LowMemPredictor, models(NETWORKS[name], files), fast=flag) for flag in (False, True))
+    image = torch.randn((1, 30, 40, 30), generator=torch.Generator().manual_seed(0))
+    expected, found = (made.predict_sliding_window_return_logits(image).float() for made in (plain, fast))
+    parts = fast._fast()
+    assert parts.head_layer is not None
+    assert parts.channels == parts.head().weights.shape[1]
+    assert not any(isinstance(module, nn.modules.instancenorm._InstanceNorm) for module in parts.body.children())
+    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+    assert not torch.equal(found, expected), "fast changes nothing here"
+
+
+def test_every_fold_has_its_own_head(models, images, tmp_path):
+    files = images("head")
+    model = models(ModelSpec(labels=5, folds=(0, 1)), files)
+    maps = [label_map(model, [files], tmp_path / str(flag), (0, 1), fast=flag) for flag in (False, True)]
+    assert np.mean(maps[0] == maps[1]) >= 0.999
+
+
+# -- heads and networks that are none
+
+
+class Network(nn.Module):
+    """Two convolutions; `after` is what happens to their output."""
+
+    def __init__(self, after=lambda logits: logits) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 3, 1)
+        self.after = after
+
+    def forward(self, tile):
+        return self.after(self.last(self.first(tile)))
+
+
+TILE = (1, 1, 8, 8, 8)
+
+
+def test_a_last_convolution_is_a_head():
+    network = Network()
+    fast = fast_network(network, TILE, 2)
+    assert fast.head_layer is network.last
+    assert fast.channels == 4
+
+
+@pytest.mark.parametrize("after", [lambda x: x * 2, lambda x: x.clamp_(max=0.1), lambda x: x.flip(2)])
+def test_a_convolution_that_something_follows_is_no_head(after):
+    network = Network(after)
+    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = network(tile)
+        fast = fast_network(network, TILE, 2)
+        assert fast.head_layer is None
+        torch.testing.assert_close(fast.features(tile, ()), expected)
+
+
+def test_a_network_that_needs_its_channels_first_is_left_alone(caplog):
+    network = Network(lambda x: x.view(3, -1).view(1, 3, 8, 8, 8))
+    with caplog.at_level(logging.WARNING):
+        assert fast_network(network, TILE, 2) is None
+    assert "fast: the network runs as it does without" in caplog.text
+    assert network.first.weight.is_contiguous()
