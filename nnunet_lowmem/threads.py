@@ -42,6 +42,10 @@ class RowThreads:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowThreads:
+        """A copy of a network works with the threads of the network."""
+        return self
+
     def run(self, kernel: Callable[..., None], rows: int, *arguments: Any) -> None:
         """Call ``kernel(*arguments, start, stop)`` until all of [0, rows) is done."""
         if self._pool is None:

@@ -94,6 +94,7 @@ def main() -> None:
         prefetch=options.get("prefetch"),
         kernel_threads=options.get("threads", 2),
         report=options.get("report", False),
+        fast=options.get("fast", False),
     )
     predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
     if options.get("limit"):

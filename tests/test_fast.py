@@ -27,29 +27,31 @@ pytestmark = pytest.mark.timeout(240)
 # -- agreement
 
 
-@pytest.fixture(scope="module")
-def real_images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    SimpleITK.WriteImage(read(CT), str(folder / "ct_0000.nii.gz"))
-    return folder
+def label_map(model: Any, files: Any, out: Path, folds: Any = (0,), **options: Any) -> np.ndarray:
+    predictor = make_predictor(LowMemPredictor, str(model), folds, **options)
+    predictor.predict_from_files([files], [str(out)])
+    return read_voxels(out.with_name(out.name + ".nii.gz"))
 
 
-def label_map(model: Any, images: Any, out: Path, folds: Any = (0,), **options: Any) -> np.ndarray:
-    make_predictor(LowMemPredictor, str(model), folds, **options).predict_from_files(images, str(out))
-    return read_voxels(next(out.glob("*.nii.gz")))
-
-
-@pytest.mark.parametrize("mirroring", [False, True])
-def test_labels_agree_on_the_real_ct(mirroring, real_images, tmp_path):
+@pytest.mark.parametrize(
+    "part, mirroring",
+    [
+        (np.s_[20:100, 20:90, 30:105], False),
+        pytest.param(np.s_[:], False, marks=pytest.mark.slow),
+        pytest.param(np.s_[:], True, marks=pytest.mark.slow),
+    ],
+)
+def test_labels_agree_on_the_real_ct(part, mirroring, tmp_path):
+    SimpleITK.WriteImage(read(CT)[part], str(tmp_path / "ct_0000.nii.gz"))
     same, fast = (
-        label_map(BUNDLED, str(real_images), tmp_path / str(flag), fast=flag, use_mirroring=mirroring)
+        label_map(BUNDLED, [str(tmp_path / "ct_0000.nii.gz")], tmp_path / str(flag), fast=flag, use_mirroring=mirroring)
         for flag in (False, True)
     )
     sizes = np.bincount(same.ravel(), minlength=118) + np.bincount(fast.ravel(), minlength=118)
     there = sizes > 0
     dice = 2 * np.bincount(same[same == fast], minlength=118)[there] / sizes[there]
     print(f"{np.count_nonzero(same != fast)} of {same.size} differ; {len(dice)} classes, least Dice {dice.min():.5f}")
-    assert len(dice) > 50, "hardly a class is there to compare"
+    assert len(dice) > 40, "hardly a class is there to compare"
     assert np.mean(same == fast) >= 0.9999
     assert dice.min() >= 0.999
 
@@ -79,7 +81,7 @@ def test_logits_are_close_and_no_tile_of_them_is_made(name, models, images):
 def test_every_fold_has_its_own_head(models, images, tmp_path):
     files = images("head")
     model = models(ModelSpec(labels=5, folds=(0, 1)), files)
-    maps = [label_map(model, [files], tmp_path / str(flag), (0, 1), fast=flag) for flag in (False, True)]
+    maps = [label_map(model, files, tmp_path / str(flag), (0, 1), fast=flag) for flag in (False, True)]
     assert np.mean(maps[0] == maps[1]) >= 0.999
 
 

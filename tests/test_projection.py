@@ -61,6 +61,8 @@ RUNS = {
     "many classes": Run(MANY),
     "three channels": Run(mr(False), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
     "three folds, mirrored": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True}),
+    "fast": Run(MANY, options={"fast": True}),
+    "fast, mirrored, three folds": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True, "fast": True}),
     "heads as a whole": Run(ct(labels=12, spacing=(4.0, 3.0, 3.0), patch_size=(24, 48, 48), resampling="torch")),
     "masked": Run(mr(True), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
     "two-dimensional": Run(ct(labels=6, spacing=(2.0, 2.0), patch_size=(128, 128))),
@@ -68,7 +70,7 @@ RUNS = {
     "NibabelIOWithReorient": Run(ct(labels=5, reader="NibabelIOWithReorient")),
     "regions": Run(ct(labels={"background": 0, "both": [1, 2], "one": [2]}, regions_class_order=(1, 2))),
 }
-QUICK = ("tiny",)
+QUICK = ("tiny", "fast")
 
 
 def scan(shape, spacing, voxels) -> SimpleITK.Image:
