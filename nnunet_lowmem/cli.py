@@ -176,7 +176,7 @@ def _from_environment(variable: str, default: int) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     model_folder = _check(options)
-    # torch reads this when it first takes memory: large arrays in large pages, with a hundredth of the page faults
+    # torch reads this when it first takes memory: large arrays in large pages, which cost a fraction of the page faults
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from nnunet_lowmem import console
 

@@ -140,13 +140,14 @@ def _use_fast_norms(sequence: nn.Sequential, threads: RowThreads) -> None:
 
 def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
     """Name the convolution of one voxel that makes the network's output, if there is one."""
-    shadow = meta_copy(network)
     made: dict[str, list[tuple[torch.Tensor, int]]] = {}
-    for name, module in shadow.named_modules():
-        if isinstance(module, _CONVOLUTIONS) and _sees_one_voxel(module):
-            outputs = made.setdefault(name, [])
-            module.register_forward_hook(lambda _module, _inputs, out, to=outputs: to.append((out, out._version)))
-    with torch.no_grad():
+    # outside of inference mode, where tensors count how often they are changed in place
+    with torch.inference_mode(False), torch.no_grad():
+        shadow = meta_copy(network)
+        for name, module in shadow.named_modules():
+            if isinstance(module, _CONVOLUTIONS) and _sees_one_voxel(module):
+                outputs = made.setdefault(name, [])
+                module.register_forward_hook(lambda _module, _inputs, out, to=outputs: to.append((out, out._version)))
         result = shadow(torch.empty(tile_shape, device="meta"))
     for name, outputs in made.items():
         # an output that was changed in place afterwards is not the last layer's any more

@@ -43,7 +43,7 @@ class RowThreads:
             self._pool.shutdown(cancel_futures=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowThreads:
-        """A copy of a network works with the threads of the network."""
+        """Return itself: a copy of a network works with the threads of the network."""
         return self
 
     def run(self, kernel: Callable[..., None], rows: int, *arguments: Any) -> None:
