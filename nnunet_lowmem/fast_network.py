@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nnunet_lowmem import kernels
+from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network_memory import meta_copy
 from nnunet_lowmem.threads import RowThreads
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # sums are made of so many partial ones, whatever the number of threads: the result does not depend on it
 _PARTS = 64
+_FEW = 8
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -69,13 +71,24 @@ class FastNetwork:
 
     def features(self, tile: torch.Tensor, mirror_axes: Sequence[int]) -> torch.Tensor:
         """Return the mean of the body's output over all flips; axes count from 0, channels come last in memory."""
-        tile = tile.contiguous(memory_format=_LAST[tile.ndim])
+        # a single channel counts as last only where its stride says so, which `contiguous` leaves as it is
+        tile = torch.empty_like(tile, memory_format=_LAST[tile.ndim]).copy_(tile)
         axes = [axis + 2 for axis in mirror_axes]
         flips = list(chain.from_iterable(combinations(axes, count) for count in range(1, len(axes) + 1)))
-        total: torch.Tensor = self.body(tile)
+        total = self._run(tile)
         for flip in flips:
-            total += self.body(tile.flip(flip)).flip(flip)
+            total += self._run(tile.flip(flip)).flip(flip)
         return total.div_(len(flips) + 1) if flips else total
+
+    def _run(self, tile: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.body(tile)  # type: ignore[no-any-return]  # torch's modules return anything
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            raise ModelError(
+                f"fast: this network needs its channels first in memory; run it without: {error}"
+            ) from error
 
     def head(self) -> Head | None:
         """Return the head with the weights of now."""
@@ -102,12 +115,12 @@ def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) 
     last = _LAST[len(tile_shape)]
     try:
         name = _head_name(network, tile_shape)
-        network.to(memory_format=last)  # type: ignore[call-overload]  # torch's types know one format only
+        network.to(memory_format=last)
         body = _rearranged(network, name, RowThreads(threads))
         with torch.inference_mode():
             made = meta_copy(body)(torch.empty(tile_shape, device="meta", memory_format=last))
     except Exception as error:  # whatever a stranger's network meets there
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
+        network.to(memory_format=torch.contiguous_format)
         logger.warning("fast: the network runs as it does without, since it cannot be rearranged: %s", error)
         return None
     return FastNetwork(network, body, made.shape[1], None if name is None else network.get_submodule(name))
@@ -118,7 +131,7 @@ def _rearranged(network: nn.Module, head: str | None, threads: RowThreads) -> nn
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
     body = copy.deepcopy(network, shared).eval()
     for sequence in [module for module in body.modules() if type(module) is nn.Sequential]:
-        _use_fast_norms(sequence, threads)
+        _use_fast_layers(sequence, threads)
     if head is not None:
         layer = body.get_submodule(head)
         for parent in list(body.modules()):
@@ -127,15 +140,20 @@ def _rearranged(network: nn.Module, head: str | None, threads: RowThreads) -> nn
     return body
 
 
-def _use_fast_norms(sequence: nn.Sequential, threads: RowThreads) -> None:
-    """Replace normalisations, and leaky ReLUs right behind them; in a sequence nobody else sees what is in between."""
+def _use_fast_layers(sequence: nn.Sequential, threads: RowThreads) -> None:
+    """Replace normalisations with the leaky ReLUs right behind them, and convolutions of few channels.
+
+    In a sequence nobody else sees what is in between.
+    """
     layers = [None, *sequence, None]
-    for number, (before, norm, after) in enumerate(zip(layers, layers[1:], layers[2:], strict=False)):
-        if isinstance(norm, _NORMS) and not norm.track_running_stats:
+    for number, (before, layer, after) in enumerate(zip(layers, layers[1:], layers[2:], strict=False)):
+        if isinstance(layer, _NORMS) and not layer.track_running_stats:
             slope = 1.0
             if isinstance(after, nn.LeakyReLU):
                 slope, sequence[number + 1] = after.negative_slope, nn.Identity()
-            sequence[number] = FastNorm(norm, slope, isinstance(before, _CONVOLUTIONS), threads)
+            sequence[number] = FastNorm(layer, slope, isinstance(before, _CONVOLUTIONS), threads)
+        elif isinstance(layer, _CONVOLUTIONS) and layer.in_channels < _FEW and layer.padding_mode == "zeros":
+            sequence[number] = _FewChannels(layer)
 
 
 def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
@@ -159,6 +177,22 @@ def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
 def _sees_one_voxel(layer: nn.Module) -> bool:
     given: Any = layer
     return set(given.kernel_size) == {1} and set(given.stride) == {1} and given.groups == 1 and not any(given.padding)
+
+
+class _FewChannels(nn.Module):
+    """A convolution by oneDNN, where torch would take a slower path and put the channels first."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, tile: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        if tile.is_meta or isinstance(layer.padding, str) or not torch.backends.mkldnn.is_available():
+            return layer(tile)  # type: ignore[no-any-return]  # torch's modules return anything
+        shape = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        convolved: torch.Tensor = torch.ops.aten.mkldnn_convolution(tile, layer.weight, layer.bias, *shape)
+        return convolved
 
 
 class FastNorm(nn.Module):

@@ -379,7 +379,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         mirrored = 2 if self.use_mirroring and self.allowed_mirroring_axes else 0
         fast = self._fast()
         channels = self.label_manager.num_segmentation_heads if fast is None else fast.channels
-        output = channels * math.prod(self.configuration_manager.patch_size) * 4
+        output = channels * int(math.prod(self.configuration_manager.patch_size)) * 4
         network = uncompiled(self.network) if fast is None else fast.body
         return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
 
