@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # sums are made of so many partial ones, whatever the number of threads: the result does not depend on it
 _PARTS = 64
 _FEW = 8
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -188,7 +189,7 @@ class _FewChannels(nn.Module):
 
     def forward(self, tile: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        if tile.is_meta or isinstance(layer.padding, str) or not torch.backends.mkldnn.is_available():
+        if tile.is_meta or isinstance(layer.padding, str) or not _HAS_ONEDNN:
             return layer(tile)  # type: ignore[no-any-return]  # torch's modules return anything
         shape = (layer.padding, layer.stride, layer.dilation, layer.groups)
         convolved: torch.Tensor = torch.ops.aten.mkldnn_convolution(tile, layer.weight, layer.bias, *shape)
