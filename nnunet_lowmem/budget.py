@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from nnunet_lowmem.allocations import Budget
+from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.measuring import process_bytes, process_tree_bytes
 from nnunet_lowmem.memory import (
     asked_bytes,
@@ -18,7 +19,6 @@ from nnunet_lowmem.memory import (
     format_gib,
     free_disk_bytes,
     less_headroom,
-    return_freed_memory,
     total_ram_bytes,
 )
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter
 from nnunet_lowmem.allocations import WORKER_BYTES, CaseFacts, Place
+from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job
@@ -24,7 +25,6 @@ from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
-from nnunet_lowmem.memory import return_freed_memory
 from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
@@ -153,8 +153,8 @@ class CasePredictor(LogitsPredictor):
         plan = self._plan(case, job.name, planning, probabilities)
         grid, folder = self._grid(case), planning.folder
         map_folder = folder if plan.placement.label_map is Place.DISK else None
-        recovery = planning.recovery(plan)
         with ExitStack() as stack:
+            recovery = stack.enter_context(planning.recovery(plan))
             threads = stack.enter_context(RowThreads(plan.placement.threads))
             stack.enter_context(clock.stage("prediction", self._tiles(grid)))
             slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))

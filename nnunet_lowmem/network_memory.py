@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_lowmem.memory import return_freed_memory
+from nnunet_lowmem.allocator import return_freed_memory
 
 # oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
 CPU_SCRATCH_FACTOR = 2.0
