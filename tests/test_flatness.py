@@ -49,7 +49,7 @@ def test_the_window_is_gone_when_the_case_is_written(images, models, tmp_path, p
     windows = {}
 
     def count(progress) -> None:
-        alive = sum(isinstance(thing, RollingWindow) for thing in gc.get_objects())
+        alive = sum(type(thing) is RollingWindow for thing in gc.get_objects())
         windows[progress.stage] = max(alive, windows.get(progress.stage, 0))
 
     predictor.on_progress = count
