@@ -1,4 +1,4 @@
-"""Every rung of the ladder, driven by a simulated accelerator: torch's tensors count as its memory, numpy's as RAM."""
+"""Every rung of the ladder, driven by a simulated accelerator that runs out of memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from simulated_device import CUDA, simulated_device
 from torch import nn
 
-from nnunet_lowmem import device_labelling
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
 from nnunet_lowmem.errors import MemoryExhaustedError
 from nnunet_lowmem.labelling import LabelRule, SlabLabeller, SlabLimits
@@ -24,39 +24,6 @@ from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 
 MIB = 2**20
-CPU = torch.device("cpu")
-
-
-class Accelerator(LiveTensorBytes):
-    """A device with so many bytes."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        super().__init__()
-        self.capacity_bytes = capacity_bytes
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        size_bytes = tensor.numel() * tensor.element_size()
-        if self.live_bytes + size_bytes > self.capacity_bytes:
-            raise torch.cuda.OutOfMemoryError(f"tried to allocate {size_bytes} bytes")
-        super()._count(tensor)
-
-
-class DeviceLabeller(SlabLabeller):
-    """Labels with torch operations as long as the window is on the device."""
-
-    def __init__(self, *arguments, window: RollingWindow) -> None:
-        super().__init__(*arguments)
-        self.window = window
-
-    def _label_box(self, buffer, origin, shape, tables, labels) -> None:
-        if self.window._place is not Place.VRAM:
-            super()._label_box(buffer, origin, shape, tables, labels)
-            return
-        box = buffer
-        for axis in range(3):
-            box = box.narrow(axis + 1, origin[axis], shape[axis])
-        winners = device_labelling.winners(box, tables, self._rule.ranked, self.limits.block_bytes)
-        labels[...] = self._rule.values[winners]
 
 
 @dataclass
@@ -82,7 +49,8 @@ class Task:
         self.rule = LabelRule(True, np.arange(self.heads + 1, dtype=np.uint16), np.dtype(np.uint8))
 
     def network(self, tile: torch.Tensor) -> torch.Tensor:
-        return self.convolution(tile)
+        weights = self.convolution.weight.to(tile.device), self.convolution.bias.to(tile.device)
+        return nn.functional.conv3d(tile, *weights, padding=1)
 
     def plans(self, budget: Budget) -> tuple:
         model = ModelFacts(self.heads, 1, 1, 0, self.activation_bytes, 1)
@@ -92,20 +60,18 @@ class Task:
     def predict(self, recovery: Recovery, folder, capacity_bytes: int) -> tuple[np.ndarray, int]:
         labels = np.zeros(self.output, np.uint8)
         chosen = recovery.plan.placement
-        with RowThreads(1) as threads, Accelerator(capacity_bytes) as device:
-            importance = torch.ones(self.grid.tile_shape, dtype=torch.half)
-            window = RollingWindow(
-                self.grid, self.heads, importance, threads, folder if chosen.window is Place.DISK else None
-            )
-            if chosen.window is Place.VRAM:
-                window._place = Place.VRAM
+        with RowThreads(1) as threads, simulated_device(capacity_bytes) as device, torch.inference_mode():
+            near = CUDA if chosen.window is Place.VRAM else "cpu"
+            importance = torch.ones(self.grid.tile_shape, dtype=torch.half, device=near)
+            spill = folder if chosen.window is Place.DISK else None
+            window = RollingWindow(self.grid, self.heads, importance, threads, spill)
             window.attempt = recovery.run
             limits = SlabLimits(chosen.slab_planes, chosen.block_bytes)
-            labeller = DeviceLabeller(self.tables, self.rule, labels, threads, limits, window=window)
+            labeller = SlabLabeller(self.tables, self.rule, labels, threads, limits)
             labeller.attempt = recovery.run
             recovery.listeners += [partial(window.follow, folder=folder), labeller.follow]
             source = TileSource(self.case, self.grid)
-            for slab in roll(self.network, source, self.grid, window, CPU, lambda: None):
+            for slab in roll(self.network, source, self.grid, window, CUDA, lambda: None):
                 labeller.add(slab)
             labeller.finish()
         return labels, device.peak_bytes

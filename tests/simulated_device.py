@@ -1,0 +1,280 @@
+"""A simulated accelerator: tensors that say they are on CUDA and keep their data in RAM. It is no GPU.
+
+The CPU computes, so nothing here tells of speed, of cuDNN's choices, or of what libraries take beside tensors. It shows
+
+- *devices*: an operation on tensors of two devices fails, and so does reading one as a numpy array;
+- *memory*: a tensor on the device counts until its last view is gone; beyond the capacity `torch.OutOfMemoryError` is
+  raised, and nothing has changed;
+- *waiting*: operations for which the host has to wait for the device are recorded;
+- *copies under way*: what leaves the device on its own is NaN or -1 on the host until its event has been waited for; to
+  write page-locked memory from which the device still copies is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "bincount")
+
+
+@dataclass(eq=False)
+class Block:
+    """Memory of the device; views share it."""
+
+    device: SimulatedDevice
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor on the simulated device, `held` in RAM."""
+
+    held: torch.Tensor
+    block: Block
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor, block: Block) -> DeviceTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=CUDA
+        )
+        tensor.held, tensor.block = held, block
+        return tensor
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DeviceTensor({self.held!r})"
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        return self.block.device.copy(self, source, non_blocking)
+
+    # torch's own indexing and copying ask the driver for the device
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensors = [part for part in _parts(index) if isinstance(part, torch.Tensor)]
+        if not tensors:
+            return DeviceTensor(self.held[index], self.block)
+        self.block.device.indexed(tensors)
+        return self.block.device.allocated(self.held[tree_map(_held, index)])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.block.device.indexed([part for part in (*_parts(index), value) if isinstance(part, torch.Tensor)])
+        self.held[tree_map(_held, index)] = _held(value)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of the simulation")
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@dataclass
+class Copy:
+    """A copy under way between the device and page-locked memory."""
+
+    host: torch.Tensor
+    data: torch.Tensor
+    arrives: bool
+
+
+@dataclass
+class Event:
+    """Stands for `torch.cuda.Event`; waiting for it completes the copies begun before it was recorded."""
+
+    device: SimulatedDevice
+    copies: list[Copy] = field(default_factory=list)
+
+    def record(self, stream: Any = None) -> None:
+        self.copies = list(self.device.copies)
+
+    def synchronize(self) -> None:
+        self.device.complete(self.copies)
+
+
+class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The accelerator, as a mode; see the module's docstring.
+
+    Attributes
+    ----------
+    live_bytes, peak_bytes : int
+    waits : list of str
+        Operations that made the host wait, since the list was last cleared.
+    """
+
+    def __init__(self, capacity_bytes: int = 2**40) -> None:
+        super().__init__()
+        self.capacity_bytes = capacity_bytes
+        self.live_bytes = self.peak_bytes = 0
+        self.waits: list[str] = []
+        self.copies: list[Copy] = []
+        self.pinned: dict[int, weakref.ref] = {}
+
+    # -- dispatch
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        if name in ("to", "type_as"):  # in inference mode they come as they are
+            with self:
+                return func.decompose(*args, **kwargs)
+        if name == "_has_compatible_shallow_copy_type":
+            return False
+        if name == "_to_copy":
+            return self._to_copy(args[0], **kwargs)
+        if name == "copy_":
+            return self.copy(*args, **kwargs)
+        if name == "_pin_memory":
+            raise AssertionError("page-locked memory is allocated as such")
+        device = kwargs.get("device")
+        on_device = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor)]
+        if not on_device and (device is None or torch.device(device).type != "cuda"):
+            pinned = kwargs.pop("pin_memory", False)
+            result = func(*args, **kwargs)
+            if pinned:
+                self._lock(result)
+            return result
+        self._check_devices(name, tree_leaves((args, kwargs)))
+        if name in WAITS:
+            self._wait(name)
+        return self._compute(func, args, kwargs, on_device)
+
+    def _compute(self, func: Any, args: Any, kwargs: Any, on_device: list[DeviceTensor]) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        held = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
+            return kwargs.get("out", args[0])
+        blocks = {tensor.held.untyped_storage().data_ptr(): tensor.block for tensor in on_device}
+
+        def wrapped(result: Any) -> Any:
+            if not isinstance(result, torch.Tensor):
+                return result
+            block = blocks.get(result.untyped_storage().data_ptr())
+            return self.allocated(result) if block is None else DeviceTensor(result, block)
+
+        return tree_map(wrapped, held)
+
+    def _check_devices(self, name: str, leaves: Sequence[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DeviceTensor) and leaf.ndim > 0:
+                raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
+
+    def indexed(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note what indexing with these takes: the host has to count the voxels of a mask."""
+        self._check_devices("index", tensors)
+        if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors):
+            self._wait("index with a mask")
+
+    # -- memory
+
+    def allocated(self, held: torch.Tensor) -> DeviceTensor:
+        size_bytes = held.untyped_storage().nbytes()
+        if self.live_bytes + size_bytes > self.capacity_bytes:
+            raise torch.OutOfMemoryError(f"CUDA out of memory (simulated). Tried to allocate {size_bytes} bytes")
+        self.live_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        block = Block(self)
+        weakref.finalize(block, self._release, size_bytes).atexit = False
+        return DeviceTensor(held, block)
+
+    def _release(self, size_bytes: int) -> None:
+        self.live_bytes -= size_bytes
+
+    def _lock(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        self.pinned[address] = weakref.ref(storage, lambda _: self.pinned.pop(address, None))
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.pinned
+
+    # -- copies
+
+    def _wait(self, name: str) -> None:
+        self.waits.append(name)
+        self.complete(self.copies)
+
+    def complete(self, copies: Sequence[Copy]) -> None:
+        """Let copies arrive."""
+        for copy in [copy for copy in self.copies if copy in copies]:
+            self.copies = [other for other in self.copies if other is not copy]
+            if copy.arrives:
+                copy.host.copy_(copy.data)
+            else:
+                same = torch.equal(copy.host.contiguous().view(torch.uint8), copy.data.contiguous().view(torch.uint8))
+                assert same, "page-locked memory was written while it was being copied from"
+
+    def _to_copy(self, source: torch.Tensor, **options: Any) -> torch.Tensor:
+        wanted = torch.device(options.pop("device", None) or source.device)
+        non_blocking = options.pop("non_blocking", False)
+        options.pop("pin_memory", None)
+        held = torch.ops.aten._to_copy(_held(source), **options)
+        if source.device.type == "cpu" and wanted.type == "cuda":
+            self._leaving_host(source, non_blocking)
+        elif source.device.type == "cuda" and wanted.type == "cpu":
+            self._wait("_to_copy to the host")
+        return self.allocated(held) if wanted.type == "cuda" else held
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        kinds = source.device.type, target.device.type
+        if kinds == ("cuda", "cpu") and non_blocking and self._is_pinned(target):
+            data = torch.ops.aten._to_copy(source.held, dtype=target.dtype)
+            self.copies.append(Copy(target, data, arrives=True))
+            target.fill_(float("nan") if target.is_floating_point() else -1)
+            return target
+        if kinds == ("cpu", "cuda"):
+            self._leaving_host(source, non_blocking)
+        elif kinds == ("cuda", "cpu"):
+            self._wait("copy_ to the host")
+        _held(target).copy_(_held(source))
+        return target
+
+    def _leaving_host(self, source: torch.Tensor, non_blocking: bool) -> None:
+        if non_blocking and self._is_pinned(source):
+            self.copies.append(Copy(source, source.clone(), arrives=False))
+        elif source.ndim > 0:
+            self._wait("copy from the host")
+
+
+@contextmanager
+def simulated_device(capacity_bytes: int = 2**40, said_bytes: int | None = None) -> Iterator[SimulatedDevice]:
+    """Let torch have a CUDA device of so many bytes; its driver may say that it is larger.
+
+    Make tensors there in inference mode only: torch's autograd asks the real driver.
+    """
+    simulated = SimulatedDevice(capacity_bytes)
+    total = said_bytes or capacity_bytes
+    replacements = {
+        "_lazy_init": lambda: None,
+        "Event": lambda: Event(simulated),
+        "current_stream": lambda device=None: None,
+        "mem_get_info": lambda device=None: (total - simulated.live_bytes, total),
+        "memory_reserved": lambda device=None: simulated.live_bytes,
+        "max_memory_reserved": lambda device=None: simulated.peak_bytes,
+        "reset_peak_memory_stats": lambda device=None: setattr(simulated, "peak_bytes", simulated.live_bytes),
+        "synchronize": lambda device=None: simulated.complete(simulated.copies),
+        "empty_cache": lambda: None,
+    }
+    compute_gaussian.cache_clear()
+    with pytest.MonkeyPatch.context() as patch, simulated:
+        for name, replacement in replacements.items():
+            patch.setattr(torch.cuda, name, replacement)
+        yield simulated
+    compute_gaussian.cache_clear()
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, DeviceTensor) else value
