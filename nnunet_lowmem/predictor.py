@@ -24,6 +24,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
 from nnunet_lowmem import model_files, nnunet_adapter, plugin, validation
+from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
@@ -321,7 +322,7 @@ class LowMemPredictor(CasePredictor):
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport]:
         clock.listeners.append(watch.note)
-        with self._observed(clock) as sampler:
+        with self._observed(clock) as sampler, vram_limit(self.max_vram, self.device):
             if sampler is not None:
                 watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):

@@ -6,6 +6,8 @@ The CPU computes, so nothing here tells of speed, of cuDNN's choices, or of what
 - *memory*: a tensor on the device counts until its last view is gone; beyond the capacity `torch.OutOfMemoryError` is
   raised, and nothing has changed;
 - *waiting*: operations for which the host has to wait for the device are recorded;
+- *sizes*: without data (on torch's meta device) tensors of any size are counted; all logits are finite then, and every
+  voxel is on a boundary;
 - *copies under way*: what leaves the device on its own is NaN or -1 on the host until its event has been waited for; to
   write page-locked memory from which the device still copies is an error.
 """
@@ -107,16 +109,21 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ----------
     live_bytes, peak_bytes : int
     waits : list of str
-        Operations that made the host wait, since the list was last cleared.
+        Operations that made the host wait.
+    may_not_wait : bool
+        Such an operation is an error.
     """
 
-    def __init__(self, capacity_bytes: int = 2**40) -> None:
+    def __init__(self, capacity_bytes: int, with_data: bool) -> None:
         super().__init__()
+        self.where = torch.device("cpu" if with_data else "meta")
         self.capacity_bytes = capacity_bytes
+        self.allowed_bytes: float = 2**60
         self.live_bytes = self.peak_bytes = 0
         self.waits: list[str] = []
+        self.may_not_wait = False
         self.copies: list[Copy] = []
-        self.pinned: dict[int, weakref.ref] = {}
+        self.pinned: dict[int, weakref.ref[torch.Tensor]] = {}
 
     # -- dispatch
 
@@ -149,16 +156,18 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _compute(self, func: Any, args: Any, kwargs: Any, on_device: list[DeviceTensor]) -> Any:
         if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("cpu")
+            kwargs["device"] = self.where
+        if func.overloadpacket.__name__ == "nonzero" and self.where.type == "meta":
+            return self.allocated(torch.empty((args[0].numel(), args[0].ndim), dtype=torch.int64, device=self.where))
         held = func(*tree_map(_held, args), **tree_map(_held, kwargs))
         if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
             return kwargs.get("out", args[0])
-        blocks = {tensor.held.untyped_storage().data_ptr(): tensor.block for tensor in on_device}
+        blocks = {tensor.held.untyped_storage()._cdata: tensor.block for tensor in on_device}
 
         def wrapped(result: Any) -> Any:
             if not isinstance(result, torch.Tensor):
                 return result
-            block = blocks.get(result.untyped_storage().data_ptr())
+            block = blocks.get(result.untyped_storage()._cdata)
             return self.allocated(result) if block is None else DeviceTensor(result, block)
 
         return tree_map(wrapped, held)
@@ -178,7 +187,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def allocated(self, held: torch.Tensor) -> DeviceTensor:
         size_bytes = held.untyped_storage().nbytes()
-        if self.live_bytes + size_bytes > self.capacity_bytes:
+        if self.live_bytes + size_bytes > min(self.capacity_bytes, self.allowed_bytes):
             raise torch.OutOfMemoryError(f"CUDA out of memory (simulated). Tried to allocate {size_bytes} bytes")
         self.live_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -190,16 +199,17 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= size_bytes
 
     def _lock(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        self.pinned[address] = weakref.ref(storage, lambda _: self.pinned.pop(address, None))
+        self.pinned[tensor.untyped_storage().data_ptr()] = weakref.ref(tensor)
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.pinned
+        owner = self.pinned.get(tensor.untyped_storage().data_ptr())
+        return owner is not None and owner() is not None
 
     # -- copies
 
     def _wait(self, name: str) -> None:
+        if self.may_not_wait:
+            raise RuntimeError(f"called a synchronizing CUDA operation (simulated): {name}")
         self.waits.append(name)
         self.complete(self.copies)
 
@@ -207,7 +217,9 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let copies arrive."""
         for copy in [copy for copy in self.copies if copy in copies]:
             self.copies = [other for other in self.copies if other is not copy]
-            if copy.arrives:
+            if copy.data.is_meta:
+                copy.host.zero_()
+            elif copy.arrives:
                 copy.host.copy_(copy.data)
             else:
                 same = torch.equal(copy.host.contiguous().view(torch.uint8), copy.data.contiguous().view(torch.uint8))
@@ -217,11 +229,15 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         wanted = torch.device(options.pop("device", None) or source.device)
         non_blocking = options.pop("non_blocking", False)
         options.pop("pin_memory", None)
-        held = torch.ops.aten._to_copy(_held(source), **options)
-        if source.device.type == "cpu" and wanted.type == "cuda":
+        crosses = (source.device.type, wanted.type)
+        if crosses == ("cpu", "cuda"):
             self._leaving_host(source, non_blocking)
-        elif source.device.type == "cuda" and wanted.type == "cpu":
+        elif crosses == ("cuda", "cpu"):
             self._wait("_to_copy to the host")
+        held = _held(source)
+        if held.is_meta and wanted.type == "cpu":
+            return torch.ones(held.shape, dtype=options.get("dtype", held.dtype))
+        held = torch.ops.aten._to_copy(held, device=self.where if wanted.type == "cuda" else wanted, **options)
         return self.allocated(held) if wanted.type == "cuda" else held
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -235,7 +251,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._leaving_host(source, non_blocking)
         elif kinds == ("cuda", "cpu"):
             self._wait("copy_ to the host")
-        _held(target).copy_(_held(source))
+        if self.where.type == "cpu" or isinstance(target, DeviceTensor):
+            _held(target).copy_(_held(source))
         return target
 
     def _leaving_host(self, source: torch.Tensor, non_blocking: bool) -> None:
@@ -246,13 +263,16 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def simulated_device(capacity_bytes: int = 2**40, said_bytes: int | None = None) -> Iterator[SimulatedDevice]:
+def simulated_device(
+    capacity_bytes: int = 2**40, said_bytes: int | None = None, with_data: bool = True
+) -> Iterator[SimulatedDevice]:
     """Let torch have a CUDA device of so many bytes; its driver may say that it is larger.
 
     Make tensors there in inference mode only: torch's autograd asks the real driver.
     """
-    simulated = SimulatedDevice(capacity_bytes)
+    simulated = SimulatedDevice(capacity_bytes, with_data)
     total = said_bytes or capacity_bytes
+    simulated.allowed_bytes = total
     replacements = {
         "_lazy_init": lambda: None,
         "Event": lambda: Event(simulated),
@@ -262,6 +282,10 @@ def simulated_device(capacity_bytes: int = 2**40, said_bytes: int | None = None)
         "max_memory_reserved": lambda device=None: simulated.peak_bytes,
         "reset_peak_memory_stats": lambda device=None: setattr(simulated, "peak_bytes", simulated.live_bytes),
         "synchronize": lambda device=None: simulated.complete(simulated.copies),
+        "max_memory_allocated": lambda device=None: simulated.peak_bytes,
+        "get_per_process_memory_fraction": lambda device=None: simulated.allowed_bytes / total,
+        "set_per_process_memory_fraction": lambda share, device: setattr(simulated, "allowed_bytes", share * total),
+        "set_sync_debug_mode": lambda mode: setattr(simulated, "may_not_wait", mode == "error"),
         "empty_cache": lambda: None,
     }
     compute_gaussian.cache_clear()

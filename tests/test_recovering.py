@@ -43,7 +43,7 @@ class Task:
         self.convolution = nn.Conv3d(1, self.heads, 3, padding=1).requires_grad_(False)
         self.convolution.weight.data = torch.randn(self.convolution.weight.shape, generator=generator)
         with torch.inference_mode(), LiveTensorBytes() as counter:
-            self.network(torch.zeros((1, 1, *self.patch)))
+            self.network(torch.zeros((1, 1, *self.patch), device="meta"))
         self.activation_bytes = counter.peak_bytes + 4 * int(np.prod(self.patch))
         self.tables = resampling_tables(self.shape, self.output, None)
         self.rule = LabelRule(True, np.arange(self.heads + 1, dtype=np.uint16), np.dtype(np.uint8))
@@ -57,10 +57,13 @@ class Task:
         case = CaseFacts("sim", self.grid, self.output, self.output, True, 0, 0, 0, image_place=Place.RAM)
         return plan_case(model, case, budget, "cuda"), list(all_plans(model, case, budget, "cuda"))
 
-    def predict(self, recovery: Recovery, folder, capacity_bytes: int) -> tuple[np.ndarray, int]:
+    def predict(
+        self, recovery: Recovery, folder, capacity_bytes: int, with_data: bool = True
+    ) -> tuple[np.ndarray, int]:
         labels = np.zeros(self.output, np.uint8)
         chosen = recovery.plan.placement
-        with RowThreads(1) as threads, simulated_device(capacity_bytes) as device, torch.inference_mode():
+        accelerator = simulated_device(capacity_bytes, with_data=with_data)
+        with RowThreads(1) as threads, accelerator as device, torch.inference_mode():
             near = CUDA if chosen.window is Place.VRAM else "cpu"
             importance = torch.ones(self.grid.tile_shape, dtype=torch.half, device=near)
             spill = folder if chosen.window is Place.DISK else None
@@ -99,6 +102,21 @@ def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path
         np.testing.assert_array_equal(labels, expected)
         seen.add((plan.placement.window, plan.placement.block_bytes, plan.placement.slab_planes))
     assert len(seen) >= 3
+
+
+@pytest.mark.parametrize(
+    "heads, shape, patch, output",
+    [(40, (150, 110, 110), (96, 96, 96), (170, 120, 100)), (15, (140, 150, 140), (128, 128, 128), (90, 90, 160))],
+)
+def test_vram_of_full_tiles_is_what_the_plan_says(heads, shape, patch, output, tmp_path):
+    """Counted without data, with every voxel on a boundary: the most that can be."""
+    task = Task(heads, shape, patch, output)
+    _, plans = task.plans(Budget())
+    chosen = {(p.placement.slab_planes, p.placement.block_bytes): p for p in plans if p.placement.window is Place.VRAM}
+    assert len(chosen) == 4
+    for plan in chosen.values():
+        _, peak = task.predict(Recovery(plan, ()), tmp_path, 2**50, with_data=False)
+        assert 0.8 * plan.projected_bytes(Place.VRAM) <= peak <= plan.projected_bytes(Place.VRAM)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.heads} heads")
