@@ -312,7 +312,7 @@ class LowMemPredictor(CasePredictor):
     @contextmanager
     def _in_temporary_folder(self) -> Iterator[Path]:
         try:
-            with temporary_folder(self.tmp_dir) as folder:
+            with vram_limit(self.max_vram, self.device), temporary_folder(self.tmp_dir) as folder:
                 yield folder
         finally:
             compute_gaussian.cache_clear()
@@ -322,7 +322,7 @@ class LowMemPredictor(CasePredictor):
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport]:
         clock.listeners.append(watch.note)
-        with self._observed(clock) as sampler, vram_limit(self.max_vram, self.device):
+        with self._observed(clock) as sampler:
             if sampler is not None:
                 watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):

