@@ -45,9 +45,10 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, block: Block) -> DeviceTensor:
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=CUDA
-        )
+        with torch.inference_mode(held.is_inference()):
+            tensor = torch.Tensor._make_wrapper_subclass(
+                cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=CUDA
+            )
         tensor.held, tensor.block = held, block
         return tensor
 
@@ -57,10 +58,10 @@ class DeviceTensor(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
+    # torch's own forms of what follows ask the driver for the device
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         return self.block.device.copy(self, source, non_blocking)
 
-    # torch's own indexing and copying ask the driver for the device
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensors = [part for part in _parts(index) if isinstance(part, torch.Tensor)]
         if not tensors:
@@ -71,6 +72,9 @@ class DeviceTensor(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.block.device.indexed([part for part in (*_parts(index), value) if isinstance(part, torch.Tensor)])
         self.held[tree_map(_held, index)] = _held(value)
+
+    def __invert__(self) -> torch.Tensor:
+        return torch.bitwise_not(self)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -87,7 +91,7 @@ class DeviceTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-@dataclass
+@dataclass(eq=False)
 class Copy:
     """A copy under way between the device and page-locked memory."""
 
@@ -141,8 +145,6 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("to", "type_as"):  # in inference mode they come as they are
             with self:
                 return func.decompose(*args, **kwargs)
-        if name == "_has_compatible_shallow_copy_type":
-            return False
         if name == "_to_copy":
             return self._to_copy(args[0], **kwargs)
         if name == "copy_":
@@ -303,6 +305,8 @@ def simulated_device(
     }
     compute_gaussian.cache_clear()
     with pytest.MonkeyPatch.context() as patch, simulated:
+        # a module on its way to the device gets new parameters, of our class, and not new data in the old ones
+        patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
         for name, replacement in replacements.items():
             patch.setattr(torch.cuda, name, replacement)
         yield simulated
