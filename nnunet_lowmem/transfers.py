@@ -31,11 +31,11 @@ class HostBuffer:
         """Return a tensor in this memory, not set to anything, once the copy before is done."""
         self.wait()
         size_bytes = math.prod(shape) * dtype.itemsize
-        if self._memory.numel() < size_bytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # both at once would be more than is planned
-            with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
+        with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
+            if self._memory.numel() < size_bytes:
+                self._memory = torch.empty(0, dtype=torch.uint8)  # both at once would be more than is planned
                 self._memory = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._on_its_own)
-        return self._memory[:size_bytes].view(dtype).view(*shape)
+            return self._memory[:size_bytes].view(dtype).view(*shape)
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device of a tensor in this memory."""
