@@ -108,15 +108,14 @@ def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path
 
 @pytest.mark.parametrize(
     "heads, shape, patch, output",
-    [(40, (150, 110, 110), (96, 96, 96), (170, 120, 100)), (15, (140, 150, 140), (128, 128, 128), (90, 90, 160))],
+    [(40, (150, 110, 110), (96, 96, 96), (100, 90, 80)), (15, (140, 150, 140), (128, 128, 128), (90, 80, 100))],
 )
 def test_vram_of_full_tiles_is_what_the_plan_says(heads, shape, patch, output, tmp_path):
     """Counted without data, with every voxel on a boundary: the most that can be."""
     task = Task(heads, shape, patch, output)
     _, plans = task.plans(Budget())
-    chosen = {(p.placement.slab_planes, p.placement.block_bytes): p for p in plans if p.placement.window is Place.VRAM}
-    assert len(chosen) == 4
-    for plan in chosen.values():
+    on_device = [plan for plan in plans if plan.placement.window is Place.VRAM]
+    for plan in (on_device[0], min(on_device, key=lambda plan: plan.projected_bytes(Place.VRAM))):
         _, peak = task.predict(Recovery(plan, ()), tmp_path, 2**50, with_data=False)
         assert 0.35 * plan.projected_bytes(Place.VRAM) <= peak <= plan.projected_bytes(Place.VRAM)
 
