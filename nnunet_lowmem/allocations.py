@@ -29,6 +29,8 @@ _IMPORTANCE_BYTES = 6
 HEAP_BYTES = 64 * MIB
 # stack, and blocks of a few MiB that a kernel's thread reads and normalises
 THREAD_BYTES = 16 * MIB
+# of a winner that becomes a label: the number as an index, and the label
+_LOOKUP_BYTES = 10
 # a process that has imported torch and nnU-Net, and compiled the kernels of preprocessing
 WORKER_BYTES = 640 * MIB
 _BUFFER_BYTES = 16 * MIB
@@ -262,17 +264,26 @@ def _window_allocations(
         outputs = -(-planes * _voxels(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
         slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
-        yield Allocation("winners of a slab", Place.RAM, outputs * 10, predict)
+        row = _voxels(case.cropped_shape) // case.cropped_shape[0]
+        # a buffer that had to grow leaves smaller ones behind, less than its own size in all
+        winners_bytes = 2 * page_locked_bytes(outputs * HALF_BYTES) + row * _LOOKUP_BYTES
+        yield Allocation("winners of a slab", Place.RAM, winners_bytes, predict)
     else:
         slab_bytes = planes * plane_voxels * _SURVEY_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes), predict)
     if compute is Place.VRAM:
-        yield Allocation(
-            "a tile on its way", Place.RAM, (model.channels + model.heads) * tile_voxels * SINGLE_BYTES, predict
-        )
+        tiles_bytes = 2 * page_locked_bytes(model.channels * tile_voxels * SINGLE_BYTES)
+        if near is Place.RAM:
+            tiles_bytes += page_locked_bytes(model.heads * tile_voxels * SINGLE_BYTES)
+        yield Allocation("tiles on their way", Place.RAM, tiles_bytes, predict)
     if model.folds > 1:
         yield Allocation("sum over folds", placement.planes, finished_bytes(model, case), predict)
         yield Allocation("plane of the sum", Place.RAM, 2 * plane_bytes, predict)
+
+
+def page_locked_bytes(size_bytes: int) -> int:
+    """Return what torch takes for a page-locked buffer: the next power of two, which it keeps for the next one."""
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 def finished_bytes(model: ModelFacts, case: CaseFacts) -> int:

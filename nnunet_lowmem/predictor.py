@@ -24,6 +24,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
 from nnunet_lowmem import model_files, nnunet_adapter, plugin, validation
+from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
@@ -311,7 +312,7 @@ class LowMemPredictor(CasePredictor):
     @contextmanager
     def _in_temporary_folder(self) -> Iterator[Path]:
         try:
-            with temporary_folder(self.tmp_dir) as folder:
+            with vram_limit(self.max_vram, self.device), temporary_folder(self.tmp_dir) as folder:
                 yield folder
         finally:
             compute_gaussian.cache_clear()
