@@ -80,14 +80,13 @@ def test_signal_ends_the_run_and_keeps_finished_cases(number, told, inputs, imag
     assert not list((tmp_path / "out").glob(".partial*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_the_case_before_is_written(number, inputs, images, models, tmp_path):
+def test_signal_while_the_case_before_is_written(inputs, images, models, tmp_path):
     """The case that is computed is kept, whole and with its record; of the one under way nothing is left."""
     process = start(inputs, tmp_path / "out", models(ModelSpec(), images("head")), before=_SLOW_WRITER)
     wait_for(lambda: list((tmp_path / "out").glob(".partial*/*")), process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr.splitlines()[-1][:5]) == (128 + number, "termi" if number == 15 else "inter")
+    assert (process.returncode, stderr.splitlines()[-1]) == (128 + signal.SIGTERM, "terminated")
     assert list(maps(tmp_path / "out")) == ["0.nii.gz"]
     verify_whole(tmp_path / "out/0.nii.gz")
     assert [path.name for path in (tmp_path / "out/.nnunet_lowmem").iterdir()] == ["0.nii.gz.json"]
