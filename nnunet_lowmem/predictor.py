@@ -332,9 +332,10 @@ class LowMemPredictor(CasePredictor):
                 planning = self._begin(job, folder, probabilities)
                 case = planning.preprocessing(job.load)
             result, plan = self._segment(case, job, clock, planning, probabilities)
-            if self._pending is not None:
+            before = self._pending
+            if before is not None:
                 with clock.stage("writing", 1):  # one at a time
-                    self._pending.wait()
+                    before.wait()
             self._latest_write = None
             if job.output is not None:
                 write = partial(self._write_files, result, job, case.properties)
