@@ -100,6 +100,10 @@ class ModelFacts:
         Threads of the compiled kernels.
     worker_bytes : int
         Of a process that preprocesses the next case meanwhile; 0 without one.
+    pending_bytes : int
+        What writing the files of the case before takes, its label map included; 0 where nothing is being written.
+    pending_until : Stage
+        The last stage in which it may be going on.
     """
 
     heads: int
@@ -111,6 +115,8 @@ class ModelFacts:
     checkpoint_bytes: int = 0
     threads: int = 1
     worker_bytes: int = 0
+    pending_bytes: int = 0
+    pending_until: Stage = Stage.EXPORT
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,11 @@ def _voxels(shape: Iterable[int]) -> int:
     return result
 
 
+def writer_bytes(label_map_bytes: int) -> int:
+    """Return what writing a label map takes beside the map."""
+    return label_map_bytes + _BUFFER_BYTES
+
+
 def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device: str) -> Iterator[Allocation]:
     """Every large array of a case under a placement."""
     compute = Place.VRAM if device == "cuda" else Place.RAM
@@ -228,6 +239,9 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     yield Allocation("freed blocks that the allocator keeps", ram, HEAP_BYTES, tuple(Stage))
     if model.worker_bytes:
         yield Allocation("process that preprocesses the next case", ram, model.worker_bytes, tuple(Stage))
+    if model.pending_bytes:
+        until = tuple(Stage)[: tuple(Stage).index(model.pending_until) + 1]
+        yield Allocation("label map of the case before, being written", ram, model.pending_bytes, until)
     if model.checkpoint_bytes:
         yield Allocation("checkpoint while it is read", ram, model.checkpoint_bytes, (Stage.LOADING,))
     if model.weight_bytes:
@@ -237,8 +251,7 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     if case.next_stages_bytes:
         yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)
     yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
-    writer_bytes = label_map_bytes + _BUFFER_BYTES
-    yield Allocation("writer's copy of the label map", ram, writer_bytes, (Stage.WRITING,))
+    yield Allocation("writer's copy of the label map", ram, writer_bytes(label_map_bytes), (Stage.WRITING,))
     if not case.streams:
         logits_bytes = finished_bytes(model, case)
         yield Allocation("finished logits", placement.planes, logits_bytes, (Stage.PREDICTION, Stage.EXPORT))
