@@ -39,5 +39,6 @@ def test_same_bytes_for_every_reader(images, tmp_path, monkeypatch, writer, dtyp
     assert np.array_equal(np.asanyarray(nibabel.load(ours).dataobj), np.asanyarray(nibabel.load(stock).dataobj))
     read = [SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))) for path in (ours, stock)]
     assert np.array_equal(*read)
-    as_stock = writer is SimpleITKIO or how != "zlib-ng"
-    assert (ours.read_bytes() == stock.read_bytes()) == as_stock
+    # Python's gzip tells the name of its file in the header, zlib-ng no name
+    named = ours.read_bytes()[3] & 8 != 0
+    assert named == (writer is not SimpleITKIO and how != "zlib-ng")
