@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.preprocessing.resampling.default_resampling import (
     compute_new_shape,
     determine_do_sep_z_and_axis,
@@ -32,11 +30,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, deter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
-from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.files import atomic_output, remove_stale
-from nnunet_lowmem.gzip_writing import compress_runs, is_faster
 from nnunet_lowmem.labelling import LabelRule
-from nnunet_lowmem.memory import free_disk_bytes
 from nnunet_lowmem.overlays import Volume
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.trust import Trust
@@ -182,22 +178,7 @@ def write_segmentation(
     """
     writer = plans_manager.image_reader_writer_class()
     with atomic_output(Path(path), verify_gzip if path.endswith(".gz") else None) as partial_file:
-        if not _compresses_slowly(writer, partial_file, segmentation.nbytes):
-            writer.write_seg(segmentation, str(partial_file), properties)
-            return
-        plain = partial_file.with_suffix("")
-        writer.write_seg(segmentation, str(plain), properties)
-        compress_runs(plain, partial_file)
-        plain.unlink()
-
-
-def _compresses_slowly(writer: Any, path: Path, size_bytes: int) -> bool:
-    """Whether the same file comes faster if the writer leaves it uncompressed first, and there is room for that."""
-    if type(writer) not in (NibabelIO, NibabelIOWithReorient) or not path.name.endswith(".nii.gz"):
-        return False
-    with suppress(UsageError):  # a file system that cannot be asked
-        return is_faster() and free_disk_bytes(path.parent) > 2 * size_bytes
-    return False
+        writer.write_seg(segmentation, str(partial_file), properties)
 
 
 def write_probabilities(probabilities: NDArray[Any], path: str) -> None:

@@ -41,7 +41,7 @@ files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
 resampling tiling halves headers threads transfers nonzero overlays model_files verifying watchdog clock
-plugin rebinding running measuring allocator pending_write gzip_writing
+plugin rebinding running measuring allocator pending_write
 types interruption
 errors
 """
