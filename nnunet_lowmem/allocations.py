@@ -29,6 +29,8 @@ _IMPORTANCE_BYTES = 6
 HEAP_BYTES = 64 * MIB
 # stack, and blocks of a few MiB that a kernel's thread reads and normalises
 THREAD_BYTES = 16 * MIB
+# of a winner that becomes a label: the number as an index, and the label
+_LOOKUP_BYTES = 10
 # a process that has imported torch and nnU-Net, and compiled the kernels of preprocessing
 WORKER_BYTES = 640 * MIB
 _BUFFER_BYTES = 16 * MIB
@@ -98,6 +100,10 @@ class ModelFacts:
         Threads of the compiled kernels.
     worker_bytes : int
         Of a process that preprocesses the next case meanwhile; 0 without one.
+    pending_bytes : int
+        What writing the files of the case before takes, its label map included; 0 where nothing is being written.
+    pending_until : Stage
+        The last stage in which it may be going on.
     """
 
     heads: int
@@ -109,6 +115,8 @@ class ModelFacts:
     checkpoint_bytes: int = 0
     threads: int = 1
     worker_bytes: int = 0
+    pending_bytes: int = 0
+    pending_until: Stage = Stage.EXPORT
 
 
 @dataclass(frozen=True)
@@ -208,6 +216,11 @@ def _voxels(shape: Iterable[int]) -> int:
     return result
 
 
+def writer_bytes(label_map_bytes: int) -> int:
+    """Return what writing a label map takes beside the map."""
+    return label_map_bytes + _BUFFER_BYTES
+
+
 def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device: str) -> Iterator[Allocation]:
     """Every large array of a case under a placement."""
     compute = Place.VRAM if device == "cuda" else Place.RAM
@@ -226,6 +239,9 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     yield Allocation("freed blocks that the allocator keeps", ram, HEAP_BYTES, tuple(Stage))
     if model.worker_bytes:
         yield Allocation("process that preprocesses the next case", ram, model.worker_bytes, tuple(Stage))
+    if model.pending_bytes:
+        until = tuple(Stage)[: tuple(Stage).index(model.pending_until) + 1]
+        yield Allocation("label map of the case before, being written", ram, model.pending_bytes, until)
     if model.checkpoint_bytes:
         yield Allocation("checkpoint while it is read", ram, model.checkpoint_bytes, (Stage.LOADING,))
     if model.weight_bytes:
@@ -235,8 +251,7 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     if case.next_stages_bytes:
         yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)
     yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
-    writer_bytes = label_map_bytes + _BUFFER_BYTES
-    yield Allocation("writer's copy of the label map", ram, writer_bytes, (Stage.WRITING,))
+    yield Allocation("writer's copy of the label map", ram, writer_bytes(label_map_bytes), (Stage.WRITING,))
     if not case.streams:
         logits_bytes = finished_bytes(model, case)
         yield Allocation("finished logits", placement.planes, logits_bytes, (Stage.PREDICTION, Stage.EXPORT))
@@ -262,17 +277,26 @@ def _window_allocations(
         outputs = -(-planes * _voxels(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
         slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
-        yield Allocation("winners of a slab", Place.RAM, outputs * 10, predict)
+        row = _voxels(case.cropped_shape) // case.cropped_shape[0]
+        # a buffer that had to grow leaves smaller ones behind, less than its own size in all
+        winners_bytes = 2 * page_locked_bytes(outputs * HALF_BYTES) + row * _LOOKUP_BYTES
+        yield Allocation("winners of a slab", Place.RAM, winners_bytes, predict)
     else:
         slab_bytes = planes * plane_voxels * _SURVEY_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes), predict)
     if compute is Place.VRAM:
-        yield Allocation(
-            "a tile on its way", Place.RAM, (model.channels + model.heads) * tile_voxels * SINGLE_BYTES, predict
-        )
+        tiles_bytes = 2 * page_locked_bytes(model.channels * tile_voxels * SINGLE_BYTES)
+        if near is Place.RAM:
+            tiles_bytes += page_locked_bytes(model.heads * tile_voxels * SINGLE_BYTES)
+        yield Allocation("tiles on their way", Place.RAM, tiles_bytes, predict)
     if model.folds > 1:
         yield Allocation("sum over folds", placement.planes, finished_bytes(model, case), predict)
         yield Allocation("plane of the sum", Place.RAM, 2 * plane_bytes, predict)
+
+
+def page_locked_bytes(size_bytes: int) -> int:
+    """Return what torch takes for a page-locked buffer: the next power of two, which it keeps for the next one."""
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 def finished_bytes(model: ModelFacts, case: CaseFacts) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import psutil
 import torch
 
 from nnunet_lowmem.allocations import Budget
+from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.measuring import process_bytes, process_tree_bytes
 from nnunet_lowmem.memory import (
     asked_bytes,
@@ -18,7 +21,6 @@ from nnunet_lowmem.memory import (
     format_gib,
     free_disk_bytes,
     less_headroom,
-    return_freed_memory,
     total_ram_bytes,
 )
 
@@ -92,6 +94,27 @@ def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None,
     if asked > free + reserved:
         _warn_beyond("--max_vram", asked, "the device leaves", free + reserved)
     return asked, reserved
+
+
+@contextmanager
+def vram_limit(max_vram: int | str | None, device: torch.device) -> Iterator[None]:
+    """Let torch's allocator refuse what is beyond `max_vram`, if that was asked for; afterwards its limit is as before.
+
+    The plan adds up tensors; the allocator takes whole blocks, and keeps what has been freed until it meets its limit.
+    """
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    asked = asked_bytes("--max_vram", max_vram, total) if total else None
+    if asked is None:
+        yield
+        return
+    # torch before 2.6 does not tell its limit; it is the whole device unless somebody has set one
+    tell = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    before = float(tell(device))
+    torch.cuda.set_per_process_memory_fraction(min(before, asked / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 @cache

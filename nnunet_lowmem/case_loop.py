@@ -5,41 +5,48 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from nnunet_lowmem import interruption
 from nnunet_lowmem.cases import Job
-from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
 from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
+from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
 from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, read_raw_header
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[[Job, StageClock], tuple[Any, CaseReport]]
+Predict = Callable[[Job, StageClock], tuple[Any, CaseReport, PendingWrite | None]]
+OnCase = Callable[[CaseReport], None] | None
 
 # deflate never shrinks anything to less
 _GREATEST_COMPRESSION = 1032
 _UNCOMPRESSED_ENDINGS = (".nii",)
 
 
-def run_cases(jobs: Iterable[Job], predict: Predict, report: RunReport, keep_going: bool) -> list[Any]:
+def run_cases(
+    jobs: Iterable[Job], predict: Predict, report: RunReport, keep_going: bool, on_case: OnCase = None
+) -> list[Any]:
     """Predict each job and note how it went.
 
     Parameters
     ----------
     jobs : iterable of Job
     predict : callable
-        (job, clock) -> (result, report of the case)
+        (job, clock) -> (result, report of the case, its files if they are not written yet)
     report : RunReport
         Filled case by case.
     keep_going : bool
         Whether the other cases are predicted when one fails.
+    on_case : callable, optional
+        Called with the report of each case once its files are there, in the order of the cases.
 
     Returns
     -------
@@ -54,28 +61,92 @@ def run_cases(jobs: Iterable[Job], predict: Predict, report: RunReport, keep_goi
         At once, if a listener of the clock raised it; without `keep_going` that of the first case that fails.
     """
     results = []
-    for job in jobs:
-        interruption.check()
-        clock = StageClock(job.name)
-        try:
-            result, case_report = predict(job, clock)
-        except ModelError:
-            raise
-        except Exception as error:
-            if error is clock.listener_error:
+    with _Outcomes(report, keep_going, on_case) as outcomes:
+        for job in jobs:
+            interruption.check()
+            clock = StageClock(job.name)
+            clock.listeners.append(outcomes.settle_if_written)
+            try:
+                result, case_report, pending = predict(job, clock)
+            except ModelError:
                 raise
-            if not keep_going:
-                _name_case(error, job.name, clock.failed_stage)
-                raise
-            result = None
-            failed = FailedCase.of(job.name, clock.failed_stage or "start", error)
-            report.failed.append(failed)
-            logger.error("%s", failed.in_words())
-            logger.debug("%s", failed.traceback_text)
-        else:
-            report.done.append(case_report)
-        results.append(result)
+            except Exception as error:
+                if error is not clock.listener_error:
+                    outcomes.settle()
+                outcomes.failed(clock, error)
+                result = None
+            else:
+                outcomes.predicted(clock, case_report, pending)
+            results.append(result)
+        outcomes.settle()
     return results
+
+
+class _Outcomes:
+    """Notes how cases went, in their order; the files of the latest may still be being written. A context manager.
+
+    However the block ends, nothing is being written after it.
+    """
+
+    def __init__(self, report: RunReport, keep_going: bool, on_case: OnCase) -> None:
+        self._report, self._keep_going, self._on_case = report, keep_going, on_case
+        self._latest: tuple[StageClock, CaseReport, PendingWrite | None] | None = None
+
+    def __enter__(self) -> _Outcomes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(Exception):  # one is on its way
+            self.settle(tells=False)
+
+    def predicted(self, clock: StageClock, case_report: CaseReport, pending: PendingWrite | None) -> None:
+        """Take a case, whose files are there unless they are `pending`."""
+        self.settle()
+        self._latest = clock, case_report, pending
+        if pending is None:
+            self.settle()
+
+    def settle_if_written(self, progress: Progress) -> None:
+        """Note the case before the one that makes progress, if its files are there by now."""
+        if self._latest is None:
+            return
+        clock, _, pending = self._latest
+        if clock.case != progress.case and (pending is None or pending.is_over):
+            self.settle()
+
+    def settle(self, tells: bool = True) -> None:
+        """Wait for the files of the latest case and note how it went; its stage counts what there was to wait."""
+        if self._latest is None:
+            return
+        clock, case_report, pending = self._latest
+        try:
+            if pending is not None:
+                with clock.stage("writing") if tells else nullcontext():
+                    pending.result()
+            self._latest = None
+            if self._on_case is not None:
+                self._on_case(case_report)
+        except Exception as error:
+            if pending is not None and self._latest is not None:
+                pending.wait()  # a listener may have raised earlier
+                self._latest, clock.failed_stage = None, "writing"
+            self.failed(clock, error)
+        else:
+            self._report.done.append(case_report)
+
+    def failed(self, clock: StageClock, error: Exception) -> None:
+        """Note a failure, or raise it."""
+        if error is clock.listener_error:
+            raise error
+        if not self._keep_going:
+            _name_case(error, clock.case, clock.failed_stage)
+            raise error
+        failed = FailedCase.of(clock.case, clock.failed_stage or "start", error)
+        self._report.failed.append(failed)
+        logger.error("%s", failed.in_words())
+        logger.debug("%s", failed.traceback_text)
 
 
 def _name_case(error: Exception, case: str, stage: str) -> None:

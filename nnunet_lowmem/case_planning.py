@@ -74,6 +74,17 @@ class CasePlanner:
         """
         return plan_case(self.model, facts, budget, self.description.device, self.description.window_on_device)
 
+    def with_pending(self, pending_bytes: int, until: Stage = Stage.EXPORT) -> CasePlanner:
+        """Return the planner for a case in whose stages up to `until` the files of the case before may be written."""
+        model = replace(self.model, pending_bytes=pending_bytes, pending_until=until)
+        return CasePlanner(self.description, model)
+
+    def fits_beside(self, facts: CaseFacts, budget: Budget, pending_bytes: int) -> bool:
+        """Whether a case fits, placed as it is alone, while the files of the case before are written."""
+        alone = self.with_pending(0).closest(facts, budget)
+        beside = self.with_pending(pending_bytes).closest(facts, budget)
+        return beside.fits_everywhere() and beside.placement == alone.placement
+
     def all(self, facts: CaseFacts, budget: Budget) -> tuple[Plan, ...]:
         """Return every plan there is, fastest first."""
         described = self.description
@@ -258,6 +269,10 @@ class CasePlanning:
             if not self.planner.closest(least, self.budget).fits_everywhere():
                 self.planner.plan(self.header, self.budget)
 
+    def fits(self) -> bool:
+        """Whether the case fits as its header has it, whatever cropping may save."""
+        return self.header is not None and self.planner.closest(self.header, self.budget).fits_everywhere()
+
     @property
     def threads(self) -> int:
         """Threads that preprocessing may use."""
@@ -290,6 +305,15 @@ class CasePlanning:
         """
         self.exact = self.planner.facts_of_image(name, case, probabilities, self.header)
         return self.planner.plan(self.exact, self.budget)
+
+    def is_slowed(self, plan: Plan) -> bool:
+        """Whether `plan`, the last one, places a thing elsewhere because files of the case before are being written."""
+        assert self.exact is not None, "a case is planned before it is compared"
+        return self.after_pending().closest(self.exact, self.budget).placement != plan.placement
+
+    def after_pending(self) -> CasePlanner:
+        """Return the planner for where the files of the case before are there when preprocessing is over."""
+        return self.planner.with_pending(self.planner.model.pending_bytes, Stage.PREPROCESSING)
 
     def recovery(self, plan: Plan) -> Recovery:
         """Return the ladder for the case that was planned last."""

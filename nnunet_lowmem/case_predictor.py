@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter
-from nnunet_lowmem.allocations import WORKER_BYTES, CaseFacts, Place
+from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, CaseFacts, Place, writer_bytes
+from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job
@@ -24,8 +25,8 @@ from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
-from nnunet_lowmem.memory import return_freed_memory
 from nnunet_lowmem.overlays import overlays
+from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
@@ -45,6 +46,12 @@ class CasePredictor(LogitsPredictor):
 
     _planning: CasePlanning | None = None
     _worker_bytes = 0
+    _latest_write: PendingWrite | None = None
+
+    @property
+    def _pending(self) -> PendingWrite | None:
+        """Files of the case before that are not there yet."""
+        return None if self._latest_write is None or self._latest_write.is_over else self._latest_write
 
     @property
     def planning(self) -> CasePlanning:
@@ -85,11 +92,20 @@ class CasePredictor(LogitsPredictor):
         # running a tile may have left something behind
         budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir, self._worker_bytes == 0)
         planner = CasePlanner(self._description(), facts)
+        pending = self._pending
+        if pending is not None:
+            planner = planner.with_pending(pending.map_bytes + pending.writer_bytes)
+            budget = replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - pending.map_bytes)
         header = None
         if job.files is not None:
             with suppress(UsageError):  # the reader tells it better
                 header = planner.facts_of_files(job.name, *job.files, probabilities)
         self._planning = CasePlanning(planner, budget, folder, header)
+        if pending is not None:
+            if not self._planning.fits():  # more is in use than when the case before was planned
+                pending.wait()
+                return self._begin(job, folder, probabilities)
+            pending.start()
         self._planning.check()
         return self._planning
 
@@ -116,7 +132,7 @@ class CasePredictor(LogitsPredictor):
     def _warm_up(self) -> None:
         rule = nnunet_adapter.label_rule(self.label_manager)
         if rule is not None:
-            warm_up(rule.ranked, str(rule.dtype), len(self.configuration_manager.patch_size))
+            warm_up(rule.ranked, str(rule.dtype), len(self.configuration_manager.patch_size), self.fast)
 
     def _description(self) -> ModelDescription:
         return ModelDescription(
@@ -130,12 +146,22 @@ class CasePredictor(LogitsPredictor):
 
     def _plan(self, case: PreprocessedCase, name: str, planning: CasePlanning, probabilities: bool) -> Plan:
         plan = planning.plan(name, case, probabilities)
+        if planning.planner.model.pending_bytes and not self._goes_on_beside(plan, planning):
+            planning.planner = planning.after_pending()
+            plan = planning.plan(name, case, probabilities)
         if self.on_plan is not None:
             self.on_plan(plan)
         if self._html_report is not None:
             self._html_report.plan(plan)
         return_freed_memory()
         return plan
+
+    def _goes_on_beside(self, plan: Plan, planning: CasePlanning) -> bool:
+        """Whether files of the case before are still being written; waits for them where this case is slowed by it."""
+        pending = self._pending
+        if pending is not None and planning.is_slowed(plan):
+            pending.wait()
+        return self._pending is not None
 
     def _segment(
         self, case: PreprocessedCase, job: Job, clock: StageClock, planning: CasePlanning, probabilities: bool
@@ -153,8 +179,8 @@ class CasePredictor(LogitsPredictor):
         plan = self._plan(case, job.name, planning, probabilities)
         grid, folder = self._grid(case), planning.folder
         map_folder = folder if plan.placement.label_map is Place.DISK else None
-        recovery = planning.recovery(plan)
         with ExitStack() as stack:
+            recovery = stack.enter_context(planning.recovery(plan))
             threads = stack.enter_context(RowThreads(plan.placement.threads))
             stack.enter_context(clock.stage("prediction", self._tiles(grid)))
             slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
@@ -272,6 +298,26 @@ class CasePredictor(LogitsPredictor):
                 logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
 
     # -- files -------------------------------------------------------------------------------------------------------
+
+    def _held_back(
+        self, write: Callable[[], None], result: Result, job: Job, planning: CasePlanning, probabilities: bool
+    ) -> PendingWrite | None:
+        """Keep a case to be written beside the next one, if there is one that fits beside it."""
+        if job.following is None or not isinstance(result, np.ndarray):
+            return None
+        map_bytes = 0 if isinstance(result, np.memmap) else result.nbytes
+        pending = PendingWrite(write, map_bytes, writer_bytes(result.nbytes) + THREAD_BYTES)
+        planner, planned_bytes = planning.planner, pending.map_bytes + pending.writer_bytes
+        with suppress(UsageError):  # told of when its turn comes
+            facts = planner.facts_of_files("", *job.following, probabilities)
+            return pending if planner.fits_beside(facts, planning.budget, planned_bytes) else None
+        return None
+
+    def _write_files(self, result: Result, job: Job, properties: dict[str, Any]) -> None:
+        assert job.output is not None, "a case without an output is not written"
+        self._write(result, job.output, properties)
+        if job.recipe is not None:
+            job.recipe.write_record()
 
     def _write(self, result: Result, output: str, properties: dict[str, Any]) -> None:
         """Write through the model's own writer; each file appears under its name when it is complete."""

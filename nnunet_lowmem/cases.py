@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,8 @@ class Job:
         What `load` reads, if it reads files: a worker can do it instead.
     recipe : Recipe or None
         What a done-record of the case is about; None where nothing is recorded.
+    following : (image files, file of the previous stage or None), or None
+        Files of the case after it, where these are known and `load` of that case waits for nobody.
     """
 
     name: str
@@ -39,6 +42,12 @@ class Job:
     load: Callable[[], PreprocessedCase]
     files: tuple[list[str], str | None] | None = None
     recipe: Recipe | None = None
+    following: tuple[list[str], str | None] | None = None
+
+
+def in_a_row(jobs: Sequence[Job]) -> list[Job]:
+    """Let each job know the files of the one after it."""
+    return [replace(job, following=after.files) for job, after in pairwise(jobs)] + list(jobs[-1:])
 
 
 def job_of_item(item: dict[str, Any]) -> Job:

@@ -13,7 +13,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_lowmem import __version__, compare_command
+from nnunet_lowmem import __version__, allocator, compare_command
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.shell import guarded
 
@@ -176,8 +176,7 @@ def _from_environment(variable: str, default: int) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     model_folder = _check(options)
-    # torch reads this when it first takes memory: large arrays in large pages, which cost a fraction of the page faults
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    allocator.own_process()
     from nnunet_lowmem import console
 
     device = console.choose_device(options.device)
@@ -233,6 +232,7 @@ def _predictor(options: argparse.Namespace, device: torch.device, model_folder: 
 
 
 def _demo(options: argparse.Namespace) -> int:
+    allocator.own_process()
     _check_device(options.device)
     from nnunet_lowmem.demo import run_demo
 

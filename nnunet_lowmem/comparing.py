@@ -179,7 +179,7 @@ def side_command(request: Request, side: str, output: Path) -> list[str]:
     """Return the command line of one side; which of several GPUs it uses is told by the environment."""
     command = [sys.executable, "-m", "nnunet_lowmem.one_side", side, request.model_folder, *request.flags]
     command += ["-o", str(output), "-device", request.device.partition(":")[0]]
-    command += [DETERMINISTIC] if request.deterministic else []
+    command += [DETERMINISTIC] if request.deterministic and request.device.startswith("cuda") else []
     return command + (list(request.our_flags) if side == "ours" else [])
 
 

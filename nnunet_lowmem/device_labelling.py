@@ -6,9 +6,7 @@ and the boundary voxels are gathered and interpolated in float64 for every head,
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nnunet_lowmem.resampling import AxisTable
 
@@ -18,7 +16,7 @@ _REGION_THRESHOLD = 2.0**-23
 _BYTES_PER_VOXEL_AND_HEAD = 96
 
 
-def winners(logits: torch.Tensor, tables: tuple[AxisTable, ...], ranked: bool, block_bytes: int) -> NDArray[np.int64]:
+def winners(logits: torch.Tensor, tables: tuple[AxisTable, ...], ranked: bool, block_bytes: int) -> torch.Tensor:
     """Index of the winner of each output voxel.
 
     Parameters
@@ -33,16 +31,16 @@ def winners(logits: torch.Tensor, tables: tuple[AxisTable, ...], ranked: bool, b
 
     Returns
     -------
-    int64 array, shape (z, y, x) of the output
+    int16 tensor on the device, shape (z, y, x) of the output
     """
     device = logits.device
     low = [torch.from_numpy(table.low).to(device, torch.int64) for table in tables]
     high = [torch.from_numpy(table.high).to(device, torch.int64) for table in tables]
     winner, safe = _survey_heads(logits) if ranked else (_survey_regions(logits), None)
     smallest, largest = _over_corners(winner, low, high)
-    result = smallest.long()
     if not any(table.interpolates for table in tables):
-        return np.asarray(result.cpu().numpy())
+        return smallest
+    result = smallest.clone()
     uniform = smallest == largest
     if safe is not None:
         gap, size = safe
@@ -54,7 +52,7 @@ def winners(logits: torch.Tensor, tables: tuple[AxisTable, ...], ranked: bool, b
         voxels = boundary[start : start + block]
         interpolated = _interpolate(logits, voxels, low, high, weights)
         result[tuple(voxels.T)] = _decide(interpolated, ranked)
-    return np.asarray(result.cpu().numpy())
+    return result
 
 
 def _survey_heads(logits: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -130,7 +128,7 @@ def round_to_half(values: torch.Tensor) -> torch.Tensor:
 
 def _decide(interpolated: torch.Tensor, ranked: bool) -> torch.Tensor:
     """Winner of each column of (heads, voxels)."""
-    heads = torch.arange(interpolated.shape[0], device=interpolated.device)[:, None]
+    heads = torch.arange(interpolated.shape[0], dtype=torch.int16, device=interpolated.device)[:, None]
     if ranked:
         is_best = interpolated == interpolated.amax(0)
         return torch.where(is_best, heads, interpolated.shape[0]).amin(0)

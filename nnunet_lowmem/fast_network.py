@@ -63,12 +63,15 @@ class FastNetwork:
         Of what `body` makes.
     head_layer : Module or None
         The convolution that makes logits of features.
+    threads : RowThreads
+        Of the kernels in `body`; whoever runs it opens and closes them.
     """
 
     network: nn.Module
     body: nn.Module
     channels: int
     head_layer: nn.Module | None
+    threads: RowThreads
 
     def features(self, tile: torch.Tensor, mirror_axes: Sequence[int]) -> torch.Tensor:
         """Return the mean of the body's output over all flips; axes count from 0, channels come last in memory."""
@@ -113,18 +116,19 @@ def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) 
     threads : int
         Of the kernels.
     """
-    last = _LAST[len(tile_shape)]
+    last, row_threads = _LAST[len(tile_shape)], RowThreads(threads)
     try:
         name = _head_name(network, tile_shape)
         network.to(memory_format=last)
-        body = _rearranged(network, name, RowThreads(threads))
+        body = _rearranged(network, name, row_threads)
         with torch.inference_mode():
             made = meta_copy(body)(torch.empty(tile_shape, device="meta", memory_format=last))
     except Exception as error:  # whatever a stranger's network meets there
         network.to(memory_format=torch.contiguous_format)
         logger.warning("fast: the network runs as it does without, since it cannot be rearranged: %s", error)
         return None
-    return FastNetwork(network, body, made.shape[1], None if name is None else network.get_submodule(name))
+    head = None if name is None else network.get_submodule(name)
+    return FastNetwork(network, body, made.shape[1], head, row_threads)
 
 
 def _rearranged(network: nn.Module, head: str | None, threads: RowThreads) -> nn.Module:

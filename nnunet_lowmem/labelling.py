@@ -23,6 +23,7 @@ from nnunet_lowmem import device_labelling, label_kernels
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.resampling import AxisTable, flat_tables
 from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.transfers import HostBuffer
 from nnunet_lowmem.types import Shape3
 
 
@@ -135,6 +136,8 @@ class SlabLabeller:
         self._threads = threads
         self.limits = limits
         self.attempt: Callable[[Callable[[], None]], None] = lambda operation: operation()
+        self._outbox: HostBuffer | None = None
+        self._arriving: tuple[torch.Tensor, NDArray[Any]] | None = None
         self._axis = 0
         self.done = 0
 
@@ -172,7 +175,8 @@ class SlabLabeller:
         self.limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
 
     def finish(self) -> None:
-        """Check that every output plane was written."""
+        """Write what is still on its way from a device, and check that nothing is missing."""
+        self._write_arrived()
         assert self.done == self._labels.shape[self._axis], "slabs ended before the last plane"
 
     def _label_box(
@@ -190,7 +194,17 @@ class SlabLabeller:
         for axis in range(3):
             box = box.narrow(axis + 1, origin[axis], shape[axis])
         winners = device_labelling.winners(box, tables, self._rule.ranked, self.limits.block_bytes)
-        labels[...] = self._rule.values[winners]
+        self._write_arrived()
+        self._outbox = self._outbox or HostBuffer(buffer.device)
+        self._arriving = self._outbox.receive(winners), labels
+
+    def _write_arrived(self) -> None:
+        """Write the labels of the slab before, whose winners have crossed over while the window moved on."""
+        if self._arriving is not None and self._outbox is not None:
+            self._outbox.wait()
+            for winners, plane in zip(*self._arriving, strict=True):
+                plane[...] = self._rule.values[winners.numpy()]
+            self._arriving = None
 
     def _label_on_cpu(
         self,

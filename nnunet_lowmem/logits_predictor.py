@@ -150,8 +150,6 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.on_case = on_case
         self.on_progress = on_progress
 
-    # -- the model ---------------------------------------------------------------------------------------------------
-
     def initialize_from_trained_model_folder(
         self,
         model_training_output_dir: str,
@@ -227,16 +225,15 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
         if self.fast and self._fast_network[0] is not self.network:
-            self._fast_network = (
-                self.network,
-                fast_network(uncompiled(self.network), self._tile_shape(), self.kernel_threads),
-            )
+            made = fast_network(uncompiled(self.network), self._tile_shape(), self.kernel_threads)
+            self._fast_network = self.network, made
         return self._fast_network[1]
+
+    def _fast_threads(self) -> AbstractContextManager[object]:
+        return nullcontext() if (fast := self._fast()) is None else fast.threads
 
     def _tile_shape(self) -> tuple[int, ...]:
         return (1, self._input_channels(), *self.configuration_manager.patch_size)
-
-    # -- logits ------------------------------------------------------------------------------------------------------
 
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """Return the logits of the current weights, half, shape (heads, z, y, x): stock's method, stock's bits.
@@ -250,6 +247,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         clock = StageClock("image")
         with ExitStack() as stack:
             threads = stack.enter_context(RowThreads(self.kernel_threads))
+            stack.enter_context(self._fast_threads())
             stack.enter_context(self._observed(clock))
             stack.enter_context(clock.stage("prediction", grid.tile_count))
             window = self._window(grid, threads, Place.VRAM if self.perform_everything_on_device else Place.RAM)
@@ -304,6 +302,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             # nothing here holds the window but the recovery, which forgets it after the last slab
             passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
             stack.enter_context(torch_threads(self.network_threads))
+            stack.enter_context(self._fast_threads())
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
 
     def _watched_window(
@@ -342,8 +341,6 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         asked = self.on_case is not None or self.on_progress is not None
         return observed(clock, self.allow_tqdm, asked, self.on_progress, page)
 
-    # -- one case ----------------------------------------------------------------------------------------------------
-
     def _model_facts(self, measure_below: int | None) -> ModelFacts:
         """Tell the planner of the model; one tile is run to measure it, if it may take less than given."""
         if self._measured is not None and self._measured[0] is self.network:
@@ -377,10 +374,10 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def _estimated_tile_bytes(self, scratch_factor: float) -> int:
         """Bytes of the network's tensors on one tile, and of the copies that mirroring keeps."""
         mirrored = 2 if self.use_mirroring and self.allowed_mirroring_axes else 0
-        fast = self._fast()
-        channels = self.label_manager.num_segmentation_heads if fast is None else fast.channels
+        network, channels = uncompiled(self.network), self.label_manager.num_segmentation_heads
+        if (fast := self._fast()) is not None:
+            network, channels = fast.body, fast.channels
         output = channels * int(math.prod(self.configuration_manager.patch_size)) * 4
-        network = uncompiled(self.network) if fast is None else fast.body
         return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
 
     def _measured_tile_bytes(self) -> int:
@@ -390,7 +387,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.network.eval()
         try:
             self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None
-            with torch.inference_mode(), torch_threads(self.network_threads):
+            with torch.inference_mode(), torch_threads(self.network_threads), self._fast_threads():
                 measured = measured_bytes(lambda: self._network_tile(tile), self.device)
         finally:
             self.allowed_mirroring_axes = axes
@@ -398,5 +395,4 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
 
 def _fold_count(parameters: Sequence[Any] | None) -> int:
-    """Without a list of parameters the network is used with the weights it has."""
-    return 1 if parameters is None else len(parameters)
+    return 1 if parameters is None else len(parameters)  # without a list the network is used as it is

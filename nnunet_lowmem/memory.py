@@ -9,8 +9,6 @@ Not covered: VRAM (the driver is asked where torch is loaded), Windows job objec
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -144,12 +142,6 @@ def format_gib(size_bytes: int) -> str:
     """Return bytes as text in GiB, with more digits below 0.1 GiB: ``7.80 GiB``, ``0.0039 GiB``."""
     size_gib = size_bytes / 2**30
     return f"{size_gib:.2f} GiB" if size_bytes == 0 or abs(size_gib) >= 0.1 else f"{size_gib:.4f} GiB"
-
-
-def return_freed_memory() -> None:
-    """Give the blocks that are free back to the system, where the C library can (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ram_limits(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> list[RamLimit]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_lowmem.memory import return_freed_memory
+from nnunet_lowmem.allocator import return_freed_memory
 
 # oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
 CPU_SCRATCH_FACTOR = 2.0
@@ -81,13 +81,16 @@ def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
 def measured_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Peak of the memory that `run` takes on top of what is in use, on the CPU as resident memory.
 
-    oneDNN's scratch and reordered copies are in it, which tensors do not show. Where the system keeps no resettable
-    peak, 0: the caller's estimate holds then.
+    oneDNN's scratch and reordered copies are in it, which tensors do not show. 0 where the system keeps no resettable
+    peak, or the device has too little memory: the caller's estimate holds then.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        run()
+        try:
+            run()
+        except torch.cuda.OutOfMemoryError:
+            return 0
         torch.cuda.synchronize(device)
         return max(0, torch.cuda.max_memory_reserved(device) - before)
     return_freed_memory()

@@ -24,13 +24,15 @@ from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
 from nnunet_lowmem import model_files, nnunet_adapter, plugin, validation
+from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
-from nnunet_lowmem.cases import Job, job_of_item, unless_misnumbered
+from nnunet_lowmem.cases import Job, in_a_row, job_of_item, unless_misnumbered
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.html_report import HtmlReport
+from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.progress import logging_prints, on_terminal
 from nnunet_lowmem.records import Recipe, fingerprint
@@ -131,11 +133,11 @@ class LowMemPredictor(CasePredictor):
         """Predict cases of files; what failed is told in the output folder."""
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
-            waiting: Iterable[Job] = jobs
+            waiting: Iterable[Job] = in_a_row(jobs)
             self._worker_bytes = 0
             prefetches = self._prefetches(len(jobs), processes)
             if prefetches and self._prefetch_fits(jobs, folder, save_probabilities):
-                waiting = stack.enter_context(self._prefetcher(folder)).jobs(jobs)
+                waiting = stack.enter_context(self._prefetcher(folder)).jobs(in_a_row(jobs))
             try:
                 return self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
             finally:
@@ -306,12 +308,15 @@ class LowMemPredictor(CasePredictor):
         line_s = LINE_S if self.allow_tqdm and not on_terminal() else 0
         with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device), line_s) as watch:
             predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)
-            return run_cases(jobs, predict, self.run_report, keep_going)
+            try:
+                return run_cases(jobs, predict, self.run_report, keep_going, self.on_case)
+            finally:
+                self._latest_write = None
 
     @contextmanager
     def _in_temporary_folder(self) -> Iterator[Path]:
         try:
-            with temporary_folder(self.tmp_dir) as folder:
+            with vram_limit(self.max_vram, self.device), temporary_folder(self.tmp_dir) as folder:
                 yield folder
         finally:
             compute_gaussian.cache_clear()
@@ -319,7 +324,7 @@ class LowMemPredictor(CasePredictor):
 
     def _predict_job(
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
-    ) -> tuple[Result, CaseReport]:
+    ) -> tuple[Result, CaseReport, PendingWrite | None]:
         clock.listeners.append(watch.note)
         with self._observed(clock) as sampler:
             if sampler is not None:
@@ -328,17 +333,21 @@ class LowMemPredictor(CasePredictor):
                 planning = self._begin(job, folder, probabilities)
                 case = planning.preprocessing(job.load)
             result, plan = self._segment(case, job, clock, planning, probabilities)
+            before = self._pending
+            if before is not None:
+                with clock.stage("writing", 1):  # one at a time
+                    before.wait()
+            self._latest_write = None
             if job.output is not None:
-                with clock.stage("writing"):
-                    self._write(result, job.output, case.properties)
-                    if job.recipe is not None:
-                        job.recipe.write_record()
+                write = partial(self._write_files, result, job, case.properties)
+                self._latest_write = self._held_back(write, result, job, planning, probabilities)
+                if self._latest_write is None:
+                    with clock.stage("writing"):
+                        write()
                 self._draw(case, job, result, clock)
                 result = None
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})
-        if self.on_case is not None:
-            self.on_case(report)
-        return result, report
+        return result, report, self._latest_write
 
 
 def _as_list(value: Any) -> list[Any]:

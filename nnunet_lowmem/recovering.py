@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 
 from nnunet_lowmem.allocations import Place, Stage
+from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.errors import MemoryExhaustedError
-from nnunet_lowmem.memory import format_gib, return_freed_memory
+from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.planner import Plan, next_plan
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Recovery:
     steps : list of str
         What was done, with numbers.
     listeners : list of callable
-        Called with each new plan.
+        Called with each new plan; forgotten at the end of the ``with`` block, since they hold the window.
     """
 
     def __init__(self, plan: Plan, plans: Iterable[Plan], stage: Stage = Stage.PREDICTION) -> None:
@@ -56,6 +57,13 @@ class Recovery:
         self.steps: list[str] = []
         self.listeners: list[Callable[[Plan], None]] = []
         self._plans = [other for other in plans if _fixed(other, stage) == _fixed(plan, stage)]
+
+    def __enter__(self) -> Recovery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # window and labeller hold this in turn: the cycle would keep them until the next garbage collection
+        self.listeners.clear()
 
     def run(self, operation: Callable[[], T]) -> T:
         """Return ``operation()``, tried again with less and less memory.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiling import TileGrid
+from nnunet_lowmem.transfers import HostBuffer
 from nnunet_lowmem.types import PreprocessedCase, Shape3
 
 TileNetwork = Callable[[torch.Tensor], torch.Tensor]
@@ -48,11 +50,15 @@ class TileSource:
         self._grid = grid
         self._stage_labels = stage_labels if case.previous_stage is not None else ()
 
-    def tile(self, start: Shape3) -> torch.Tensor:
-        """Return the tile at `start` (padded coordinates) as float32, shape (1, channels, *patch_size)."""
+    def tile(self, start: Shape3, buffer: HostBuffer | None = None) -> torch.Tensor:
+        """Return the tile at `start` (padded coordinates) as float32, shape (1, channels, *patch_size).
+
+        It is in the memory of `buffer` if one is given.
+        """
         image = self._case.image
         inside, target = self._overlap(start)
-        tile = torch.zeros((image.shape[0] + len(self._stage_labels), *self._grid.tile_shape))
+        shape = (image.shape[0] + len(self._stage_labels), *self._grid.tile_shape)
+        tile = torch.zeros(shape) if buffer is None else buffer.room(shape, torch.float32).zero_()
         view = tile.numpy()[(slice(None), *target)]
         view[: image.shape[0]] = image[(slice(None), *inside)]
         if self._case.previous_stage is not None:
@@ -70,6 +76,31 @@ class TileSource:
             inside.append(slice(low, high))
             target.append(slice(low - first, high - first))
         return tuple(inside), tuple(target)
+
+
+class TileFeed:
+    """Brings tiles to the network's device.
+
+    On CUDA the host runs ahead of the device: two buffers in turn, so that a tile is cut out of the image while the
+    network works on the one before, and at most two tiles are ahead.
+
+    Parameters
+    ----------
+    source : TileSource
+    device : torch.device
+    """
+
+    def __init__(self, source: TileSource, device: torch.device) -> None:
+        self._source = source
+        self._device = device
+        self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
+
+    def tile(self, start: Shape3) -> torch.Tensor:
+        """Return the tile at `start` on the device; the host does not wait for it to arrive."""
+        if self._device.type != "cuda":
+            return self._source.tile(start).to(self._device)
+        buffer = next(self._buffers)
+        return buffer.send(self._source.tile(start, buffer))
 
 
 class RollingWindow:
@@ -112,6 +143,8 @@ class RollingWindow:
         self.attempt: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
         self.head: Head | None = None
         self._slab_made: LogitsSlab | None = None
+        self._inbox: HostBuffer | None = None
+        self._arriving: tuple[torch.Tensor, Shape3] | None = None
         self._set_importance(importance)
         shape = list(grid.padded_shape)
         shape[self._axis] = grid.tile_shape[self._axis] + 1
@@ -156,10 +189,29 @@ class RollingWindow:
         """Begin again at plane 0 with empty sums."""
         self._buffer.zero_()
         self._weight_sum.zero_()
+        self._arriving = None
         self._position = 0
 
     def add(self, logits: torch.Tensor, start: Shape3) -> None:
         """Add one tile's logits, shape (heads, *tile), or with a `head` its features; may change them.
+
+        Logits that come from another device are on their way while the next tile is computed, and are added then.
+        """
+        self._add_arrived()
+        if logits.device == self.device:
+            self._add_here(logits, start)
+            return
+        inbox = self._inbox = self._inbox or HostBuffer(logits.device)
+        self._arriving = self.attempt(lambda: inbox.receive(logits)), start
+
+    def _add_arrived(self) -> None:
+        if self._arriving is not None and self._inbox is not None:
+            self._inbox.wait()
+            self._add_here(*self._arriving)
+            self._arriving = None
+
+    def _add_here(self, logits: torch.Tensor, start: Shape3) -> None:
+        """Add logits that are where the sums are.
 
         The dtype of the tile decides the rounding, as in stock: float32 tiles are multiplied and added in float32 and
         rounded once, half tiles are rounded after the product and after the sum.
@@ -199,16 +251,24 @@ class RollingWindow:
         NonFiniteLogitsError
             If a logit is infinite or NaN.
         """
+        self._add_arrived()
         start = self._position
-        for plane in range(1, 1 + stop - start):
-            logits = self._buffer.select(self._axis + 1, plane)
-            logits.div_(self._weight_sum.select(self._axis, plane))
-            if not self._is_finite(logits):
-                raise NonFiniteLogitsError(_describe_non_finite(logits, self._grid, start + plane - 1))
+        finite = []
+        for position in range(start, stop):
+            self._final_plane(position).div_(self._weight_sum.select(self._axis, position + 1 - start))
+            finite.append(self.attempt(partial(self._is_finite, position)))
+        # one answer for all planes: a device is waited for once
+        answers = torch.stack([answer.to(self.device) for answer in finite]).tolist()
+        if not all(answers):
+            position = start + answers.index(False)
+            raise NonFiniteLogitsError(_describe_non_finite(self._final_plane(position), self._grid, position))
         return self._slab(start, stop)
 
-    def _is_finite(self, logits: torch.Tensor) -> bool:
-        return bool(self.attempt(lambda: torch.isfinite(logits).all()))
+    def _final_plane(self, position: int) -> torch.Tensor:
+        return self._buffer.select(self._axis + 1, position + 1 - self._position)
+
+    def _is_finite(self, position: int) -> torch.Tensor:
+        return torch.isfinite(self._final_plane(position)).all()
 
     def _slab(self, start: int, stop: int) -> LogitsSlab:
         """Cut the padding off: only an axis with a single tile is padded, so slabs themselves never are."""
@@ -273,12 +333,11 @@ def roll(
     A slab is valid until the next one is asked for; its planes may be changed in place.
     """
     window.restart()
+    feed = TileFeed(source, device)
     for row_start, final in grid.rows():
         with torch.inference_mode():
             for start in grid.row_tiles(row_start):
-                tile = window.attempt(partial(_tile_logits, network, source, start, device))
-                logits = window.attempt(partial(_to_device_of, window, tile))
-                del tile
+                logits = window.attempt(partial(_tile_logits, network, feed, start))
                 window.add(logits[:, None] if grid.flat else logits, start)
                 del logits
                 on_tile()
@@ -287,12 +346,8 @@ def roll(
             window.advance(final)
 
 
-def _tile_logits(network: TileNetwork, source: TileSource, start: Shape3, device: torch.device) -> torch.Tensor:
-    return network(source.tile(start).to(device))[0]
-
-
-def _to_device_of(window: RollingWindow, logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(window.device)
+def _tile_logits(network: TileNetwork, feed: TileFeed, start: Shape3) -> torch.Tensor:
+    return network(feed.tile(start))[0]
 
 
 def average_folds(

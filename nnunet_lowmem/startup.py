@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from nnunet_lowmem import allocator
 from nnunet_lowmem.switching import Choice, want
 
 VARIABLE = "nnUNet_predictor"
@@ -25,6 +26,7 @@ def start() -> None:
         if not any(isinstance(handler, _LastResort) for handler in logger.handlers):
             logger.setLevel(logging.INFO)
             logger.addHandler(_LastResort())
+        allocator.own_process()
         want(Choice(name))
 
 

@@ -23,7 +23,7 @@ def usable_cores() -> int:
 
 
 class RowThreads:
-    """Runs kernels that take a range of rows, split over threads; a context manager.
+    """Runs kernels that take a range of rows, split over threads in its ``with`` block, else in the caller's.
 
     numba's own parallel loops are not used: their threading layer is shared by the whole process and clashes with
     torch's OpenMP and with kernels called from two threads.
@@ -31,9 +31,11 @@ class RowThreads:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nnunet-lowmem-kernel") if threads > 1 else None
+        self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> RowThreads:
+        if self.threads > 1:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="nnunet-lowmem-kernel")
         return self
 
     def __exit__(
@@ -41,6 +43,7 @@ class RowThreads:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowThreads:
         """Return itself: a copy of a network works with the threads of the network."""

@@ -18,7 +18,7 @@ from nnunet_lowmem.tiling import tile_grid
 
 
 @cache
-def warm_up(ranked: bool, label_type: str, dimensions: int) -> None:
+def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) -> None:
     """Load or compile the kernels that a model of this kind needs; does nothing the second time."""
     network_memory.warm_up(dimensions)
     spline.matches_scipy()
@@ -28,9 +28,10 @@ def warm_up(ranked: bool, label_type: str, dimensions: int) -> None:
     with RowThreads(1) as threads:
         window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half), threads)
         window.add(torch.rand((2, *grid.tile_shape)), (0, 0, 0))
-        FastNorm(nn.InstanceNorm3d(2), 0.01, False, threads)(torch.rand((1, 2, *grid.tile_shape)))
-        window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
-        window.add(torch.rand((1, *grid.tile_shape)), (0, 0, 0))
+        if fast:
+            FastNorm(nn.InstanceNorm3d(2), 0.01, False, threads)(torch.rand((1, 2, *grid.tile_shape)))
+            window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
+            window.add(torch.rand((1, *grid.tile_shape)), (0, 0, 0))
         labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)
         labeller.add(window.finish(4))
         labeller.finish()

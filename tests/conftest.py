@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
@@ -18,6 +19,9 @@ from skimage import io
 import nnunet_lowmem
 
 pytest.register_assert_rewrite("oracle")
+
+# threads that wait by spinning would keep the other test process from its cores; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DATA = Path(__file__).parent / "data"
 HEAD = DATA / "t1_head_1mm.nii.gz"

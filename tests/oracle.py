@@ -22,8 +22,10 @@ OLD = INSTALLED < (2, 8)
 ARGS = "predict_from_raw_data_args.json"  # names its function's parameters, so it differs between the two
 
 
-def make_predictor(cls: type[nnUNetPredictor], model: str, folds: Any = (0,), **options: Any) -> nnUNetPredictor:
-    predictor = cls(device=torch.device("cpu"), allow_tqdm=False, **options)
+def make_predictor(
+    cls: type[nnUNetPredictor], model: str, folds: Any = (0,), device: str = "cpu", **options: Any
+) -> nnUNetPredictor:
+    predictor = cls(device=torch.device(device), allow_tqdm=False, **options)
     predictor.initialize_from_trained_model_folder(model, folds)
     return predictor
 

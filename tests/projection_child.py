@@ -7,10 +7,12 @@ import json
 import logging
 import resource
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.allocations import Place
@@ -63,6 +65,19 @@ def short_of_memory(begin):
     return begin_without_room
 
 
+def slow_writer() -> None:
+    """A writer that has all it needs and is not done before the next case is well under way."""
+    real = SimpleITKIO.write_seg
+
+    def write_slowly(writer, segmentation, path, properties):
+        copy = np.array(segmentation)
+        real(writer, segmentation, path, properties)
+        time.sleep(6)
+        del copy
+
+    SimpleITKIO.write_seg = write_slowly
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     told = []
@@ -84,6 +99,8 @@ def main() -> None:
             }
         )
 
+    if options.get("slow_writer"):
+        slow_writer()
     predictor = LowMemPredictor(
         device=torch.device("cpu"),
         use_mirroring=options.get("mirroring", False),

@@ -19,6 +19,7 @@ import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.fast_network import FastNetwork, FastNorm, fast_network
+from nnunet_lowmem.threads import RowThreads
 
 BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 
@@ -134,4 +135,4 @@ def test_a_network_that_cannot_be_followed_is_left_alone(caplog):
 def test_a_network_that_needs_its_channels_first_says_so():
     network = Network(lambda x: x.clone(memory_format=torch.channels_last_3d).view(3, -1))
     with pytest.raises(ModelError, match="needs its channels first"), torch.inference_mode():
-        FastNetwork(network, network, 3, None).features(torch.zeros(TILE), ())
+        FastNetwork(network, network, 3, None, RowThreads(1)).features(torch.zeros(TILE), ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -9,7 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from factory import ModelSpec
+
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.sliding_window import RollingWindow
 
 CHILD = """
 import json, os, sys, threading
@@ -34,6 +39,28 @@ predictor.predict_from_files(options["images"], options["output"])
 threads = sorted(thread.name for thread in threading.enumerate())
 print(json.dumps({"told": told, "left": os.listdir(options["tmp_dir"]), "before": before, "threads": threads}))
 """
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_the_window_is_gone_when_the_case_is_written(images, models, tmp_path, probabilities):
+    files = images("head")
+    predictor = LowMemPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(models(ModelSpec(), files), [0])
+    windows = {}
+
+    def count(progress) -> None:
+        alive = sum(type(thing) is RollingWindow for thing in gc.get_objects())
+        windows[progress.stage] = max(alive, windows.get(progress.stage, 0))
+
+    predictor.on_progress = count
+    gc.collect()  # what other tests have left
+    gc.disable()
+    try:
+        predictor.predict_from_files([files], [str(tmp_path / "case")], save_probabilities=probabilities)
+    finally:
+        gc.enable()
+    assert windows["prediction"] == 1
+    assert windows["writing"] == 0
 
 
 @pytest.mark.slow

@@ -23,6 +23,17 @@ _COMMAND = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     "from nnunet_lowmem.cli import predict_entry_point; sys.exit(predict_entry_point(sys.argv[1:]))"
 )
+# as if the disk were slow: a label map is there, half of it, for two seconds
+_SLOW_WRITER = """
+import time
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+def slow(self, segmentation, path, properties, real=SimpleITKIO.write_seg):
+    with open(path, "wb") as file:
+        file.write(b"half")
+    time.sleep(2)
+    real(self, segmentation, path, properties)
+SimpleITKIO.write_seg = slow
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +44,13 @@ def inputs(images, tmp_path_factory) -> Path:
     return folder
 
 
-def start(inputs: Path, out: Path, model: str, flags: Sequence[str] = (), **popen) -> subprocess.Popen:
+def start(
+    inputs: Path, out: Path, model: str, flags: Sequence[str] = (), before: str = "", **popen
+) -> subprocess.Popen:
     arguments = ["-i", inputs, "-o", out, "-m", model, "-f", "0", "-device", "cpu", "--tmp_dir", out.parent / "tmp"]
     (out.parent / "tmp").mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
-    command = [sys.executable, "-c", _COMMAND, *map(str, arguments), "--disable_progress_bar", *flags]
+    command = [sys.executable, "-c", before + _COMMAND, *map(str, arguments), "--disable_progress_bar", *flags]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **streams)
 
@@ -63,6 +76,20 @@ def test_signal_ends_the_run_and_keeps_finished_cases(number, told, inputs, imag
     assert process.returncode == 128 + number
     assert stderr.splitlines()[-1] == told
     verify_whole(tmp_path / "out/0.nii.gz")
+    assert not list((tmp_path / "tmp").iterdir())
+    assert not list((tmp_path / "out").glob(".partial*"))
+
+
+def test_signal_while_the_case_before_is_written(inputs, images, models, tmp_path):
+    """The case that is computed is kept, whole and with its record; of the one under way nothing is left."""
+    process = start(inputs, tmp_path / "out", models(ModelSpec(), images("head")), before=_SLOW_WRITER)
+    wait_for(lambda: list((tmp_path / "out").glob(".partial*/*")), process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr.splitlines()[-1]) == (128 + signal.SIGTERM, "terminated")
+    assert list(maps(tmp_path / "out")) == ["0.nii.gz"]
+    verify_whole(tmp_path / "out/0.nii.gz")
+    assert [path.name for path in (tmp_path / "out/.nnunet_lowmem").iterdir()] == ["0.nii.gz.json"]
     assert not list((tmp_path / "tmp").iterdir())
     assert not list((tmp_path / "out").glob(".partial*"))
 

@@ -93,7 +93,7 @@ def slab_labels(task: Task) -> NDArray[np.integer]:
 def device_labels(task: Task, block_bytes: int = 1 << 28) -> NDArray[np.integer]:
     tables = resampling_tables(task.logits.shape[1:], task.target, task.separate_axis)
     winners = device_labelling.winners(torch.from_numpy(task.logits), tables, task.ranked, block_bytes)
-    return task.rule.values[winners]
+    return task.rule.values[winners.numpy()]
 
 
 @st.composite

@@ -40,8 +40,8 @@ records label_comparison measured_command
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
-resampling tiling halves headers threads nonzero overlays model_files verifying watchdog clock
-plugin rebinding running measuring
+resampling tiling halves headers threads transfers nonzero overlays model_files verifying watchdog clock
+plugin rebinding running measuring allocator pending_write
 types interruption
 errors
 """

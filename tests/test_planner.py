@@ -204,7 +204,7 @@ def test_refusal_is_not_a_usage_error_and_has_its_own_exit_code():
     "budget, device, place, flag",
     [
         (Budget(2 * GIB, None, 700 << 20, 0), "cpu", Place.RAM, "--max_ram"),
-        (Budget(1 * GIB, 80 * GIB, 700 << 20, 0), "cuda", Place.RAM, "--max_ram"),
+        (Budget(1 * GIB, 80 * GIB, 960 << 20, 0), "cuda", Place.RAM, "--max_ram"),
         (Budget(64 * GIB, 2 * GIB, 0, 300 << 20), "cuda", Place.VRAM, "--max_vram"),
     ],
 )

@@ -232,6 +232,25 @@ def test_a_process_that_prefetches_is_inside_the_budget(predict):
     assert all(case["measured"] <= case["projected"] <= least for case in tight["cases"])
 
 
+@pytest.mark.slow
+def test_writing_beside_the_next_case_is_inside_the_budget(predict):
+    """With a slow writer, so that it goes on while tiles are predicted; in the end where there is no room for both."""
+    before = "label map of the case before, being written"
+    beside = predict("few classes", cases=3, slow_writer=True)
+    assert beside["error"] is None
+    assert len(set(beside["outputs"])) == 1
+    written = [{name: size for name, _, size in case["allocations"]}.get(before, 0) for case in beside["cases"]]
+    assert written[0] == 0
+    assert written[1] == written[2] > 2 * 320 * 320 * 120
+    for case in beside["cases"]:
+        assert case["measured"] <= case["projected"] <= case["budget"], case
+        assert case["projected"] <= 1.25 * case["measured"] + 64 * MIB, case
+    tight = predict("few classes", cases=3, slow_writer=True, max_ram=beside["cases"][0]["projected"] + 12 * MIB)
+    assert tight["outputs"] == beside["outputs"]
+    assert all(case["measured"] <= case["projected"] <= case["budget"] for case in tight["cases"])
+    assert not any(before in [name for name, _, _ in case["allocations"]] for case in tight["cases"])
+
+
 def test_a_case_below_the_smallest_budget_is_refused_before_work(predict):
     told = predict("tiny", max_ram=100 * MIB)
     assert told["cases"] == []

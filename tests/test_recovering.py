@@ -1,4 +1,4 @@
-"""Every rung of the ladder, driven by a simulated accelerator: torch's tensors count as its memory, numpy's as RAM."""
+"""Every rung of the ladder, driven by a simulated accelerator that runs out of memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from simulated_device import CUDA, simulated_device
 from torch import nn
 
-from nnunet_lowmem import device_labelling
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
 from nnunet_lowmem.errors import MemoryExhaustedError
 from nnunet_lowmem.labelling import LabelRule, SlabLabeller, SlabLimits
@@ -24,39 +24,6 @@ from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 
 MIB = 2**20
-CPU = torch.device("cpu")
-
-
-class Accelerator(LiveTensorBytes):
-    """A device with so many bytes."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        super().__init__()
-        self.capacity_bytes = capacity_bytes
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        size_bytes = tensor.numel() * tensor.element_size()
-        if self.live_bytes + size_bytes > self.capacity_bytes:
-            raise torch.cuda.OutOfMemoryError(f"tried to allocate {size_bytes} bytes")
-        super()._count(tensor)
-
-
-class DeviceLabeller(SlabLabeller):
-    """Labels with torch operations as long as the window is on the device."""
-
-    def __init__(self, *arguments, window: RollingWindow) -> None:
-        super().__init__(*arguments)
-        self.window = window
-
-    def _label_box(self, buffer, origin, shape, tables, labels) -> None:
-        if self.window._place is not Place.VRAM:
-            super()._label_box(buffer, origin, shape, tables, labels)
-            return
-        box = buffer
-        for axis in range(3):
-            box = box.narrow(axis + 1, origin[axis], shape[axis])
-        winners = device_labelling.winners(box, tables, self._rule.ranked, self.limits.block_bytes)
-        labels[...] = self._rule.values[winners]
 
 
 @dataclass
@@ -67,6 +34,7 @@ class Task:
     shape: tuple[int, int, int]
     patch: tuple[int, int, int]
     output: tuple[int, int, int]
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.heads)
@@ -76,36 +44,39 @@ class Task:
         self.convolution = nn.Conv3d(1, self.heads, 3, padding=1).requires_grad_(False)
         self.convolution.weight.data = torch.randn(self.convolution.weight.shape, generator=generator)
         with torch.inference_mode(), LiveTensorBytes() as counter:
-            self.network(torch.zeros((1, 1, *self.patch)))
+            self.network(torch.zeros((1, 1, *self.patch), device="meta"))
         self.activation_bytes = counter.peak_bytes + 4 * int(np.prod(self.patch))
         self.tables = resampling_tables(self.shape, self.output, None)
         self.rule = LabelRule(True, np.arange(self.heads + 1, dtype=np.uint16), np.dtype(np.uint8))
 
     def network(self, tile: torch.Tensor) -> torch.Tensor:
-        return self.convolution(tile)
+        weights = self.convolution.weight.to(tile.device), self.convolution.bias.to(tile.device)
+        logits = nn.functional.conv3d(tile, *weights, padding=1)
+        return logits.half() if self.autocast else logits
 
     def plans(self, budget: Budget) -> tuple:
         model = ModelFacts(self.heads, 1, 1, 0, self.activation_bytes, 1)
         case = CaseFacts("sim", self.grid, self.output, self.output, True, 0, 0, 0, image_place=Place.RAM)
         return plan_case(model, case, budget, "cuda"), list(all_plans(model, case, budget, "cuda"))
 
-    def predict(self, recovery: Recovery, folder, capacity_bytes: int) -> tuple[np.ndarray, int]:
+    def predict(
+        self, recovery: Recovery, folder, capacity_bytes: int, with_data: bool = True
+    ) -> tuple[np.ndarray, int]:
         labels = np.zeros(self.output, np.uint8)
         chosen = recovery.plan.placement
-        with RowThreads(1) as threads, Accelerator(capacity_bytes) as device:
-            importance = torch.ones(self.grid.tile_shape, dtype=torch.half)
-            window = RollingWindow(
-                self.grid, self.heads, importance, threads, folder if chosen.window is Place.DISK else None
-            )
-            if chosen.window is Place.VRAM:
-                window._place = Place.VRAM
+        accelerator = simulated_device(capacity_bytes, with_data=with_data)
+        with RowThreads(1) as threads, accelerator as device, torch.inference_mode():
+            near = CUDA if chosen.window is Place.VRAM else "cpu"
+            importance = torch.ones(self.grid.tile_shape, dtype=torch.half, device=near)
+            spill = folder if chosen.window is Place.DISK else None
+            window = RollingWindow(self.grid, self.heads, importance, threads, spill)
             window.attempt = recovery.run
             limits = SlabLimits(chosen.slab_planes, chosen.block_bytes)
-            labeller = DeviceLabeller(self.tables, self.rule, labels, threads, limits, window=window)
+            labeller = SlabLabeller(self.tables, self.rule, labels, threads, limits)
             labeller.attempt = recovery.run
             recovery.listeners += [partial(window.follow, folder=folder), labeller.follow]
             source = TileSource(self.case, self.grid)
-            for slab in roll(self.network, source, self.grid, window, CPU, lambda: None):
+            for slab in roll(self.network, source, self.grid, window, CUDA, lambda: None):
                 labeller.add(slab)
             labeller.finish()
         return labels, device.peak_bytes
@@ -114,7 +85,7 @@ class Task:
 TASKS = [
     Task(5, (40, 30, 32), (16, 16, 16), (55, 41, 60)),
     Task(40, (40, 30, 32), (16, 16, 16), (40, 30, 32)),
-    Task(12, (12, 60, 50), (24, 20, 24), (30, 75, 90)),
+    Task(12, (12, 60, 50), (24, 20, 24), (30, 75, 90), autocast=True),
 ]
 
 
@@ -125,7 +96,7 @@ def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path
     assert roomy.placement.window is Place.VRAM
     assert peak <= roomy.projected_bytes(Place.VRAM)
     seen = set()
-    for vram in np.linspace(task.activation_bytes, roomy.projected_bytes(Place.VRAM), 12).astype(int):
+    for vram in np.linspace(task.activation_bytes, roomy.projected_bytes(Place.VRAM), 6).astype(int):
         plan, _ = task.plans(Budget(vram_bytes=int(vram)))
         labels, peak = task.predict(Recovery(plan, ()), tmp_path, 2**40)
         if plan.placement.window is Place.VRAM:
@@ -133,6 +104,20 @@ def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path
         np.testing.assert_array_equal(labels, expected)
         seen.add((plan.placement.window, plan.placement.block_bytes, plan.placement.slab_planes))
     assert len(seen) >= 3
+
+
+@pytest.mark.parametrize(
+    "heads, shape, patch, output",
+    [(40, (150, 110, 110), (96, 96, 96), (100, 90, 80)), (15, (140, 150, 140), (128, 128, 128), (90, 80, 100))],
+)
+def test_vram_of_full_tiles_is_what_the_plan_says(heads, shape, patch, output, tmp_path):
+    """Counted without data, with every voxel on a boundary: the most that can be."""
+    task = Task(heads, shape, patch, output)
+    _, plans = task.plans(Budget())
+    on_device = [plan for plan in plans if plan.placement.window is Place.VRAM]
+    for plan in (on_device[0], min(on_device, key=lambda plan: plan.projected_bytes(Place.VRAM))):
+        _, peak = task.predict(Recovery(plan, ()), tmp_path, 2**50, with_data=False)
+        assert 0.35 * plan.projected_bytes(Place.VRAM) <= peak <= plan.projected_bytes(Place.VRAM)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.heads} heads")
@@ -143,7 +128,7 @@ def test_memory_that_is_gone_costs_no_tile_and_no_label(task, tmp_path, caplog):
     network = task.network
     try:
         task.network = lambda tile: tiles.append(1) or network(tile)
-        for capacity in np.linspace(0.3 * peak, 0.99 * peak, 10).astype(int):
+        for capacity in np.linspace(0.3 * peak, 0.99 * peak, 6).astype(int):
             tiles.clear()
             recovery = Recovery(plan, plans)
             try:

@@ -1,0 +1,178 @@
+"""A case on a GPU: stock's labels, no waiting in the tile loop, VRAM within the budget.
+
+Each test is there twice: on the simulated accelerator (`simulated_device` tells what that can show), and with
+`pytest -m gpu tests/gpu` on a real CUDA device beside stock on the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factory import ModelSpec
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from numpy.typing import NDArray
+from oracle import make_predictor
+from simulated_device import simulated_device
+
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.allocations import Place
+from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.sliding_window import RollingWindow, TileFeed
+
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
+
+DEVICE = "cuda:0"
+ON_CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")],
+)
+ON_BOTH = pytest.mark.parametrize("accelerator", ["simulated", ON_CUDA], indirect=True)
+
+PATCH = (32, 36, 28)
+REGIONS = {"background": 0, "a": [1, 2, 3], "b": [2, 3], "c": 3}
+ONE, TWO = ModelSpec(labels=7, patch_size=PATCH), ModelSpec(labels=5, patch_size=PATCH, folds=(0, 1), mirror_axes=(2,))
+CASES = {
+    "argmax": (ONE, True),
+    "argmax, window in RAM": (ONE, False),
+    "folds and mirroring": (TWO, True),
+    "folds and mirroring, window in RAM": (TWO, False),
+    "regions": (ModelSpec(labels=REGIONS, regions_class_order=(1, 2, 3), patch_size=PATCH), True),
+    "flat, window in RAM": (ModelSpec(labels=4, patch_size=(44, 52), spacing=(4.2, 4.3)), False),
+}
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same algorithms in every run; stock switches the search on whenever a predictor is made."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+@pytest.fixture
+def accelerator(request: pytest.FixtureRequest) -> str:
+    """Device on which stock runs: the simulated one would need more of CUDA than it has."""
+    return DEVICE if request.param == "cuda" else "cpu"
+
+
+@contextmanager
+def running(accelerator: str) -> Iterator[None]:
+    if accelerator == DEVICE:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with deterministic():
+            yield
+    else:
+        with simulated_device():
+            yield
+
+
+def labels_of(predictor: nnUNetPredictor, files: list[str]) -> NDArray[Any]:
+    with deterministic():
+        (labels,) = predictor.predict_from_files_sequential([files], None)
+    return labels
+
+
+@cache
+def stocks_labels(accelerator: str, model: str, folds: Any, case: tuple[str, ...], on_device: bool) -> NDArray[Any]:
+    predictor = make_predictor(nnUNetPredictor, model, folds, accelerator, perform_everything_on_device=on_device)
+    return labels_of(predictor, list(case))
+
+
+@contextmanager
+def no_waiting_in_the_tile_loop() -> Iterator[list[int]]:
+    """From where a tile is cut out to where its logits are added."""
+    tiles: list[int] = []
+    feed, add = TileFeed.tile, RollingWindow.add
+
+    def watched_tile(self: TileFeed, start: Any) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        return feed(self, start)
+
+    def watched_add(self: RollingWindow, logits: torch.Tensor, start: Any) -> None:
+        add(self, logits, start)
+        torch.cuda.set_sync_debug_mode("default")
+        if logits.device == torch.device(DEVICE):  # kernels are warmed up on the CPU
+            tiles.append(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TileFeed, "tile", watched_tile)
+        patch.setattr(RollingWindow, "add", watched_add)
+        try:
+            yield tiles
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@ON_BOTH
+@pytest.mark.parametrize("spec, window_on_device", CASES.values(), ids=CASES)
+def test_labels_are_stocks_and_no_tile_waits(spec, window_on_device, accelerator, images, models):
+    files = images("head")
+    model = models(spec, files)
+    options = {"perform_everything_on_device": window_on_device}
+    expected = stocks_labels(accelerator, model, spec.folds, tuple(files), window_on_device and accelerator == DEVICE)
+    plans: list[Plan] = []
+    with running(accelerator), no_waiting_in_the_tile_loop() as tiles:
+        predictor = make_predictor(LowMemPredictor, model, spec.folds, DEVICE, on_plan=plans.append, **options)
+        labels = labels_of(predictor, files)
+        assert torch.cuda.max_memory_allocated() <= plans[0].projected_bytes(Place.VRAM)
+    np.testing.assert_array_equal(labels, expected)
+    assert len(np.unique(expected)) > 2
+    assert plans[0].placement.window is (Place.VRAM if window_on_device else Place.RAM)
+    assert len(tiles) > len(spec.folds)
+
+
+@ON_BOTH
+def test_vram_stays_within_what_was_asked_for(accelerator, images, models):
+    """From room for all to too little; the driver says that there is more."""
+    files = images("head")
+    spec = ModelSpec(labels=60, patch_size=PATCH)
+    model = models(spec, files)
+    expected = stocks_labels(accelerator, model, spec.folds, tuple(files), accelerator == DEVICE)
+    placements, refusals = set(), []
+    for mebibytes in (400, 48, 12, 3):
+        plans: list[Plan] = []
+        with running(accelerator):
+            predictor = make_predictor(
+                LowMemPredictor, model, spec.folds, DEVICE, on_plan=plans.append, max_vram=mebibytes << 20
+            )
+            try:
+                labels = labels_of(predictor, files)
+            except CasesFailedError as error:
+                refusals.append(str(error))
+                continue
+            assert torch.cuda.max_memory_allocated() <= plans[0].projected_bytes(Place.VRAM) <= mebibytes << 20
+            assert torch.cuda.max_memory_reserved() <= mebibytes << 20
+            assert torch.cuda.get_per_process_memory_fraction() == 1
+        np.testing.assert_array_equal(labels, expected)
+        placements.add((plans[0].placement.window, plans[0].placement.block_bytes, plans[0].placement.slab_planes))
+    assert len(placements) >= (2 if accelerator == DEVICE else 3)
+    assert refusals
+    assert all("VRAM" in refusal or "out of memory" in refusal for refusal in refusals)
+
+
+def test_a_device_that_has_less_than_it_says_costs_no_label(images, models, caplog):
+    """Only simulated: nobody else takes memory of a real device at the right moment."""
+    files = images("head")
+    model = models(ModelSpec(labels=60, patch_size=PATCH), files)
+    with simulated_device() as device:
+        expected = labels_of(make_predictor(LowMemPredictor, model, device=DEVICE), files)
+    for share in (0.95, 0.75):
+        caplog.clear()
+        capacity_bytes = int(share * device.peak_bytes)
+        with simulated_device(capacity_bytes, said_bytes=2**33) as smaller:
+            labels = labels_of(make_predictor(LowMemPredictor, model, device=DEVICE), files)
+        np.testing.assert_array_equal(labels, expected)
+        assert smaller.peak_bytes <= capacity_bytes
+        assert "VRAM ran out" in caplog.text

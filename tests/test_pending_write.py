@@ -1,0 +1,150 @@
+"""The files of a case are written while the next one is computed: seen in a writer that waits for the next case."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from factory import ModelSpec
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from oracle import make_predictor, read_voxels
+
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.errors import CasesFailedError, WriteError
+from nnunet_lowmem.reporting import FAILURES_FILE
+
+NAMES = ("head", "small", "head_margin")
+
+
+@pytest.fixture(scope="module")
+def cases(images) -> list[list[str]]:
+    return [images(name) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def model(models, cases) -> str:
+    return models(ModelSpec(), cases[0])
+
+
+class Watched:
+    """A predictor whose writer waits, for the first case, until a tile of the second has been predicted."""
+
+    def __init__(self, model: str, monkeypatch, error: Exception | None = None, **options) -> None:
+        self.next_case_runs, self.writers, self.events, self.told = threading.Event(), [], [], []
+        real = SimpleITKIO.write_seg
+
+        def slow(writer, segmentation, path, properties):
+            self.writers.append(threading.current_thread())
+            if len(self.writers) == 1:
+                assert self.next_case_runs.wait(60), "the next case waits for the writer"
+                if error is not None:
+                    raise error
+            real(writer, segmentation, path, properties)
+
+        monkeypatch.setattr(SimpleITKIO, "write_seg", slow)
+        self.predictor = make_predictor(
+            LowMemPredictor, model, (0,), on_progress=self.note, on_case=self.told.append, **options
+        )
+
+    def note(self, progress) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        self.events.append((progress.case, progress.stage, progress.done))
+        if (progress.case, progress.stage) == (NAMES[1], "prediction") and progress.done:
+            self.next_case_runs.set()
+
+    def predict(self, cases: list[list[str]], folder: Path) -> dict[str, bytes]:
+        try:
+            self.predictor.predict_from_files(cases, [str(folder / name) for name in NAMES[: len(cases)]])
+        finally:
+            assert not any("writer" in thread.name for thread in threading.enumerate())
+            assert not list(folder.glob(".partial*"))
+        return label_maps(folder)
+
+
+def label_maps(folder: Path) -> dict[str, bytes]:
+    return {path.name: read_voxels(path).tobytes() for path in folder.glob("*.nii.gz")}
+
+
+def test_next_case_runs_while_the_first_is_written(model, cases, tmp_path, monkeypatch):
+    for name in ("one_by_one", "in_a_row"):
+        (tmp_path / name).mkdir()
+    for number, case in enumerate(cases):
+        predictor = make_predictor(LowMemPredictor, model, (0,))
+        predictor.predict_from_files([case], [str(tmp_path / "one_by_one" / NAMES[number])])
+    watched = Watched(model, monkeypatch)
+    assert watched.predict(cases, tmp_path / "in_a_row") == label_maps(tmp_path / "one_by_one")
+    assert [report.case for report in watched.told] == list(NAMES)
+    assert [report.case for report in watched.predictor.run_report.done] == list(NAMES)
+    assert watched.events.index((NAMES[1], "prediction", 1)) < watched.events.index((NAMES[0], "writing", 1))
+    # told as soon as it is there, not when the next case ends
+    assert watched.events.index((NAMES[0], "writing", 1)) < watched.events.index((NAMES[1], "writing", 1))
+    assert all(events in watched.events for events in [(name, "writing", 1) for name in NAMES])
+    assert watched.writers[-1] is threading.main_thread(), "after the last case there is nothing to do meanwhile"
+    for record in (tmp_path / "one_by_one" / ".nnunet_lowmem").iterdir():
+        theirs = json.loads((tmp_path / "in_a_row" / ".nnunet_lowmem" / record.name).read_text())
+        assert theirs["outputs"] == json.loads(record.read_text())["outputs"]
+    names = [allocation.name for allocation in watched.told[1].plan.allocations]
+    assert "label map of the case before, being written" in names
+    assert len(names) == len(set(names))
+
+
+def test_failed_write_costs_its_own_case(model, cases, tmp_path, monkeypatch):
+    watched = Watched(model, monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    broken = tmp_path / "broken_0000.nii.gz"
+    broken.write_bytes(b"no image")
+    with pytest.raises(CasesFailedError, match=r"2 of 3 cases failed: case head, writing: .*No space left.*broken"):
+        watched.predict([*cases[:2], [str(broken)]], tmp_path)
+    report = watched.predictor.run_report
+    assert [(case.case, case.stage) for case in report.failed] == [("head", "writing"), ("broken", "preprocessing")]
+    assert [case.case for case in report.done] == ["small"] == [case.case for case in watched.told]
+    assert [case["case"] for case in json.loads((tmp_path / FAILURES_FILE).read_text())["failed"]] == ["head", "broken"]
+    assert sorted(path.name for path in tmp_path.glob("*.nii.gz")) == ["broken_0000.nii.gz", "small.nii.gz"]
+    assert [path.name for path in (tmp_path / ".nnunet_lowmem").iterdir()] == ["small.nii.gz.json"]
+
+
+def test_failed_write_ends_the_run_on_request(model, cases, tmp_path, monkeypatch):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    watched = Watched(model, monkeypatch, error, continue_on_error=False)
+    with pytest.raises(WriteError, match=r"case head, writing|head\.nii\.gz.*No space left"):
+        watched.predict(cases[:2], tmp_path)
+    assert not list(tmp_path.glob("*.nii.gz"))
+
+
+def test_case_before_is_written_although_the_next_is_cancelled(model, cases, tmp_path, monkeypatch):
+    class CancelledError(Exception):
+        pass
+
+    watched = Watched(model, monkeypatch)
+
+    def cancel(progress) -> None:
+        watched.note(progress)
+        if watched.next_case_runs.is_set():
+            raise CancelledError
+
+    watched.predictor.on_progress = cancel
+    with pytest.raises(CancelledError):
+        watched.predict(cases, tmp_path)
+    assert list(label_maps(tmp_path)) == ["head.nii.gz"]
+    assert [report.case for report in watched.told] == ["head"]
+
+
+def test_written_first_where_there_is_no_room_for_both(model, cases, tmp_path, monkeypatch):
+    watched = Watched(model, monkeypatch)
+    watched.next_case_runs.set()
+    monkeypatch.setattr("nnunet_lowmem.case_predictor.THREAD_BYTES", 2**50)
+    assert len(watched.predict(cases[:2], tmp_path)) == 2
+    assert set(watched.writers) == {threading.main_thread()}
+    assert watched.events.index((NAMES[0], "writing", 1)) < watched.events.index((NAMES[1], "preprocessing", 0))
+
+
+def test_waited_for_where_room_has_become_scarce(model, cases, tmp_path, monkeypatch):
+    """Between the decision and the next case, as if others had taken memory: the next is planned after the writing."""
+    watched = Watched(model, monkeypatch)
+    watched.next_case_runs.set()
+    monkeypatch.setattr("nnunet_lowmem.case_planning.CasePlanning.fits", lambda planning: False)
+    assert len(watched.predict(cases[:2], tmp_path)) == 2
+    assert not any("being written" in allocation.name for allocation in watched.told[1].plan.allocations)
