@@ -377,7 +377,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         network, channels = uncompiled(self.network), self.label_manager.num_segmentation_heads
         if (fast := self._fast()) is not None:
             network, channels = fast.body, fast.channels
-        output = channels * int(math.prod(self.configuration_manager.patch_size)) * 4
+        output: int = channels * int(math.prod(self.configuration_manager.patch_size)) * 4
         return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
 
     def _measured_tile_bytes(self) -> int:

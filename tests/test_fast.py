@@ -133,6 +133,6 @@ def test_a_network_that_cannot_be_followed_is_left_alone(caplog):
 
 
 def test_a_network_that_needs_its_channels_first_says_so():
-    network = Network(lambda x: x.clone(memory_format=torch.channels_last_3d).view(3, -1))
+    network = Network(lambda x: x.clone(memory_format=torch.channels_last_3d).view(-1))
     with pytest.raises(ModelError, match="needs its channels first"), torch.inference_mode():
         FastNetwork(network, network, 3, None, RowThreads(1)).features(torch.zeros(TILE), ())
