@@ -20,8 +20,11 @@ import nnunet_lowmem
 
 pytest.register_assert_rewrite("oracle")
 
-# threads that wait by spinning would keep the other test process from its cores; read when torch is imported
+# read when torch is imported; test processes beside each other (pytest -n) share the cores and do not wait by spinning
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 DATA = Path(__file__).parent / "data"
 HEAD = DATA / "t1_head_1mm.nii.gz"
