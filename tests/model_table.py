@@ -39,7 +39,7 @@ LABELS = [
     # four foreground labels make a uint8 map, which 300 and 256 do not fit: they wrap to 44 and 0, as in stock
     Row("regions_wrap_in_uint8", ModelSpec(labels=LARGE_VALUES, regions_class_order=(1, 300, 256, 2))),
     # the same values fit when 255 or more foreground labels make the map uint16
-    Row("regions_uint16", ModelSpec(labels=MANY_IN_REGIONS, regions_class_order=(1, 300, 260))),
+    Row("regions_uint16", ModelSpec(labels=MANY_IN_REGIONS, regions_class_order=(1, 300, 260)), slow=True),
     # an ignore label beside regions gets no head
     Row("regions_ignore", ModelSpec(labels={**OVERLAPPING, "ignore": 4}, regions_class_order=(1, 2, 3))),
     # an ignore label has no head of its own and never appears
@@ -49,7 +49,7 @@ LABELS = [
     # one foreground class
     Row("two_classes", ModelSpec(labels=2), classes=2),
     # 254 foreground labels are the most that a uint8 map takes, 255 the fewest of a uint16 map
-    Row("255_classes", ModelSpec(labels=255, patch_size=(32, 32, 32)), classes=200),
+    Row("255_classes", ModelSpec(labels=255, patch_size=(32, 32, 32)), classes=200, slow=True),
     Row("256_classes", ModelSpec(labels=256, patch_size=(32, 32, 32)), classes=200),
     # uint16 map, uint16 file
     Row("300_classes", ModelSpec(labels=300, patch_size=(32, 32, 32)), classes=240),
@@ -63,7 +63,7 @@ INPUT = [
     # statistics over the nonzero mask only, closed pockets filled, open ones not; one channel masked, one not
     Row("mask_for_norm", ModelSpec(**CHANNELS, use_mask_for_norm=(True, False)), "head_holes"),
     # masked, and with the mask's own crop
-    Row("mask_for_norm_margin", ModelSpec(use_mask_for_norm=(True,)), "head_margin"),
+    Row("mask_for_norm_margin", ModelSpec(use_mask_for_norm=(True,)), "head_margin", slow=True),
     # a single slice: the hole filling is three-dimensional, so nothing is filled
     Row("mask_for_norm_one_slice", ModelSpec(use_mask_for_norm=(True,)), "one_slice", "head", classes=2),
     # minimum to 0, maximum to 1
@@ -93,8 +93,8 @@ SHAPES = [
     Row("all_zero", ModelSpec(), "zeros", "head", classes=1),
     # the network's axis 0 is another axis of the file
     Row("transpose_120", ModelSpec(transpose_forward=(1, 2, 0)), "head_margin"),
-    Row("transpose_201", ModelSpec(transpose_forward=(2, 0, 1)), "head_margin"),
-    Row("transpose_210", ModelSpec(transpose_forward=(2, 1, 0)), "head_margin"),
+    Row("transpose_201", ModelSpec(transpose_forward=(2, 0, 1)), "head_margin", slow=True),
+    Row("transpose_210", ModelSpec(transpose_forward=(2, 1, 0)), "head_margin", slow=True),
     Row("transpose_102_regions", ModelSpec(**REGIONS, transpose_forward=(1, 0, 2))),
     # padded to the patch, cut afterwards, on all three axes
     Row("smaller_than_patch", ModelSpec(patch_size=(40, 40, 40)), "small", "head", classes=2),
@@ -150,23 +150,23 @@ ANISOTROPY = [
 ENSEMBLES = [
     Row("two_folds", ModelSpec(folds=(0, 1)), folds=(0, 1)),
     # nnUNetv2_predict's default
-    Row("five_folds", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=(0, 1, 2, 3, 4)),
+    Row("five_folds", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=(0, 1, 2, 3, 4), slow=True),
     # order and selection are the caller's, also as the strings that the command line gives
     Row("folds_selected", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=("3", "1")),
-    Row("folds_detected", ModelSpec(folds=(0, 2, "all")), folds=None),
+    Row("folds_detected", ModelSpec(folds=(0, 2, "all")), folds=None, slow=True),
     Row("fold_all", ModelSpec(folds=("all",)), folds="all"),
     Row("folds_regions", ModelSpec(**REGIONS, folds=(0, 1, 2)), folds=(0, 1, 2)),
     # every mirroring, some, one, and none although the model allows all
     Row("mirror_012", ModelSpec(mirror_axes=(0, 1, 2), patch_size=(32, 32, 32))),
-    Row("mirror_12", ModelSpec(mirror_axes=(1, 2))),
-    Row("mirror_02", ModelSpec(mirror_axes=(0, 2))),
+    Row("mirror_12", ModelSpec(mirror_axes=(1, 2)), slow=True),
+    Row("mirror_02", ModelSpec(mirror_axes=(0, 2)), slow=True),
     Row("mirror_0", ModelSpec(mirror_axes=(0,))),
     Row("mirror_off", ModelSpec(mirror_axes=(0, 1, 2)), options={"use_mirroring": False}),
-    Row("mirror_folds", ModelSpec(mirror_axes=(1,), folds=(0, 1)), folds=(0, 1)),
+    Row("mirror_folds", ModelSpec(mirror_axes=(1,), folds=(0, 1)), folds=(0, 1), slow=True),
     # overlap from three quarters to none; none leaves n_predictions at a single Gaussian
     Row("step_025", ModelSpec(patch_size=(32, 32, 32)), options={"tile_step_size": 0.25}, slow=True),
     Row("step_03", ModelSpec(patch_size=(36, 36, 36)), options={"tile_step_size": 0.3}),
-    Row("step_07", options={"tile_step_size": 0.7}),
+    Row("step_07", options={"tile_step_size": 0.7}, slow=True),
     Row("step_1", options={"tile_step_size": 1.0}),
     Row("no_gaussian", options={"use_gaussian": False}),
     Row(
@@ -195,13 +195,13 @@ TWO_D = [
     Row("2d_of_3d", ModelSpec(**FLAT)),
     Row("2d_mirror", ModelSpec(**FLAT, mirror_axes=(0, 1)), "aniso"),
     # slices along another axis of the file
-    Row("2d_transposed", ModelSpec(**FLAT, transpose_forward=(2, 0, 1)), "head_margin"),
+    Row("2d_transposed", ModelSpec(**FLAT, transpose_forward=(2, 0, 1)), "head_margin", slow=True),
     Row("2d_folds_regions", ModelSpec(**FLAT, **REGIONS, folds=(0, 1)), folds=(0, 1)),
     # the slices are 999 times as far apart: in-plane resampling only, never along axis 0
     Row("png", ModelSpec(**PICTURE, file_ending=".png"), "picture"),
     # colours are channels within one file
     Row("png_rgb", ModelSpec(**PICTURE, **colours("RGB"), file_ending=".png", mirror_axes=(0, 1)), "picture_rgb"),
-    Row("png_rgba", ModelSpec(**PICTURE, **colours("RGBA"), file_ending=".png"), "picture_rgba"),
+    Row("png_rgba", ModelSpec(**PICTURE, **colours("RGBA"), file_ending=".png"), "picture_rgba", slow=True),
     Row("tif_2d", ModelSpec(**PICTURE, file_ending=".tif"), "picture"),
     Row("bmp", ModelSpec(**PICTURE, file_ending=".bmp", labels=30), "picture", classes=20),
     # a picture that is resampled
@@ -222,7 +222,12 @@ ARCHITECTURES = [
         ),
     ),
     # more classes than one group holds, and a last group that is not full
-    Row("torch_resampling_37_classes", ModelSpec(resampling="torch", labels=37, patch_size=(32, 32, 32)), classes=20),
+    Row(
+        "torch_resampling_37_classes",
+        ModelSpec(resampling="torch", labels=37, patch_size=(32, 32, 32)),
+        classes=20,
+        slow=True,
+    ),
     Row("torch_regions", ModelSpec(resampling="torch", **REGIONS), "head_margin"),
     # nnUNetPlannerResEncL_torchres_sepz: nearest-exact along z
     Row("torch_separate_z", ModelSpec(resampling="torch", patch_size=(6, 32, 32), spacing=(5.0, 2.0, 2.2)), "aniso"),
@@ -234,12 +239,12 @@ ARCHITECTURES = [
     # a trainer from nnU-Net's own variants
     Row("trainer_variant", ModelSpec(trainer="nnUNetTrainerNoMirroring")),
     # three stages
-    Row("three_stages", ModelSpec(features=(6, 8, 10), patch_size=(32, 32, 32))),
+    Row("three_stages", ModelSpec(features=(6, 8, 10), patch_size=(32, 32, 32)), slow=True),
 ]
 
 READERS = [
     Row("nrrd", ModelSpec(file_ending=".nrrd"), "head_oblique"),
-    Row("mha", ModelSpec(file_ending=".mha"), "head_oblique"),
+    Row("mha", ModelSpec(file_ending=".mha"), "head_oblique", slow=True),
     Row("simpleitk_oblique", ModelSpec(), "head_oblique"),
     # the array is reoriented before the network sees it and back before it is written
     Row("simpleitk_reorient", ModelSpec(reader="SimpleITKIOWithReorient"), "head_oblique"),
@@ -251,7 +256,7 @@ READERS = [
         classes=150,
     ),
     Row("nibabel", ModelSpec(reader="NibabelIO"), "head_oblique"),
-    Row("nibabel_nii", ModelSpec(reader="NibabelIO", file_ending=".nii"), "head_oblique"),
+    Row("nibabel_nii", ModelSpec(reader="NibabelIO", file_ending=".nii"), "head_oblique", slow=True),
     Row("nibabel_reorient", ModelSpec(reader="NibabelIOWithReorient"), "head_oblique"),
     # spacing comes from a json beside the image, and goes to one beside the segmentation
     Row("tiff_3d", ModelSpec(reader="Tiff3DIO", file_ending=".tif"), "head_voxels"),
@@ -263,14 +268,16 @@ PROBABILITIES = [
     # outside the crop: 0 everywhere
     Row("probabilities_regions", ModelSpec(**REGIONS), "head_margin", probabilities=True),
     # the transpose makes a Fortran-ordered array
-    Row("probabilities_transposed", ModelSpec(transpose_forward=(2, 1, 0)), "head_margin", probabilities=True),
+    Row(
+        "probabilities_transposed", ModelSpec(transpose_forward=(2, 1, 0)), "head_margin", probabilities=True, slow=True
+    ),
     Row("probabilities_same_grid", ModelSpec(spacing=(5.0, 5.0, 5.0)), probabilities=True),
-    Row("probabilities_separate_z", anisotropic("").spec, "aniso", probabilities=True),
-    Row("probabilities_torch", ModelSpec(resampling="torch"), "head_margin", probabilities=True),
+    Row("probabilities_separate_z", anisotropic("").spec, "aniso", probabilities=True, slow=True),
+    Row("probabilities_torch", ModelSpec(resampling="torch"), "head_margin", probabilities=True, slow=True),
     Row("probabilities_no_resampling", ModelSpec(resampling="none"), "head_margin", probabilities=True),
-    Row("probabilities_2d", ModelSpec(**FLAT, mirror_axes=(0, 1)), probabilities=True),
+    Row("probabilities_2d", ModelSpec(**FLAT, mirror_axes=(0, 1)), probabilities=True, slow=True),
     Row("probabilities_png", ModelSpec(**PICTURE, file_ending=".png"), "picture", probabilities=True),
-    Row("probabilities_folds", ModelSpec(folds=(0, 1), mirror_axes=(1,)), folds=(0, 1), probabilities=True),
+    Row("probabilities_folds", ModelSpec(folds=(0, 1), mirror_axes=(1,)), folds=(0, 1), probabilities=True, slow=True),
     Row("probabilities_zeros", ModelSpec(), "zeros", "head", classes=1, probabilities=True),
     # neighbouring classes are close: the softmax rounds their difference away and its argmax decides otherwise
     Row(
@@ -286,10 +293,17 @@ PROBABILITIES = [
 IN_MEMORY = [
     # without an output folder arrays are returned, or pairs of segmentation and probabilities
     Row("returned", ModelSpec(transpose_forward=(1, 2, 0)), "head_margin", in_memory=True),
-    Row("returned_uint16", ModelSpec(labels=300, patch_size=(32, 32, 32)), classes=240, in_memory=True),
+    Row("returned_uint16", ModelSpec(labels=300, patch_size=(32, 32, 32)), classes=240, in_memory=True, slow=True),
     Row("returned_regions", ModelSpec(**REGIONS), "head_margin", probabilities=True, in_memory=True),
     Row("returned_probabilities", ModelSpec(), "head_margin", probabilities=True, in_memory=True),
-    Row("returned_2d", ModelSpec(**PICTURE, file_ending=".png"), "picture", probabilities=True, in_memory=True),
+    Row(
+        "returned_2d",
+        ModelSpec(**PICTURE, file_ending=".png"),
+        "picture",
+        probabilities=True,
+        in_memory=True,
+        slow=True,
+    ),
 ]
 
 ROWS = [

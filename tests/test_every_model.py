@@ -97,6 +97,8 @@ CASCADES = {
     "130_classes": ({"labels": 130, "patch_size": (32, 32, 32), "spacing": (7.0, 7.0, 7.0)}, "head"),
 }
 
+SLOW_CASCADES = ("two_channels", "no_resampling", "folds_mirrored", "130_classes")
+
 
 @pytest.fixture
 def cascade(images, models, tmp_path: Path) -> Callable[..., tuple[str, list[str], Path]]:
@@ -114,7 +116,12 @@ def cascade(images, models, tmp_path: Path) -> Callable[..., tuple[str, list[str
 
 
 @pytest.mark.parametrize(
-    ("name", "probabilities"), [*((name, False) for name in CASCADES), ("labels", True), ("regions", True)]
+    ("name", "probabilities"),
+    [
+        *(pytest.param(name, False, marks=[pytest.mark.slow] if name in SLOW_CASCADES else []) for name in CASCADES),
+        ("labels", True),
+        ("regions", True),
+    ],
 )
 def test_cascade_equals_stock(name: str, probabilities: bool, cascade, tmp_path: Path):
     skip_what_is_not_in_this_nnunet(name, ModelSpec(**CASCADES[name][0]))

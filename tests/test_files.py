@@ -246,7 +246,7 @@ def write_with_fault(final: Path, fault: Fault) -> str:
 
 
 class TestFaultAtEachCall:
-    @pytest.mark.parametrize("old", [None, OLD])
+    @pytest.mark.parametrize("old", [OLD, pytest.param(None, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("kind", ACTS)
     def test_leaves_nothing_the_old_or_the_new_file(self, final, kind, old):
         before = "old" if old else "nothing"

@@ -92,6 +92,7 @@ def hits_and_misses(
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing_where_the_package_cannot_be_written(locked_package, images, models, tmp_path):
     files = images("head")
     arguments = ["-i", str(Path(files[0]).parent), "-o", str(tmp_path / "out"), "-m", models(ModelSpec(), files)]
