@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(usable_cores())
     gaussian = compute_gaussian((size,) * 3, sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu"))
     # stock's sums are a part of a larger array, as ours are
-    shape = (size, size + size // 2, size + size // 2)
+    shape = (size + size // 2,) * 3
     sums = torch.zeros((heads, *shape), dtype=torch.half)
     weights = torch.zeros(shape, dtype=torch.half)
     tile = torch.randn((heads, size, size, size), generator=torch.Generator().manual_seed(0))
@@ -45,15 +45,15 @@ def main() -> None:
 
     def stock(prediction: torch.Tensor) -> None:
         prediction.mul_(gaussian)
-        sums[:, :, :size, :size] += prediction
-        weights[:, :size, :size] += gaussian
+        sums[:, :size, :size, :size] += prediction
+        weights[:size, :size, :size] += gaussian
 
     with RowThreads(usable_cores()) as threads:
         window = RollingWindow(tile_grid(shape, (size,) * 3, 0.5), heads, gaussian, threads)
         for _ in range(options.repeat):
             stock_s.append(timed(partial(stock, tile.clone())))
             ours_s.append(timed(partial(window.add, tile.clone(), (0, 0, 0))))
-    assert torch.equal(window._buffer[:, 1:, :size, :size], sums[:, :, :size, :size]), "the sums differ"
+    assert torch.equal(window._buffer[:, 1:, :size, :size], sums[:, :size, :size, :size]), "the sums differ"
     stock_median, ours_median = statistics.median(stock_s), statistics.median(ours_s)
     print(f"{heads} heads, patch {size}, {usable_cores()} cores, median of {options.repeat}, the sums are equal")
     for name, times_s in (("stock", stock_s), ("ours", ours_s)):
