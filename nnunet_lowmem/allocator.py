@@ -12,7 +12,9 @@ _MAPPED_BYTES = 8 * 2**20
 
 
 def own_process() -> None:
-    """Set the allocators of a process that is this package's own; takes effect if torch has not allocated yet.
+    """Set the allocators of a process that runs for this package: a command, or whoever asked for the start-up hook.
+
+    Both last for the process; torch's takes effect if torch has not allocated anything yet.
 
     Torch is told to ask for huge pages (Linux): a network on the CPU allocates its activations anew for every tile, and
     getting them in pages of 4 KiB takes as long as computing. glibc is told to map every large block: by default it

@@ -183,7 +183,8 @@ class LowMemPredictor(CasePredictor):
             "device": self.device.type,
             "accept_nan": self.accept_nan,
             "probabilities": self.probabilities_dtype if probabilities else None,
-        } | ({"fast": True} if self.fast else {})  # records of before there was `fast` stay true
+            "fast": self.fast,
+        }
         return fingerprint(description, getattr(self.list_of_parameters, "checkpoints", ()))
 
     def _prefetches(self, cases: int, processes: int) -> bool:
