@@ -26,6 +26,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole default run; a part of it starts faster in one, what is slow fills the machine."""
+    is_whole = config.args == config.getini("testpaths") and config.option.markexpr.startswith("not slow")
+    return 2 if is_whole else 0
+
+
 DATA = Path(__file__).parent / "data"
 HEAD = DATA / "t1_head_1mm.nii.gz"
 ANISO = DATA / "t1_aniso_6p5mm.nii.gz"
