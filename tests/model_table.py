@@ -155,9 +155,9 @@ ENSEMBLES = [
     Row("folds_selected", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=("3", "1")),
     Row("folds_detected", ModelSpec(folds=(0, 2, "all")), folds=None, slow=True),
     Row("fold_all", ModelSpec(folds=("all",)), folds="all"),
-    Row("folds_regions", ModelSpec(**REGIONS, folds=(0, 1, 2)), folds=(0, 1, 2)),
+    Row("folds_regions", ModelSpec(**REGIONS, folds=(0, 1, 2)), folds=(0, 1, 2), slow=True),
     # every mirroring, some, one, and none although the model allows all
-    Row("mirror_012", ModelSpec(mirror_axes=(0, 1, 2), patch_size=(32, 32, 32))),
+    Row("mirror_012", ModelSpec(mirror_axes=(0, 1, 2), spacing=(6.0, 6.1, 6.2))),
     Row("mirror_12", ModelSpec(mirror_axes=(1, 2)), slow=True),
     Row("mirror_02", ModelSpec(mirror_axes=(0, 2)), slow=True),
     Row("mirror_0", ModelSpec(mirror_axes=(0,))),

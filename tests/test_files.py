@@ -230,9 +230,6 @@ RENAME, LAST = 10, 13
 
 def write_with_fault(final: Path, fault: Fault) -> str:
     """Write `final`; the outcome in a word."""
-    # what other tests have left for the garbage collector must not close its files while calls are counted
-    gc.collect()
-    gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
             fault.install(patch.setattr)
@@ -240,12 +237,18 @@ def write_with_fault(final: Path, fault: Fault) -> str:
                 write(partial)
     except (OSError, KeyboardInterrupt) as error:
         return type(error).__name__
-    finally:
-        gc.enable()
     return "done"
 
 
 class TestFaultAtEachCall:
+    @pytest.fixture(autouse=True)
+    def _no_garbage_collection(self):
+        """What other tests have left must not close its files while calls are counted."""
+        gc.collect()
+        gc.disable()
+        yield
+        gc.enable()
+
     @pytest.mark.parametrize("old", [OLD, pytest.param(None, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("kind", ACTS)
     def test_leaves_nothing_the_old_or_the_new_file(self, final, kind, old):

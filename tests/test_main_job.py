@@ -87,8 +87,8 @@ def assert_command_equals_stock(
 
 
 def crop() -> SimpleITK.Image:
-    """Liver, spine and kidney, 72 x 64 x 76 voxels of 3 mm: four tiles."""
-    return read(CT)[20:92, 15:79, 20:96]
+    """Liver, spine and kidney, 72 x 64 x 64 voxels of 3 mm: two tiles."""
+    return read(CT)[20:92, 15:79, 26:90]
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_two_folds(one_fold, two_folds, tmp_path):
 
 
 def test_resampling_from_a_finer_grid(tmp_path):
-    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :60], (1.7, 1.9, 2.3)), tmp_path, MODEL, [0])
+    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :50], (1.7, 1.9, 2.3)), tmp_path, MODEL, [0])
     assert len(np.unique(labels)) > 10
 
 
 @pytest.mark.slow
 def test_resampling_with_a_separate_axis(tmp_path):
     """Slices of 6 mm, pixels of 1.6 mm: nnU-Net interpolates in the plane and copies along the axis."""
-    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :70], (1.6, 1.6, 6.0)), tmp_path, MODEL, [0])
+    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :], (1.6, 1.6, 6.0)), tmp_path, MODEL, [0])
     assert len(np.unique(labels)) > 10
 
 

@@ -39,8 +39,8 @@ def stored(path: Path) -> np.ndarray:
         ("head", REGIONS),
         ("head", TORCH),
         ("aniso", THICK),
-        ("head_margin", TURNED),
-        ("head", SLICES),
+        pytest.param("head_margin", TURNED, marks=pytest.mark.slow),
+        pytest.param("head", SLICES, marks=pytest.mark.slow),
     ],
     ids=["classes", "regions", "torch resampling", "separate z", "order of axes", "slices"],
 )

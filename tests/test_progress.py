@@ -12,6 +12,8 @@ import subprocess
 import sys
 import termios
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from factory import ModelSpec
 from oracle import make_predictor
 from test_failures import outputs
 
-from nnunet_lowmem import LowMemPredictor, predictor
+from nnunet_lowmem import LowMemPredictor, cli, predictor
 from nnunet_lowmem.clock import StageClock
 
 KINDS = {
@@ -139,33 +141,50 @@ def test_lines_where_no_terminal_is(model, images, tmp_path, caplog, monkeypatch
 COMMAND = "import sys; from nnunet_lowmem.cli import predict_entry_point; sys.exit(predict_entry_point())"
 
 
-@pytest.mark.parametrize("flags, bars", [((), True), (("--disable_progress_bar",), False)])
-def test_bars_on_a_terminal(model, images, tmp_path, flags, bars):
+@pytest.fixture
+def arguments(model, images, tmp_path) -> list[str]:
     (tmp_path / "in").mkdir()
     os.link(images("head")[0], tmp_path / "in" / "head_0000.nii.gz")
+    words = ["-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model, "-f", 0, "-device", "cpu"]
+    return [str(word) for word in words]
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Both sides of a terminal, ours first."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    folders = ["-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model]
-    command = [sys.executable, "-c", COMMAND, *map(str, folders), "-f", "0", "-device", "cpu", *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120)
+    yield ours, theirs
+    os.close(ours)
+
+
+def shown_on(terminal: tuple[int, int]) -> bytes:
+    """All that was written to it; its other side is closed."""
+    ours, theirs = terminal
     os.close(theirs)
     shown = b""
-    with os.fdopen(ours, "rb", 0) as terminal:
-        try:
-            while part := terminal.read(65536):
-                shown += part
-        except OSError:  # Linux says so at the end of a terminal whose other side is closed
-            pass
+    with suppress(OSError):  # Linux says so at the end of a terminal whose other side is closed
+        while part := os.read(ours, 65536):
+            shown += part
+    return shown
+
+
+def test_bars_on_a_terminal(arguments, terminal):
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal[1], timeout=120)
+    shown = shown_on(terminal)
     assert done.returncode == 0, shown
-    assert (b"head prediction: 100%" in shown) is bars
+    assert b"head prediction: 100%" in shown
     assert b"%|" not in done.stdout
 
 
-def test_no_bars_in_a_pipe(model, images, tmp_path):
-    (tmp_path / "in").mkdir()
-    os.link(images("head")[0], tmp_path / "in" / "head_0000.nii.gz")
-    folders = ["-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model]
-    command = [sys.executable, "-c", COMMAND, *map(str, folders), "-f", "0", "-device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "%|" not in done.stdout + done.stderr
+def test_no_bars_on_a_terminal_where_none_are_wanted(arguments, terminal, monkeypatch):
+    with os.fdopen(os.dup(terminal[1]), "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        assert cli.predict_entry_point([*arguments, "--disable_progress_bar"]) == 0
+    assert b"%|" not in shown_on(terminal)
+
+
+def test_no_bars_in_a_pipe(arguments, capfd):
+    assert cli.predict_entry_point(arguments) == 0
+    assert "%|" not in "".join(capfd.readouterr())

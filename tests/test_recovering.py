@@ -87,9 +87,12 @@ TASKS = [
     Task(40, (40, 30, 32), (16, 16, 16), (40, 30, 32)),
     Task(12, (12, 60, 50), (24, 20, 24), (30, 75, 90), autocast=True),
 ]
+EVERY_TASK = [
+    pytest.param(task, id=f"{task.heads} heads", marks=[pytest.mark.slow] if task.heads == 40 else []) for task in TASKS
+]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.heads} heads")
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path):
     roomy, _ = task.plans(Budget())
     expected, peak = task.predict(Recovery(roomy, ()), tmp_path, 2**40)
@@ -108,7 +111,10 @@ def test_vram_stays_within_the_budget_and_the_labels_are_the_same(task, tmp_path
 
 @pytest.mark.parametrize(
     "heads, shape, patch, output",
-    [(40, (150, 110, 110), (96, 96, 96), (100, 90, 80)), (15, (140, 150, 140), (128, 128, 128), (90, 80, 100))],
+    [
+        pytest.param(40, (150, 110, 110), (96, 96, 96), (100, 90, 80), marks=pytest.mark.slow),
+        (15, (140, 150, 140), (128, 128, 128), (90, 80, 100)),
+    ],
 )
 def test_vram_of_full_tiles_is_what_the_plan_says(heads, shape, patch, output, tmp_path):
     """Counted without data, with every voxel on a boundary: the most that can be."""
@@ -120,7 +126,7 @@ def test_vram_of_full_tiles_is_what_the_plan_says(heads, shape, patch, output, t
         assert 0.35 * plan.projected_bytes(Place.VRAM) <= peak <= plan.projected_bytes(Place.VRAM)
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.heads} heads")
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_memory_that_is_gone_costs_no_tile_and_no_label(task, tmp_path, caplog):
     plan, plans = task.plans(Budget())
     expected, peak = task.predict(Recovery(plan, plans), tmp_path, 2**40)

@@ -1,10 +1,10 @@
 """How much of a prediction is not the network: (wall - forward passes) / wall, with a network of realistic size.
 
-    python overhead.py work [--fast] [--mirror]
+    python overhead.py work [--fast] [--mirror] [--shape 512 512 250]
 
-Six stages of 32 to 320 features, patch 128, 15 heads, random weights; the bundled CT at 0.8x0.8x1.6 mm, eight tiles at
-1.5 mm. The forward passes are timed by hooks inside the run. One of them is made on an empty tile, to measure what the
-network takes: it is told apart, and counts as overhead in the figure that is called strict.
+Six stages of 32 to 320 features, patch 128, 15 heads, random weights; the bundled CT at 0.8x0.8x2 mm, at 1.5 mm eight
+tiles, or 80 of the whole shape. The forward passes are timed by hooks inside the run. One of them is made on an empty
+tile, to measure what the network takes: it is told apart, and counts as overhead in the figure that is called strict.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def realistic_plans() -> dict[str, Any]:
     return plans
 
 
-def write_inputs(work: Path) -> tuple[Path, Path]:
+def write_inputs(work: Path, shape: list[int]) -> tuple[Path, Path]:
     """Write the model and the image unless they are there; return their folders."""
-    model, images = work / "model", work / "images"
+    model, images = work / "model", work / f"images_{shape[-1]}"
     if not model.exists():
         torch.manual_seed(0)
         plans, dataset = realistic_plans(), dataset_of(HEADS, regions=False)
@@ -52,7 +52,7 @@ def write_inputs(work: Path) -> tuple[Path, Path]:
         (model / "dataset.json").write_text(json.dumps(dataset))
     if not images.exists():
         images.mkdir()
-        sitk.WriteImage(make_case([300, 300, 150], [0.8, 0.8, 1.6]), str(images / "ct_0000.nii.gz"))
+        sitk.WriteImage(make_case(shape, [0.8, 0.8, 2.0]), str(images / "ct_0000.nii.gz"))
     return model, images
 
 
@@ -76,9 +76,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--mirror", action="store_true")
+    parser.add_argument("--shape", type=int, nargs=3, default=[300, 300, 130], help="x y z of the image")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    model, images = write_inputs(options.work)
+    model, images = write_inputs(options.work, options.shape)
     stages: dict[str, float] = {}
     predictor = LowMemPredictor(
         device=torch.device("cpu"),
