@@ -1,15 +1,18 @@
 """Host memory beside a device: copies that neither side waits for, and the event that says when one is done.
 
 On CUDA the memory is page-locked, so that the device copies on its own, in the order of its stream. Beside any other
-device it is ordinary memory, and a copy is done when the call returns.
+device, and where the system locks no more pages, it is ordinary memory, and a copy is done when the call returns.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class HostBuffer:
@@ -34,8 +37,17 @@ class HostBuffer:
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
             if self._memory.numel() < size_bytes:
                 self._memory = torch.empty(0, dtype=torch.uint8)  # both at once would be more than is planned
-                self._memory = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._on_its_own)
+                self._memory = self._allocated(size_bytes)
             return self._memory[:size_bytes].view(dtype).view(*shape)
+
+    def _allocated(self, size_bytes: int) -> torch.Tensor:
+        if self._on_its_own:
+            try:
+                return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:  # limits of the system, which leave ordinary memory
+                logger.warning("no page-locked memory of %d bytes, copies are waited for: %s", size_bytes, error)
+                self._on_its_own = False
+        return torch.empty(size_bytes, dtype=torch.uint8)
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device of a tensor in this memory."""

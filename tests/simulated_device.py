@@ -136,6 +136,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.may_not_wait = False
         self.copies: list[Copy] = []
         self.pinned: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.locks_pages = True
 
     # -- dispatch
 
@@ -155,6 +156,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_device = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeviceTensor)]
         if not on_device if device is None else torch.device(device).type != "cuda":
             pinned = kwargs.pop("pin_memory", False)
+            if pinned and not self.locks_pages:
+                raise RuntimeError("CUDA error: out of memory (simulated): no page could be locked")
             result = func(*tree_map(_held, args), **kwargs)
             if pinned:
                 self._lock(result)

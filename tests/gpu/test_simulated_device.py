@@ -97,3 +97,13 @@ def test_beside_another_device_a_copy_is_done_at_once():
     buffer = HostBuffer(torch.device("cpu"))
     assert buffer.receive(torch.arange(3)).tolist() == [0, 1, 2]
     assert buffer.receive(torch.arange(5, dtype=torch.int16)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_without_page_locked_memory_a_copy_is_done_at_once(device, caplog):
+    device.locks_pages = False
+    buffer = HostBuffer(CUDA)
+    assert buffer.receive(ones(4)).tolist() == [1, 1, 1, 1]
+    sent = buffer.send(buffer.room((3,), torch.float32).fill_(5))
+    buffer.room((3,), torch.float32).fill_(7)
+    assert sent.tolist() == [5, 5, 5]
+    assert caplog.text.count("no page-locked memory of 16 bytes") == 1
