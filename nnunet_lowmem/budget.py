@@ -86,6 +86,7 @@ def _file_system(folder: Path) -> str:
 def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None, int]:
     if device.type != "cuda":
         return None, 0
+    torch.cuda.empty_cache()  # what torch keeps for the next tensors is not in use
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     asked = asked_bytes("--max_vram", max_vram, total)
@@ -109,12 +110,13 @@ def vram_limit(max_vram: int | str | None, device: torch.device) -> Iterator[Non
         return
     # torch before 2.6 does not tell its limit; it is the whole device unless somebody has set one
     tell = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    before = float(tell(device))
-    torch.cuda.set_per_process_memory_fraction(min(before, asked / total), device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    before = float(tell(number))
+    torch.cuda.set_per_process_memory_fraction(min(before, asked / total), number)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, number)
 
 
 @cache

@@ -103,8 +103,10 @@ class _Outcomes:
 
     def predicted(self, clock: StageClock, case_report: CaseReport, pending: PendingWrite | None) -> None:
         """Take a case, whose files are there unless they are `pending`."""
-        self.settle()
-        self._latest = clock, case_report, pending
+        try:
+            self.settle()
+        finally:
+            self._latest = clock, case_report, pending
         if pending is None:
             self.settle()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -95,7 +96,7 @@ class CasePredictor(LogitsPredictor):
         pending = self._pending
         if pending is not None:
             planner = planner.with_pending(pending.map_bytes + pending.writer_bytes)
-            budget = replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - pending.map_bytes)
+            budget = replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - pending.resident_bytes)
         header = None
         if job.files is not None:
             with suppress(UsageError):  # the reader tells it better
@@ -118,11 +119,16 @@ class CasePredictor(LogitsPredictor):
                 planning = self._begin(job, folder, probabilities) if not facts else self._planning
             except BudgetError:
                 return False
+            except UsageError:  # told of when its turn comes
+                continue
             if planning is None or planning.header is None or job.files is None:
                 return False
             with suppress(UsageError):
-                facts.append(planning.planner.facts_of_files(job.name, *job.files, probabilities))
-        assert planning is not None, "there is a job"
+                case = planning.planner.facts_of_files(job.name, *job.files, probabilities)
+                facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
+        if not facts:
+            return False
+        assert planning is not None, "a case has been planned"
         largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
         planner = CasePlanner(self._description(), replace(planning.planner.model, worker_bytes=WORKER_BYTES + largest))
         fits = all(planner.closest(case, planning.budget).fits_everywhere() for case in facts)
@@ -305,8 +311,11 @@ class CasePredictor(LogitsPredictor):
         """Keep a case to be written beside the next one, if there is one that fits beside it."""
         if job.following is None or not isinstance(result, np.ndarray):
             return None
+        assert planning.exact is not None, "a case is planned before it is written"
         map_bytes = 0 if isinstance(result, np.memmap) else result.nbytes
-        pending = PendingWrite(write, map_bytes, writer_bytes(result.nbytes) + THREAD_BYTES)
+        # nothing is written around the crop: those pages take no memory
+        resident_bytes = min(map_bytes, math.prod(planning.exact.cropped_shape) * result.itemsize)
+        pending = PendingWrite(write, map_bytes, resident_bytes, writer_bytes(result.nbytes) + THREAD_BYTES)
         planner, planned_bytes = planning.planner, pending.map_bytes + pending.writer_bytes
         with suppress(UsageError):  # told of when its turn comes
             facts = planner.facts_of_files("", *job.following, probabilities)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 
 from nnunet_lowmem import export, model_files, nnunet_adapter
@@ -29,7 +28,7 @@ from nnunet_lowmem.model_loading import Model, check_finite, load_model, uncompi
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
-from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
@@ -141,7 +140,6 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
         self.fast = fast and device.type == "cpu"
-        self.network_threads = usable_cores() if self.fast else self.network_threads
         self._fast_network: tuple[Any, FastNetwork | None] = (None, None)
         self.report = report
         self._html_report: HtmlReport | None = None
@@ -232,6 +230,9 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def _fast_threads(self) -> AbstractContextManager[object]:
         return nullcontext() if (fast := self._fast()) is None else fast.threads
 
+    def _threads_of_network(self) -> int:
+        return self.network_threads if self._fast() is None else usable_cores()
+
     def _tile_shape(self) -> tuple[int, ...]:
         return (1, self._input_channels(), *self.configuration_manager.patch_size)
 
@@ -249,10 +250,13 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             threads = stack.enter_context(RowThreads(self.kernel_threads))
             stack.enter_context(self._fast_threads())
             stack.enter_context(self._observed(clock))
-            stack.enter_context(clock.stage("prediction", grid.tile_count))
-            window = self._window(grid, threads, Place.VRAM if self.perform_everything_on_device else Place.RAM)
-            slabs = self._roll(case, grid, window, clock)
-            return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
+
+            def logits(place: Place) -> torch.Tensor:
+                with clock.stage("prediction", grid.tile_count):
+                    slabs = self._roll(case, grid, self._window(grid, threads, place), clock)
+                    return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
+
+            return near_device_or_in_ram(logits) if self.perform_everything_on_device else logits(Place.RAM)
 
     def _grid(self, case: PreprocessedCase) -> TileGrid:
         z, y, x = case.image.shape[1:]
@@ -260,11 +264,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _window(self, grid: TileGrid, threads: RowThreads, place: Place, folder: Path | None = None) -> RollingWindow:
         device = self.device if place is Place.VRAM else torch.device("cpu")
-        if self.use_gaussian:
-            patch = tuple(self.configuration_manager.patch_size)
-            importance = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
-        else:
-            importance = torch.ones(tuple(self.configuration_manager.patch_size), dtype=torch.half, device=device)
+        importance = nnunet_adapter.importance(self.configuration_manager, self.use_gaussian, device)
         heads = self.label_manager.num_segmentation_heads
         spill = folder if place is Place.DISK else None
         return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill)
@@ -301,7 +301,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
                 store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
             # nothing here holds the window but the recovery, which forgets it after the last slab
             passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
-            stack.enter_context(torch_threads(self.network_threads))
+            stack.enter_context(torch_threads(self._threads_of_network()))
             stack.enter_context(self._fast_threads())
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
 
@@ -387,7 +387,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.network.eval()
         try:
             self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None
-            with torch.inference_mode(), torch_threads(self.network_threads), self._fast_threads():
+            with torch.inference_mode(), torch_threads(self._threads_of_network()), self._fast_threads():
                 measured = measured_bytes(lambda: self._network_tile(tile), self.device)
         finally:
             self.allowed_mirroring_axes = axes

@@ -85,9 +85,11 @@ def measured_bytes(run: Callable[[], object], device: torch.device) -> int:
     peak, or the device has too little memory: the caller's estimate holds then.
     """
     if device.type == "cuda":
-        before = torch.cuda.memory_reserved(device)
-        torch.cuda.reset_peak_memory_stats(device)
         try:
+            run()  # cuDNN may look for its algorithms, which takes what it does not need afterwards
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(device)
+            torch.cuda.reset_peak_memory_stats(device)
             run()
         except torch.cuda.OutOfMemoryError:
             return 0

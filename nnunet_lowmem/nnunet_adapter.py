@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.preprocessing.resampling.default_resampling import (
     compute_new_shape,
     determine_do_sep_z_and_axis,
@@ -146,6 +147,15 @@ def check_reader(plans_manager: PlansManager) -> None:
 def input_channels(plans_manager: Any, configuration_manager: Any, dataset_json: dict[str, Any]) -> int:
     """Return the number of channels the network takes, those of a previous stage included."""
     return int(determine_num_input_channels(plans_manager, configuration_manager, dataset_json))
+
+
+def importance(configuration_manager: Any, gaussian: bool, device: torch.device) -> torch.Tensor:
+    """Return stock's weights of the voxels of a tile, half, of the shape of the patch."""
+    patch = tuple(configuration_manager.patch_size)
+    if not gaussian:
+        return torch.ones(patch, dtype=torch.half, device=device)
+    weights: torch.Tensor = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
+    return weights
 
 
 def write_run_files(

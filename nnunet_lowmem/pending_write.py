@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+_LOOK_S = 1.0
+
 
 class PendingWrite:
     """A case that is computed and not yet on the disk.
@@ -18,13 +20,16 @@ class PendingWrite:
     write : callable
         Writes the files, and forgets the label map when it returns.
     map_bytes : int
-        RAM that the label map takes.
+        RAM that the label map may take.
+    resident_bytes : int
+        What of it has been written to, and is in use for certain.
     writer_bytes : int
         What writing takes beside it.
     """
 
-    def __init__(self, write: Callable[[], None], map_bytes: int, writer_bytes: int) -> None:
+    def __init__(self, write: Callable[[], None], map_bytes: int, resident_bytes: int, writer_bytes: int) -> None:
         self.map_bytes = map_bytes
+        self.resident_bytes = resident_bytes
         self.writer_bytes = writer_bytes
         self._write: Callable[[], None] | None = write
         self._error: BaseException | None = None
@@ -50,8 +55,11 @@ class PendingWrite:
     def wait(self) -> None:
         """Return when it is over and the thread has ended."""
         self.start()
-        self._over.wait()
-        if self._thread is not None and self._thread.is_alive():
+        assert self._thread is not None, "it has begun"
+        while not self._over.wait(_LOOK_S):
+            if not self._thread.is_alive():  # a signal came before it could begin
+                self._run()
+        if self._thread.is_alive():
             self._thread.join()
 
     def result(self) -> None:
@@ -65,11 +73,16 @@ class PendingWrite:
             del error  # its frames would hold it, and this one is among them
 
     def _run(self) -> None:
+        """Write, unless that has begun elsewhere."""
+        write, self._write = self._write, None
+        if write is None:
+            return
         try:
-            if self._write is not None:
-                self._write()
+            write()
         except BaseException as error:  # whoever waits raises it
             self._error = error
+            if threading.current_thread() is not self._thread and not isinstance(error, Exception):
+                raise
         finally:
-            self._write = None
+            del write
             self._over.set()

@@ -312,6 +312,8 @@ class LowMemPredictor(CasePredictor):
             try:
                 return run_cases(jobs, predict, self.run_report, keep_going, self.on_case)
             finally:
+                if self._latest_write is not None:  # what is computed is kept, however the run ends
+                    self._latest_write.wait()
                 self._latest_write = None
 
     @contextmanager

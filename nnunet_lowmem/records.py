@@ -103,8 +103,17 @@ def fingerprint(description: Any, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _input_states(paths: Sequence[Path]) -> dict[str, list[int]]:
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+def _input_states(paths: Sequence[Path]) -> list[list[str | int]]:
+    """Name, size and time of change in the order of the inputs; a name alone where a file is missing."""
+    return [_state(path) for path in paths]
+
+
+def _state(path: Path) -> list[str | int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return [path.name]
+    return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def _checksum(path: Path) -> str:

@@ -79,9 +79,7 @@ class Recovery:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                # its frames hold what was allocated until then
-                traceback.clear_frames(error.__traceback__)
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = _reason(error)
                 place = Place.RAM if is_about_ram(error) else Place.VRAM
             self._step_down(place, reason)
 
@@ -120,6 +118,12 @@ def is_about_ram(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (type(error) is RuntimeError and _CPU_ALLOCATOR in str(error))
 
 
+def _reason(error: BaseException) -> str:
+    """Return what an error says, and let go of what was allocated until then: its frames hold it."""
+    traceback.clear_frames(error.__traceback__)
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _what_changes(plan: Plan, stage: Stage) -> str:
     chosen = plan.placement
     if stage is not Stage.PREDICTION:
@@ -135,3 +139,13 @@ def _fixed(plan: Plan, stage: Stage) -> tuple[object, ...]:
     """Return what cannot be changed while a case is predicted; before, nothing is fixed."""
     chosen = plan.placement
     return (chosen.image, chosen.label_map, chosen.planes, chosen.threads) if stage is Stage.PREDICTION else ()
+
+
+def near_device_or_in_ram(attempt: Callable[[Place], T]) -> T:
+    """Return ``attempt(VRAM)``, or ``attempt(RAM)`` where the device has too little memory, as stock does."""
+    try:
+        return attempt(Place.VRAM)
+    except torch.cuda.OutOfMemoryError as error:
+        _logger.warning("VRAM ran out (%s): once more with all logits in RAM", _reason(error))
+    torch.cuda.empty_cache()
+    return attempt(Place.RAM)

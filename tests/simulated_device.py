@@ -132,6 +132,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.capacity_bytes = capacity_bytes
         self.allowed_bytes: float = 2**60
         self.live_bytes = self.peak_bytes = 0
+        # with what is kept for the next tensors
+        self.reserved_bytes = self.peak_reserved_bytes = 0
         self.waits: list[str] = []
         self.may_not_wait = False
         self.copies: list[Copy] = []
@@ -209,12 +211,27 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise torch.OutOfMemoryError(f"CUDA out of memory (simulated). Tried to allocate {size_bytes} bytes")
         self.live_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.reserved_bytes = max(self.reserved_bytes, self.live_bytes)
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         block = Block(self)
         weakref.finalize(block, self._release, size_bytes).atexit = False
         return DeviceTensor(held, block)
 
     def _release(self, size_bytes: int) -> None:
         self.live_bytes -= size_bytes
+
+    def empty_cache(self) -> None:
+        """Give back what is kept of tensors that are gone."""
+        self.reserved_bytes = self.live_bytes
+
+    def reset_peaks(self) -> None:
+        self.peak_bytes, self.peak_reserved_bytes = self.live_bytes, self.reserved_bytes
+
+    def limit(self, share: float, total_bytes: int, number: int) -> None:
+        """Let torch allocate no more than a share; as in torch, the device is meant by its number."""
+        assert isinstance(number, int)
+        self.empty_cache()
+        self.allowed_bytes = share * total_bytes
 
     def _lock(self, tensor: torch.Tensor) -> None:
         self.pinned[tensor.untyped_storage().data_ptr()] = weakref.ref(tensor)
@@ -295,16 +312,17 @@ def simulated_device(
         "_lazy_init": lambda: None,
         "Event": lambda: Event(simulated),
         "current_stream": lambda device=None: None,
-        "mem_get_info": lambda device=None: (total - simulated.live_bytes, total),
-        "memory_reserved": lambda device=None: simulated.live_bytes,
-        "max_memory_reserved": lambda device=None: simulated.peak_bytes,
-        "reset_peak_memory_stats": lambda device=None: setattr(simulated, "peak_bytes", simulated.live_bytes),
+        "current_device": lambda: 0,
+        "mem_get_info": lambda device=None: (total - simulated.reserved_bytes, total),
+        "memory_reserved": lambda device=None: simulated.reserved_bytes,
+        "max_memory_reserved": lambda device=None: simulated.peak_reserved_bytes,
+        "reset_peak_memory_stats": lambda device=None: simulated.reset_peaks(),
         "synchronize": lambda device=None: simulated.complete(simulated.copies),
         "max_memory_allocated": lambda device=None: simulated.peak_bytes,
         "get_per_process_memory_fraction": lambda device=None: simulated.allowed_bytes / total,
-        "set_per_process_memory_fraction": lambda share, device: setattr(simulated, "allowed_bytes", share * total),
+        "set_per_process_memory_fraction": lambda share, device: simulated.limit(share, total, device),
         "set_sync_debug_mode": lambda mode: setattr(simulated, "may_not_wait", mode == "error"),
-        "empty_cache": lambda: None,
+        "empty_cache": simulated.empty_cache,
     }
     compute_gaussian.cache_clear()
     with pytest.MonkeyPatch.context() as patch, simulated:

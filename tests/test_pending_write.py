@@ -15,6 +15,7 @@ from oracle import make_predictor, read_voxels
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError, WriteError
+from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.reporting import FAILURES_FILE
 
 NAMES = ("head", "small", "head_margin")
@@ -130,6 +131,77 @@ def test_case_before_is_written_although_the_next_is_cancelled(model, cases, tmp
         watched.predict(cases, tmp_path)
     assert list(label_maps(tmp_path)) == ["head.nii.gz"]
     assert [report.case for report in watched.told] == ["head"]
+
+
+def test_finished_case_is_written_although_its_report_is_cancelled(model, cases, tmp_path, monkeypatch):
+    """By a button, or a signal, after it is held back and before the next case begins."""
+
+    class CancelledError(Exception):
+        pass
+
+    watched = Watched(model, monkeypatch, report=True)
+    watched.next_case_runs.set()
+
+    def cancel(progress) -> None:
+        if progress.stage == "report":
+            raise CancelledError
+
+    watched.predictor.on_progress = cancel
+    with pytest.raises(CancelledError):
+        watched.predict(cases, tmp_path)
+    assert list(label_maps(tmp_path)) == ["head.nii.gz"]
+
+
+def test_case_is_kept_although_the_one_before_ends_the_run(model, cases, tmp_path, monkeypatch):
+    """The first is still being written when the second is computed, and fails then."""
+    watched = Watched(model, monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), continue_on_error=False)
+    note = watched.note
+
+    def later(progress) -> None:
+        if (progress.case, progress.stage, progress.done) != (NAMES[1], "writing", 0):
+            watched.events.append((progress.case, progress.stage, progress.done))
+        else:
+            note(progress)
+            watched.next_case_runs.set()
+
+    watched.predictor.on_progress = later
+    with pytest.raises(WriteError, match="No space left"):
+        watched.predict(cases, tmp_path)
+    assert list(label_maps(tmp_path)) == ["small.nii.gz"]
+
+
+class TestSignalWhileAThreadIsStarted:
+    """As if the handler ran at the worst moment."""
+
+    def test_before_the_thread_runs(self, monkeypatch):
+        written = []
+        pending = PendingWrite(lambda: written.append(1), 0, 0, 0)
+
+        def interrupted(thread) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pending.start()
+        pending.wait()
+        assert written == [1]
+        pending.result()
+
+    def test_while_it_is_written_where_no_thread_can_be_had(self, monkeypatch):
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        def refused(thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        pending = PendingWrite(interrupted, 0, 0, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            with pytest.raises(KeyboardInterrupt):
+                pending.start()
+        with pytest.raises(KeyboardInterrupt):
+            pending.result()
 
 
 def test_written_first_where_there_is_no_room_for_both(model, cases, tmp_path, monkeypatch):

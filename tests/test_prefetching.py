@@ -11,7 +11,7 @@ import pytest
 from factory import ModelSpec
 from oracle import make_predictor, read_voxels
 
-from nnunet_lowmem import LowMemPredictor, prefetching
+from nnunet_lowmem import LowMemPredictor, budget, prefetching
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.workers import Worker, WorkerStartError
 
@@ -88,3 +88,28 @@ def test_bad_input_in_the_worker_is_reported_as_in_process(cases, models, tmp_pa
     with pytest.raises(CasesFailedError, match=r"case broken, preprocessing: .*broken_0000\.nii\.gz"):
         predict(models(ModelSpec(), cases[0]), [cases[0], [str(broken)]], tmp_path / "out", prefetch=True)
     assert (tmp_path / "out" / "head.nii.gz").exists()
+
+
+def test_bad_first_case_costs_itself_and_no_prefetching(cases, models, tmp_path, monkeypatch):
+    started = []
+
+    class Counted(Worker):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self.pid)
+
+    monkeypatch.setattr(prefetching, "Worker", Counted)
+    broken = tmp_path / "broken_0000.nii.gz"
+    broken.write_bytes(b"no image")
+    with pytest.raises(CasesFailedError, match=r"1 of 3 cases failed: case broken, preprocessing: .*broken_0000"):
+        predict(models(ModelSpec(), cases[0]), [[str(broken)], *cases[:2]], tmp_path / "out", prefetch=True)
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+    assert started
+
+
+def test_no_prefetching_where_the_temporary_folder_is_in_ram(cases, models, tmp_path, monkeypatch):
+    """The worker would hand its image over in a file there."""
+    monkeypatch.setattr(budget, "_IN_MEMORY", (budget._file_system(tmp_path),))
+    monkeypatch.setattr(prefetching, "Worker", lambda *args, **kwargs: pytest.fail("a worker was started"))
+    model = models(ModelSpec(), cases[0])
+    assert len(predict(model, cases[:2], tmp_path / "out", prefetch=True, tmp_dir=tmp_path)) == 2

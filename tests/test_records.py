@@ -62,6 +62,22 @@ def test_input_that_has_changed(what, done):
     assert done.standing() is Standing.CHANGED_INPUT
 
 
+def test_input_that_is_gone(done):
+    done.inputs[0].unlink()
+    assert done.standing() is Standing.CHANGED_INPUT
+
+
+def test_inputs_of_one_name_in_two_folders(done, tmp_path):
+    (tmp_path / "PET").mkdir()
+    second = tmp_path / "PET" / "in.nii.gz"
+    second.write_bytes(b"")
+    both = Recipe(done.outputs, (*done.inputs, second), "model")
+    both.write_record()
+    assert both.standing() is Standing.DONE
+    cut(done.inputs[0], 0.9)
+    assert both.standing() is Standing.CHANGED_INPUT
+
+
 def test_whole_file_without_a_record(done):
     done.record_file.unlink()
     assert done.standing() is Standing.UNRECORDED

@@ -22,6 +22,7 @@ from simulated_device import simulated_device
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.allocations import Place
+from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.sliding_window import RollingWindow, TileFeed
@@ -160,6 +161,42 @@ def test_vram_stays_within_what_was_asked_for(accelerator, images, models):
     assert len(placements) >= (2 if accelerator == DEVICE else 3)
     assert refusals
     assert all("VRAM" in refusal or "out of memory" in refusal for refusal in refusals)
+
+
+def test_what_torch_keeps_of_one_case_is_there_for_the_next(images, models):
+    """Only simulated, where the same is kept each time."""
+    files = images("head")
+    model = models(ModelSpec(labels=60, patch_size=PATCH), files)
+    plans: list[Plan] = []
+    with simulated_device():
+        predictor = make_predictor(LowMemPredictor, model, device=DEVICE, on_plan=plans.append, max_vram=48 << 20)
+        with deterministic():
+            predictor.predict_from_files_sequential([files, files, files], None)
+    assert len({plan.placement for plan in plans}) == 1
+    assert plans[2].projected_bytes(Place.VRAM) <= plans[1].projected_bytes(Place.VRAM)
+
+
+def test_limit_for_a_device_without_a_number():
+    """Which is what nnU-Net's predictor has unless it is told otherwise."""
+    with simulated_device(2**30) as device:
+        with vram_limit("256M", torch.device("cuda")):
+            assert device.allowed_bytes == 2**28
+        assert device.allowed_bytes == 2**30
+
+
+def test_all_logits_are_in_ram_where_the_device_has_no_room_for_them(images, models, caplog):
+    """The method that other tools call for all logits, as stock's."""
+    files = images("head")
+    model = models(ModelSpec(labels=60, patch_size=PATCH), files)
+    image = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 60, 50, 40), np.float32))
+    expected = make_predictor(LowMemPredictor, model).predict_sliding_window_return_logits(image)
+    with simulated_device(24 << 20):
+        predictor = make_predictor(LowMemPredictor, model, device=DEVICE)
+        predictor.network = predictor.network.to(DEVICE)
+        with torch.inference_mode():
+            logits = predictor.predict_sliding_window_return_logits(image)
+    assert "once more with all logits in RAM" in caplog.text
+    assert torch.equal(logits, expected)
 
 
 def test_a_device_that_has_less_than_it_says_costs_no_label(images, models, caplog):
