@@ -99,14 +99,15 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 def plot(points: list[dict[str, Any]], title: str, file: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     memory, time = figure.subplots(1, 2)
-    for side, style in (("ours", "-"), ("stock", "--")):
+    for side, line, inside in (("ours", "-", None), ("stock", "--", "white")):
+        style = {"linestyle": line, "marker": "o", "markerfacecolor": inside}
         chosen = [point for point in points if point["side"] == side]
         if not chosen:
             continue
         values = [point["value"] for point in chosen]
         ended = [number for number, point in enumerate(chosen) if point["stopped"]]
         peaks = [point["peak_bytes"] / 2**30 for point in chosen]
-        memory.plot(values, peaks, style, marker="o", color=COLOURS["peak RAM"], label=side)
+        memory.plot(values, peaks, color=COLOURS["peak RAM"], label=side, **style)
         memory.plot([values[n] for n in ended], [peaks[n] for n in ended], "^", color="black", markersize=9)
         whole = [point for point in chosen if not point["stopped"]]
         for name, stages in STAGES.items():
@@ -114,11 +115,11 @@ def plot(points: list[dict[str, Any]], title: str, file: Path) -> None:
                 sum(point["stages"].get(stage, {"seconds": 0})["seconds"] for stage in stages) for point in whole
             ]
             label = f"{name}, {side}"
-            time.plot([p["value"] for p in whole], seconds, style, marker="o", color=COLOURS[name], label=label)
+            time.plot([p["value"] for p in whole], seconds, color=COLOURS[name], label=label, **style)
     for axes, unit in ((memory, "peak RAM, GiB"), (time, "seconds")):
         axes.set(xlabel=title, ylabel=unit, ylim=(0, None), xlim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, handlelength=4)
     figure.savefig(file)
 
 
