@@ -152,7 +152,7 @@ ENSEMBLES = [
     # nnUNetv2_predict's default
     Row("five_folds", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=(0, 1, 2, 3, 4), slow=True),
     # order and selection are the caller's, also as the strings that the command line gives
-    Row("folds_selected", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=("3", "1")),
+    Row("folds_selected", ModelSpec(folds=(0, 1, 2, 3, 4), patch_size=(32, 32, 32)), folds=("3", "1"), slow=True),
     Row("folds_detected", ModelSpec(folds=(0, 2, "all")), folds=None, slow=True),
     Row("fold_all", ModelSpec(folds=("all",)), folds="all"),
     Row("folds_regions", ModelSpec(**REGIONS, folds=(0, 1, 2)), folds=(0, 1, 2), slow=True),
@@ -160,7 +160,7 @@ ENSEMBLES = [
     Row("mirror_012", ModelSpec(mirror_axes=(0, 1, 2), spacing=(6.0, 6.1, 6.2))),
     Row("mirror_12", ModelSpec(mirror_axes=(1, 2)), slow=True),
     Row("mirror_02", ModelSpec(mirror_axes=(0, 2)), slow=True),
-    Row("mirror_0", ModelSpec(mirror_axes=(0,))),
+    Row("mirror_0", ModelSpec(mirror_axes=(0,)), slow=True),
     Row("mirror_off", ModelSpec(mirror_axes=(0, 1, 2)), options={"use_mirroring": False}),
     Row("mirror_folds", ModelSpec(mirror_axes=(1,), folds=(0, 1)), folds=(0, 1), slow=True),
     # overlap from three quarters to none; none leaves n_predictions at a single Gaussian
@@ -168,7 +168,7 @@ ENSEMBLES = [
     Row("step_03", ModelSpec(patch_size=(36, 36, 36)), options={"tile_step_size": 0.3}),
     Row("step_07", options={"tile_step_size": 0.7}, slow=True),
     Row("step_1", options={"tile_step_size": 1.0}),
-    Row("no_gaussian", options={"use_gaussian": False}),
+    Row("no_gaussian", options={"use_gaussian": False}, slow=True),
     Row(
         "no_gaussian_step_1_folds",
         ModelSpec(folds=(0, 1)),
@@ -228,7 +228,7 @@ ARCHITECTURES = [
         classes=20,
         slow=True,
     ),
-    Row("torch_regions", ModelSpec(resampling="torch", **REGIONS), "head_margin"),
+    Row("torch_regions", ModelSpec(resampling="torch", **REGIONS), "head_margin", slow=True),
     # nnUNetPlannerResEncL_torchres_sepz: nearest-exact along z
     Row("torch_separate_z", ModelSpec(resampling="torch", patch_size=(6, 32, 32), spacing=(5.0, 2.0, 2.2)), "aniso"),
     Row("torch_2d", ModelSpec(**FLAT, resampling="torch")),
@@ -237,7 +237,7 @@ ARCHITECTURES = [
     # plans of nnU-Net 2.0 to 2.3: no architecture entry, modality instead of channel_names
     Row("legacy_plans", ModelSpec(legacy_plans=True)),
     # a trainer from nnU-Net's own variants
-    Row("trainer_variant", ModelSpec(trainer="nnUNetTrainerNoMirroring")),
+    Row("trainer_variant", ModelSpec(trainer="nnUNetTrainerNoMirroring"), slow=True),
     # three stages
     Row("three_stages", ModelSpec(features=(6, 8, 10), patch_size=(32, 32, 32)), slow=True),
 ]
@@ -254,6 +254,7 @@ READERS = [
         ModelSpec(reader="SimpleITKIOWithReorient", labels=300, patch_size=(32, 32, 32), spacing=(6.0, 6.0, 6.0)),
         "head_oblique",
         classes=150,
+        slow=True,
     ),
     Row("nibabel", ModelSpec(reader="NibabelIO"), "head_oblique"),
     Row("nibabel_nii", ModelSpec(reader="NibabelIO", file_ending=".nii"), "head_oblique", slow=True),

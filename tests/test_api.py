@@ -358,6 +358,7 @@ def test_importing_the_package_imports_neither_torch_nor_nnunet():
     assert modules_after("import nnunet_lowmem, nnunet_lowmem.errors").isdisjoint(heavy)
 
 
+@pytest.mark.slow
 def test_asking_for_the_predictor_imports_them():
     assert {"torch", "nnunetv2"} <= modules_after("from nnunet_lowmem import LowMemPredictor")
 

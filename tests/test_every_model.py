@@ -192,7 +192,7 @@ PLUGGED_IN = {
 }
 
 
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("regions", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", PLUGGED_IN)
 def test_unknown_class_or_function_equals_stock(kind: str, regions: bool, images, models, tmp_path: Path, monkeypatch):
     module, thing = PLUGGED_IN[kind]

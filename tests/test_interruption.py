@@ -67,7 +67,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, told", [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
+@pytest.mark.parametrize(
+    "number, told", [(signal.SIGTERM, "terminated"), pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.slow)]
+)
 def test_signal_ends_the_run_and_keeps_finished_cases(number, told, inputs, images, models, tmp_path):
     process = start(inputs, tmp_path / "out", models(ModelSpec(), images("head")))
     wait_for((tmp_path / "out/0.nii.gz").exists, process)
@@ -94,6 +96,7 @@ def test_signal_while_the_case_before_is_written(inputs, images, models, tmp_pat
     assert not list((tmp_path / "out").glob(".partial*"))
 
 
+@pytest.mark.slow
 def test_reader_of_the_output_that_goes_away(inputs, images, models, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

@@ -259,6 +259,7 @@ def test_writing_beside_the_next_case_is_inside_the_budget(predict):
     assert not any(before in [name for name, _, _ in case["allocations"]] for case in tight["cases"])
 
 
+@pytest.mark.slow
 def test_a_case_below_the_smallest_budget_is_refused_before_work(predict):
     told = predict("tiny", max_ram=100 * MIB)
     assert told["cases"] == []

@@ -354,6 +354,7 @@ def test_the_variable_is_enough_and_its_line_says_so():
     )
 
 
+@pytest.mark.slow
 def test_unknown_name_in_the_variable_stops_the_import_of_nnunet():
     done = python(
         "import nnunet_lowmem.startup\ntry:\n    import nnunetv2.inference.predict_from_raw_data\n"
