@@ -312,9 +312,16 @@ class LowMemPredictor(CasePredictor):
             try:
                 return run_cases(jobs, predict, self.run_report, keep_going, self.on_case)
             finally:
-                if self._latest_write is not None:  # what is computed is kept, however the run ends
-                    self._latest_write.wait()
-                self._latest_write = None
+                latest, self._latest_write = self._latest_write, None
+                if latest is not None:
+                    self._keep(latest)
+
+    def _keep(self, latest: PendingWrite) -> None:
+        """Let the files of the last case be written, however the run ends; the case loop has told of most failures."""
+        try:
+            latest.result()
+        except Exception as error:
+            logger.error("the case that was finished last could not be written: %s", error)
 
     @contextmanager
     def _in_temporary_folder(self) -> Iterator[Path]:
