@@ -133,13 +133,14 @@ def test_case_before_is_written_although_the_next_is_cancelled(model, cases, tmp
     assert [report.case for report in watched.told] == ["head"]
 
 
-def test_finished_case_is_written_although_its_report_is_cancelled(model, cases, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=["written", "fails"])
+def test_finished_case_is_not_lost_although_its_report_is_cancelled(model, cases, tmp_path, monkeypatch, caplog, error):
     """By a button, or a signal, after it is held back and before the next case begins."""
 
     class CancelledError(Exception):
         pass
 
-    watched = Watched(model, monkeypatch, report=True)
+    watched = Watched(model, monkeypatch, error, report=True)
     watched.next_case_runs.set()
 
     def cancel(progress) -> None:
@@ -149,7 +150,8 @@ def test_finished_case_is_written_although_its_report_is_cancelled(model, cases,
     watched.predictor.on_progress = cancel
     with pytest.raises(CancelledError):
         watched.predict(cases, tmp_path)
-    assert list(label_maps(tmp_path)) == ["head.nii.gz"]
+    assert list(label_maps(tmp_path)) == ([] if error else ["head.nii.gz"])
+    assert ("finished last could not be written" in caplog.text) is bool(error)
 
 
 def test_case_is_kept_although_the_one_before_ends_the_run(model, cases, tmp_path, monkeypatch):
