@@ -30,9 +30,10 @@ from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
 from nnunet_lowmem.reporting import CaseReport
-from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
+from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads, usable_cores
+from nnunet_lowmem.tiles import TileSource
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import PreprocessedCase

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,83 +23,12 @@ from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiles import TileFeed, TileSource
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.transfers import HostBuffer
-from nnunet_lowmem.types import PreprocessedCase, Shape3
+from nnunet_lowmem.types import Shape3
 
 TileNetwork = Callable[[torch.Tensor], torch.Tensor]
-
-
-class TileSource:
-    """Cuts network input out of a preprocessed case.
-
-    Padding and, in a cascade, the one-hot encoding of the previous stage are made per tile; neither ever exists for the
-    whole volume.
-
-    Parameters
-    ----------
-    case : PreprocessedCase
-    grid : TileGrid
-    stage_labels : sequence of int
-        Foreground labels of the previous stage, one extra channel each; empty without a cascade.
-    """
-
-    def __init__(self, case: PreprocessedCase, grid: TileGrid, stage_labels: Sequence[int] = ()) -> None:
-        self._case = case
-        self._grid = grid
-        self._stage_labels = stage_labels if case.previous_stage is not None else ()
-
-    def tile(self, start: Shape3, buffer: HostBuffer | None = None) -> torch.Tensor:
-        """Return the tile at `start` (padded coordinates) as float32, shape (1, channels, *patch_size).
-
-        It is in the memory of `buffer` if one is given.
-        """
-        image = self._case.image
-        inside, target = self._overlap(start)
-        shape = (image.shape[0] + len(self._stage_labels), *self._grid.tile_shape)
-        tile = torch.zeros(shape) if buffer is None else buffer.room(shape, torch.float32).zero_()
-        view = tile.numpy()[(slice(None), *target)]
-        view[: image.shape[0]] = image[(slice(None), *inside)]
-        if self._case.previous_stage is not None:
-            stage = self._case.previous_stage[inside]
-            for channel, label in enumerate(self._stage_labels, start=image.shape[0]):
-                view[channel] = stage == label
-        return tile[:, 0][None] if self._grid.flat else tile[None]
-
-    def _overlap(self, start: Shape3) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        inside, target = [], []
-        for axis in range(3):
-            first = start[axis] - self._grid.padding[axis]
-            low = max(first, 0)
-            high = min(first + self._grid.tile_shape[axis], self._grid.image_shape[axis])
-            inside.append(slice(low, high))
-            target.append(slice(low - first, high - first))
-        return tuple(inside), tuple(target)
-
-
-class TileFeed:
-    """Brings tiles to the network's device.
-
-    On CUDA the host runs ahead of the device: two buffers in turn, so that a tile is cut out of the image while the
-    network works on the one before, and at most two tiles are ahead.
-
-    Parameters
-    ----------
-    source : TileSource
-    device : torch.device
-    """
-
-    def __init__(self, source: TileSource, device: torch.device) -> None:
-        self._source = source
-        self._device = device
-        self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
-
-    def tile(self, start: Shape3) -> torch.Tensor:
-        """Return the tile at `start` on the device; the host does not wait for it to arrive."""
-        if self._device.type != "cuda":
-            return self._source.tile(start).to(self._device)
-        buffer = next(self._buffers)
-        return buffer.send(self._source.tile(start, buffer))
 
 
 class RollingWindow:

@@ -36,7 +36,7 @@ preprocessing_memory sliding_window
 preprocessing nnunet_adapter model_loading fast_network workers budget
 input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
-records label_comparison measured_command
+records label_comparison measured_command tiles
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory

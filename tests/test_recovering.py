@@ -18,8 +18,9 @@ from nnunet_lowmem.network_memory import LiveTensorBytes
 from nnunet_lowmem.planner import all_plans, plan_case
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.resampling import resampling_tables
-from nnunet_lowmem.sliding_window import RollingWindow, TileSource, roll
+from nnunet_lowmem.sliding_window import RollingWindow, roll
 from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiles import TileSource
 from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 

@@ -24,9 +24,10 @@ from nnunet_lowmem.errors import ModelError, NonFiniteLogitsError
 from nnunet_lowmem.export import collect_slabs
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.network_memory import LiveTensorBytes
-from nnunet_lowmem.sliding_window import RollingWindow, TileSource, average_folds, roll
+from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.tiles import TileSource
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 

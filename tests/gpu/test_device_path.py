@@ -25,7 +25,8 @@ from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.planner import Plan
-from nnunet_lowmem.sliding_window import RollingWindow, TileFeed
+from nnunet_lowmem.sliding_window import RollingWindow
+from nnunet_lowmem.tiles import TileFeed
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 
