@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -192,3 +195,20 @@ def duration(seconds: float) -> str:
 
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def facts_of(predictor: Any) -> dict[str, str]:
+    """Name what the labels and the times of a run depend on."""
+    mirrored = predictor.use_mirroring and bool(predictor.allowed_mirroring_axes)
+    patch = " × ".join(map(str, predictor.configuration_manager.patch_size))
+    plans = predictor.plans_manager
+    facts = {
+        "model": f"{plans.dataset_name}, {predictor.trainer_name}, {plans.plans_name}",
+        "heads": str(predictor.label_manager.num_segmentation_heads),
+        "checkpoints": str(len(predictor.list_of_parameters or [0])),
+        "tiles": f"{patch} voxels, step {predictor.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
+        "device": str(predictor.device),
+        "budget asked for": f"RAM {predictor.max_ram or 'not limited'}, VRAM {predictor.max_vram or 'not limited'}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+    return facts | {name: version(name) for name in ("nnunetv2", "torch", "numpy")}

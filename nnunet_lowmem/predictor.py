@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from nnunet_lowmem.cases import Job, in_a_row, job_of_item, unless_misnumbered
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
-from nnunet_lowmem.html_report import HtmlReport
+from nnunet_lowmem.html_report import HtmlReport, facts_of
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.progress import logging_prints, on_terminal
@@ -275,25 +272,10 @@ class LowMemPredictor(CasePredictor):
             return
         with ExitStack() as stack:
             folder = stack.enter_context(temporary_folder(self.tmp_dir))
-            page = HtmlReport(nnunet_adapter.output_folder(target), folder, self._facts(), self.run_report)
+            page = HtmlReport(nnunet_adapter.output_folder(target), folder, facts_of(self), self.run_report)
             self._html_report = stack.enter_context(page)
             stack.callback(setattr, self, "_html_report", None)
             yield
-
-    def _facts(self) -> dict[str, str]:
-        """Name what the labels and the times depend on."""
-        mirrored = self.use_mirroring and bool(self.allowed_mirroring_axes)
-        patch = " × ".join(map(str, self.configuration_manager.patch_size))
-        facts = {
-            "model": f"{self.plans_manager.dataset_name}, {self.trainer_name}, {self.plans_manager.plans_name}",
-            "heads": str(self.label_manager.num_segmentation_heads),
-            "checkpoints": str(len(self.list_of_parameters or [0])),
-            "tiles": f"{patch} voxels, step {self.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
-            "device": str(self.device),
-            "budget asked for": f"RAM {self.max_ram or 'not limited'}, VRAM {self.max_vram or 'not limited'}",
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        }
-        return facts | {name: version(name) for name in ("nnunetv2", "torch", "numpy")}
 
     # -- cases in a row ----------------------------------------------------------------------------------------------
 
