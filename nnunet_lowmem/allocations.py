@@ -142,6 +142,8 @@ class CaseFacts:
         Where the preprocessed image is, once it exists.
     next_stages_bytes : int
         Labels for the next stages of a cascade, which are made along with a validation.
+    held_logits_bytes : int
+        All logits, where somebody else makes them.
     """
 
     name: str
@@ -156,6 +158,7 @@ class CaseFacts:
     export_bytes: int = 0
     image_place: Place | None = None
     next_stages_bytes: int = 0
+    held_logits_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,9 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     yield from _window_allocations(model, case, placement, compute, with_window)
     if case.next_stages_bytes:
         yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)
+    if case.held_logits_bytes:
+        held = case.held_logits_bytes
+        yield Allocation("all logits, which an overridden method makes", ram, held, (Stage.PREDICTION, Stage.EXPORT))
     yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
     yield Allocation("writer's copy of the label map", ram, writer_bytes(label_map_bytes), (Stage.WRITING,))
     if not case.streams:

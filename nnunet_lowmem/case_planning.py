@@ -37,6 +37,8 @@ class ModelDescription:
     device : str
         Type of the network's device.
     window_on_device : bool
+    holds_logits : bool
+        Somebody else makes the logits, or takes part in it: all of a case are in RAM at once.
     """
 
     plans: Any
@@ -45,6 +47,7 @@ class ModelDescription:
     step_size: float
     device: str
     window_on_device: bool
+    holds_logits: bool = False
 
 
 class CasePlanner:
@@ -164,6 +167,9 @@ class CasePlanner:
         described = self.description
         channels = len(preprocessing.normalisers(described.plans, described.configuration))
         streams, export = self._export(geometry, spacing, probabilities)
+        network = math.prod(geometry.network_shape)
+        # with several folds, the sum and those of one fold
+        held = _HALF_BYTES * self.model.heads * network * min(self.model.folds, 2) if described.holds_logits else 0
         return CaseFacts(
             name=name,
             grid=tile_grid(geometry.network_shape, tuple(described.configuration.patch_size), described.step_size),
@@ -172,8 +178,9 @@ class CasePlanner:
             streams=streams,
             reading_bytes=inputs.reading,
             preprocessing_bytes=inputs.preprocessing,
-            image_bytes=channels * _SINGLE_BYTES * math.prod(geometry.network_shape),
+            image_bytes=channels * _SINGLE_BYTES * network,
             export_bytes=export,
+            held_logits_bytes=held,
         )
 
     def _export(self, geometry: CaseGeometry, spacing: Sequence[float], probabilities: bool) -> tuple[bool, int]:
@@ -183,10 +190,11 @@ class CasePlanner:
             math.prod(s) for s in (geometry.original_shape, geometry.cropped_shape, geometry.network_shape)
         )
         rule = nnunet_adapter.label_rule(described.labels)
-        if rule is None:  # stock converts all logits at once: float64, halves, float32 of the activation
-            return False, heads * (10 * network + 6 * cropped) + 12 * original
         properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
         resampling = nnunet_adapter.logits_resampling(described.plans, described.configuration, geometry, properties)
+        if rule is None or not resampling.per_head:
+            # stock converts all logits at once: float64, halves, float32 of the activation
+            return False, heads * (10 * network + 6 * cropped) + 12 * original
         if nnunet_adapter.streams(resampling, rule, probabilities):
             return True, 0
         by_softmax = nnunet_adapter.takes_softmax(rule, probabilities)

@@ -11,28 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter
+from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter, stock_calls
 from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, CaseFacts, Place, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
-from nnunet_lowmem.cases import Job
+from nnunet_lowmem.cases import Job, job_of_item
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
-from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
+from nnunet_lowmem.labelling import LabelRule, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.overlays import overlays
+from nnunet_lowmem.overrides import Step, replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.spill import PlaneStore
-from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.threads import RowThreads, torch_threads
+from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.warming import warm_up
 
@@ -98,7 +100,7 @@ class CasePredictor(LogitsPredictor):
             planner = planner.with_pending(pending.map_bytes + pending.writer_bytes)
             budget = replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - pending.resident_bytes)
         header = None
-        if job.files is not None:
+        if job.files is not None and not replaced(self, Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
                 header = planner.facts_of_files(job.name, *job.files, probabilities)
         self._planning = CasePlanning(planner, budget, folder, header)
@@ -148,6 +150,7 @@ class CasePredictor(LogitsPredictor):
             self.tile_step_size,
             self.device.type,
             self.perform_everything_on_device,
+            bool(replaced(self, Step.LOGITS, Step.WINDOW)),
         )
 
     def _plan(self, case: PreprocessedCase, name: str, planning: CasePlanning, probabilities: bool) -> Plan:
@@ -174,10 +177,10 @@ class CasePredictor(LogitsPredictor):
     ) -> tuple[Result, Plan]:
         """Segmentation of a preprocessed case, in the axis order and grid of the file.
 
-        Probabilities are returned, or written where the job has an output.
+        Probabilities are returned, or written where the job has an output. None where all files are written.
         """
         geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
-        rule = nnunet_adapter.label_rule(self.label_manager)
+        rule = self._label_rule(job)
         resampling = nnunet_adapter.logits_resampling(
             self.plans_manager, self.configuration_manager, geometry, case.properties
         )
@@ -189,9 +192,16 @@ class CasePredictor(LogitsPredictor):
             recovery = stack.enter_context(planning.recovery(plan))
             threads = stack.enter_context(RowThreads(plan.placement.threads))
             stack.enter_context(clock.stage("prediction", self._tiles(grid)))
-            slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
-            if rule is None:
-                return self._convert_as_stock(slabs, case, clock, probabilities), plan
+            held = self._held_logits(case)
+            if held is None:
+                slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
+            elif self._are_plain(held, grid):
+                slabs = iter([export.whole_slab(held.contiguous())])
+            else:
+                return self._convert_as_stock(held, case, job, clock, probabilities), plan
+            if rule is None or not resampling.per_head:
+                logits = export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
+                return self._convert_as_stock(logits.cpu(), case, job, clock, probabilities), plan
             limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
             targets = next_stages.targets(case, self.plans_manager, self.configuration_manager)
             slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery, folder)
@@ -243,22 +253,46 @@ class CasePredictor(LogitsPredictor):
         nnunet_adapter.write_properties(properties, job.output + ".pkl")
         return self._to_file_axes(labels)
 
+    def _label_manager(self, job: Job) -> Any:
+        """Return the label manager that stock asks: where it writes files, it makes a new one."""
+        return self.label_manager if job.output is None else self.plans_manager.get_label_manager(self.dataset_json)
+
+    def _label_rule(self, job: Job) -> LabelRule | None:
+        """How logits become labels; None where nnU-Net's, or somebody's, functions have to be asked."""
+        return None if replaced(self, Step.EXPORT) else nnunet_adapter.label_rule(self._label_manager(job))
+
+    def _held_logits(self, case: PreprocessedCase) -> Any:
+        """All logits of a case, as nnU-Net's method returns them, where somebody else takes part in making them."""
+        if not replaced(self, Step.LOGITS, Step.WINDOW):
+            return None
+        data = stock_calls.network_input(case, self.label_manager)
+        with torch_threads(self._threads_of_network()):
+            logits = self.predict_logits_from_preprocessed_data(data)
+        return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
+
+    def _are_plain(self, logits: Any, grid: TileGrid) -> bool:
+        """Whether our kernels may read logits that somebody else has made."""
+        shape = (self.label_manager.num_segmentation_heads, *grid.image_shape)
+        plain = isinstance(logits, torch.Tensor) and logits.dtype == torch.half and tuple(logits.shape) == shape
+        return plain and all(bool(torch.isfinite(head).all()) for head in logits)
+
     def _convert_as_stock(
-        self, slabs: Iterator[LogitsSlab], case: PreprocessedCase, clock: StageClock, probabilities: bool
+        self, logits: Any, case: PreprocessedCase, job: Job, clock: StageClock, probabilities: bool
     ) -> Result:
-        """Hold all logits and let stock convert them: for label managers whose rule is not known here."""
-        logger.warning(
-            "label manager %s is not nnU-Net's own: all logits are held for it, so memory is not bounded",
-            type(self.label_manager).__name__,
-        )
-        shape = self._grid(case).image_shape
-        logits = export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, shape)
+        """Let nnU-Net's functions convert all logits at once, or what stands in their place; None where these wrote."""
         with clock.stage("export"):
-            return convert_predicted_logits_to_segmentation_with_correct_shape(  # type: ignore[no-any-return]  # stock's
-                logits.cpu().numpy(),
+            if job.output is not None and replaced(self, Step.EXPORT):
+                stock_calls.export_as_stock(
+                    logits, case.properties, self.plans_manager, self.configuration_manager, self.dataset_json,
+                    job.output, probabilities,
+                )  # fmt: skip
+                return None
+            convert = stock_calls.conversion(writes=job.output is not None)
+            return convert(  # type: ignore[no-any-return]  # stock's
+                logits,
                 self.plans_manager,
                 self.configuration_manager,
-                self.label_manager,
+                self._label_manager(job),
                 case.properties,
                 return_probabilities=probabilities,
             )
@@ -290,6 +324,15 @@ class CasePredictor(LogitsPredictor):
             verbose=self.verbose_preprocessing,
             accept_nan=self.accept_nan,
         )
+
+    def _preprocess_by_adapter(
+        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
+    ) -> PreprocessedCase:
+        item = stock_calls.item_of_adapter(
+            image, previous_stage, properties, self.plans_manager, self.dataset_json, self.configuration_manager,
+            self.verbose,
+        )  # fmt: skip
+        return job_of_item(item).load()
 
     def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
         """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""

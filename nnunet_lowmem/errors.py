@@ -39,6 +39,10 @@ class NonFiniteLogitsError(LowMemError, RuntimeError):
     """The accumulated logits hold infinity or NaN; stock nnU-Net raises RuntimeError for infinity, too."""
 
 
+class NetworkOutputError(LowMemError, RuntimeError):
+    """The network made something else of a tile than logits of its shape; stock raises RuntimeError, too."""
+
+
 class WorkerError(LowMemError):
     """A worker process failed, died or stalled."""
 

@@ -97,6 +97,12 @@ def collect_slabs(slabs: Iterable[LogitsSlab], heads: int, shape: tuple[int, ...
     return result
 
 
+def whole_slab(logits: torch.Tensor) -> LogitsSlab:
+    """Take logits that exist as a whole, half and contiguous, shape (heads, z, y, x), for the only slab of a case."""
+    z, y, x = logits.shape[1:]
+    return LogitsSlab(axis=0, start=0, stop=z, first=0, buffer=logits, origin=(0, 0, 0), shape=(z, y, x))
+
+
 def label_heads(heads: Iterable[NDArray[Any]], geometry: CaseGeometry, rule: LabelRule) -> NDArray[Any]:
     """Label head after head: for resampling functions that are not known as tables.
 

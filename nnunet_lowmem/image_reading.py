@@ -22,8 +22,10 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from numpy.typing import NDArray
 
+from nnunet_lowmem import overrides
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.finite_voxels import check_values
+from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.stored_voxels import (
     KNOWN_ENDINGS,
     is_nifti,
@@ -67,9 +69,9 @@ def read_channels(
         If a file cannot be read as one scalar image, or the files do not lie on one grid.
     """
     if all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
-        if reader is SimpleITKIO:
+        if reader is SimpleITKIO and not overrides.found(Step.READING, reader):
             return _read_with_simpleitk(files, accept_nan)
-        if reader is NibabelIO:
+        if reader is NibabelIO and not overrides.found(Step.READING, reader):
             return _read_with_nibabel(files, accept_nan)
         for file in files:
             check_stored(file, accept_nan)

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.helpers import empty_cache
 
-from nnunet_lowmem import export, model_files, nnunet_adapter
+from nnunet_lowmem import export, model_files, nnunet_adapter, stock_calls
 from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.clock import Progress, StageClock
-from nnunet_lowmem.errors import LowMemError, ModelError, NonFiniteLogitsError
+from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.fast_network import FastNetwork, fast_network
 from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import Model, check_finite, load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
+from nnunet_lowmem.overrides import Step, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
@@ -86,8 +86,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     """
 
     network: Any
-    #: At most; stock sets it for predictions and not for validations.
-    network_threads: int = default_num_processes
+    #: At most; None takes stock's number, which it sets for predictions and not for validations.
+    network_threads: int | None = None
 
     def __init__(
         self,
@@ -149,6 +149,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         self.on_case = on_case
         self.on_progress = on_progress
 
+    @unless_replaced
     def initialize_from_trained_model_folder(
         self,
         model_training_output_dir: str,
@@ -223,7 +224,9 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
-        if self.fast and self._fast_network[0] is not self.network:
+        if not self.fast or replaced(self, Step.NETWORK):
+            return None
+        if self._fast_network[0] is not self.network:
             made = fast_network(uncompiled(self.network), self._tile_shape(), self.kernel_threads)
             self._fast_network = self.network, made
         return self._fast_network[1]
@@ -232,16 +235,21 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         return nullcontext() if (fast := self._fast()) is None else fast.threads
 
     def _threads_of_network(self) -> int:
-        return self.network_threads if self._fast() is None else usable_cores()
+        if self._fast() is not None:
+            return usable_cores()
+        return stock_calls.network_threads() if self.network_threads is None else self.network_threads
 
     def _tile_shape(self) -> tuple[int, ...]:
         return (1, self._input_channels(), *self.configuration_manager.patch_size)
 
+    @unless_replaced
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """Return the logits of the current weights, half, shape (heads, z, y, x): stock's method, stock's bits.
 
         All heads on the whole grid are what the caller asks for here; `predict_from_files` never makes them.
         """
+        if replaced(self, Step.WINDOW):
+            return super().predict_sliding_window_return_logits(input_image)  # type: ignore[no-any-return]  # stock's
         assert isinstance(input_image, torch.Tensor)
         assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
         case = PreprocessedCase(input_image.cpu().numpy(), None, {})
@@ -265,7 +273,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _window(self, grid: TileGrid, threads: RowThreads, place: Place, folder: Path | None = None) -> RollingWindow:
         device = self.device if place is Place.VRAM else torch.device("cpu")
-        importance = nnunet_adapter.importance(self.configuration_manager, self.use_gaussian, device)
+        importance = stock_calls.importance(self.configuration_manager, self.use_gaussian, device)
         heads = self.label_manager.num_segmentation_heads
         spill = folder if place is Place.DISK else None
         return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill)
@@ -329,8 +337,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
     def _naming_fold(self, slabs: Iterator[LogitsSlab], number: int) -> Iterator[LogitsSlab]:
         try:
             yield from slabs
-        except NonFiniteLogitsError as error:
-            raise NonFiniteLogitsError(f"{self._weights_name(number)}: {error}") from error
+        except (NonFiniteLogitsError, NetworkOutputError) as error:
+            raise type(error)(f"{self._weights_name(number)}: {error}") from error
 
     def _tiles(self, grid: TileGrid) -> int:
         """Tiles of all folds."""

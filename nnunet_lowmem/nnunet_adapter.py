@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.preprocessing.resampling.default_resampling import (
     compute_new_shape,
     determine_do_sep_z_and_axis,
@@ -31,10 +30,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, deter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
+from nnunet_lowmem import overrides
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.files import atomic_output, remove_stale
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.overlays import Volume
+from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
@@ -50,6 +51,14 @@ TAKES_ARGMAX_OF_SOFTMAX = tuple(map(int, version("nnunetv2").split(".")[:2])) < 
 
 #: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
 HEADS_PER_CALL = 8
+
+
+_PER_HEAD = (
+    "resample_data_or_seg_to_shape",
+    "resample_torch_fornnunet",
+    "resample_torch_simple",
+    "no_resampling_hack",
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,14 @@ class LogitsResampling:
         Its arguments after the logits.
     tables : 3 AxisTable, or None
         The same as tables, where the function is the default one with order 1; None where it must be called.
+    per_head : bool
+        Whether it treats heads one by one, as nnU-Net's own do; else it must be called with all of them.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     tables: tuple[AxisTable, ...] | None
+    per_head: bool = True
 
 
 class LazyParameters(Sequence[dict[str, torch.Tensor]]):
@@ -116,6 +128,8 @@ def label_rule(label_manager: LabelManager) -> LabelRule | None:
     nonlin = torch.sigmoid if label_manager.has_regions else softmax_helper_dim0
     if type(label_manager) is not LabelManager or label_manager.inference_nonlin is not nonlin:
         return None
+    if overrides.found(Step.LABELS, label_manager):
+        return None
     heads = label_manager.num_segmentation_heads
     dtype = np.dtype(np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16)
     if label_manager.has_regions:
@@ -132,7 +146,8 @@ def takes_softmax(rule: LabelRule | None, probabilities: bool = False) -> bool:
 
 def streams(resampling: LogitsResampling, rule: LabelRule | None, probabilities: bool = False) -> bool:
     """Whether labels can be found slab by slab, no head being needed as a whole."""
-    return rule is not None and resampling.tables is not None and not takes_softmax(rule, probabilities)
+    known = rule is not None and resampling.tables is not None and resampling.per_head
+    return known and not takes_softmax(rule, probabilities)
 
 
 def check_reader(plans_manager: PlansManager) -> None:
@@ -147,15 +162,6 @@ def check_reader(plans_manager: PlansManager) -> None:
 def input_channels(plans_manager: Any, configuration_manager: Any, dataset_json: dict[str, Any]) -> int:
     """Return the number of channels the network takes, those of a previous stage included."""
     return int(determine_num_input_channels(plans_manager, configuration_manager, dataset_json))
-
-
-def importance(configuration_manager: Any, gaussian: bool, device: torch.device) -> torch.Tensor:
-    """Return stock's weights of the voxels of a tile, half, of the shape of the patch."""
-    patch = tuple(configuration_manager.patch_size)
-    if not gaussian:
-        return torch.ones(patch, dtype=torch.half, device=device)
-    weights: torch.Tensor = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
-    return weights
 
 
 def write_run_files(
@@ -275,7 +281,7 @@ def logits_resampling(
     spacing, current = _spacings(plans_manager, configuration_manager, geometry, properties)
     function = configuration_manager.resampling_fn_probabilities
     arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
-    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
+    return _resampling(function, arguments, geometry, current, spacing)
 
 
 def next_stage_resampling(
@@ -288,7 +294,7 @@ def next_stage_resampling(
     _, current = _spacings(plans_manager, configuration_manager, geometry, properties)
     function = configuration_manager.resampling_fn_probabilities
     arguments = (geometry.cropped_shape, current, current)
-    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, current))
+    return _resampling(function, arguments, geometry, current, current)
 
 
 def _spacings(
@@ -300,6 +306,21 @@ def _spacings(
     if len(current) != len(geometry.cropped_shape):
         current = [spacing[0], *current]
     return spacing, current
+
+
+def treats_heads_one_by_one(function: Any) -> bool:
+    """Whether a resampling function is one of nnU-Net's, which look at one head at a time; others might look at all."""
+    base = function.func if isinstance(function, partial) else function
+    name = getattr(base, "__name__", "")
+    return name in _PER_HEAD and overrides.is_stocks(base, name) and not overrides.found(Step.RESAMPLING)
+
+
+def _resampling(
+    function: Any, arguments: tuple[Any, ...], geometry: CaseGeometry, current: Any, spacing: Any
+) -> LogitsResampling:
+    if not treats_heads_one_by_one(function):
+        return LogitsResampling(function, arguments, None, per_head=False)
+    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
 
 
 def _default_tables(

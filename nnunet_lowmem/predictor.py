@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
-from nnunet_lowmem import model_files, nnunet_adapter, plugin, validation
+from nnunet_lowmem import model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
 from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
@@ -29,6 +28,8 @@ from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.html_report import HtmlReport, facts_of
+from nnunet_lowmem.iterating import items_of, predict_iterated
+from nnunet_lowmem.overrides import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, Step, replaced, tell, unless_replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.progress import logging_prints, on_terminal
@@ -53,6 +54,7 @@ class LowMemPredictor(CasePredictor):
 
     # -- nnU-Net's entry points ---------------------------------------------------------------------------------------
 
+    @unless_replaced
     def predict_from_files(
         self,
         list_of_lists_or_source_folder: str | list[list[str]],
@@ -69,8 +71,9 @@ class LowMemPredictor(CasePredictor):
         """Predict a folder or a list of cases; as in stock, one result per case, None where a file was written."""
         arguments = {name: value for name, value in locals().items() if name in _stock_parameters("predict_from_files")}
         _note_exact(use_cropped_logits_resampling)
-        return self._predict_files(arguments, save_probabilities, overwrite, part_id, num_parts)
+        return self._predict_files(arguments, save_probabilities, overwrite, part_id, num_parts, in_workers=True)
 
+    @unless_replaced
     def predict_from_files_sequential(
         self,
         list_of_lists_or_source_folder: str | list[list[str]],
@@ -84,12 +87,19 @@ class LowMemPredictor(CasePredictor):
         names = _stock_parameters("predict_from_files_sequential")
         arguments = {name: value for name, value in locals().items() if name in names}
         _note_exact(use_cropped_logits_resampling)
-        results = self._predict_files(arguments, save_probabilities, overwrite, 0, 1)
+        results = self._predict_files(arguments, save_probabilities, overwrite, 0, 1, in_workers=False)
         return None if results is None else [result for result in results if result is not None]
 
     def _predict_files(
-        self, arguments: dict[str, Any], save_probabilities: bool, overwrite: bool, part_id: int, num_parts: int
+        self,
+        arguments: dict[str, Any],
+        save_probabilities: bool,
+        overwrite: bool,
+        part_id: int,
+        num_parts: int,
+        in_workers: bool,
     ) -> list[Result] | None:
+        """Predict files; `in_workers` says whether stock preprocesses and exports them in processes of their own."""
         source = arguments["list_of_lists_or_source_folder"]
         target = arguments["output_folder_or_list_of_truncated_output_files"]
         stage_folder = arguments["folder_with_segs_from_prev_stage"]
@@ -103,7 +113,9 @@ class LowMemPredictor(CasePredictor):
         from_folder = isinstance(source, str)
         if from_folder:
             model_files.tell_skipped(source, self.dataset_json["file_ending"])
-            source = model_files.list_cases(source, self.dataset_json["file_ending"])
+            tell(self, Step.LISTING)
+            if not replaced(self, Step.LISTING):
+                source = model_files.list_cases(source, self.dataset_json["file_ending"])
         with logging_prints():
             cases, outputs, stages = self._manage_input_and_output_lists(
                 source, target, stage_folder, True, part_id, num_parts, save_probabilities
@@ -116,9 +128,11 @@ class LowMemPredictor(CasePredictor):
             jobs = [unless_misnumbered(job, self.dataset_json["file_ending"]) for job in jobs]
         self.run_report = RunReport()
         processes = arguments.get("num_processes_preprocessing", 0)
+        if not overwrite and outputs is not None:
+            jobs = without_those_done(jobs, self.run_report)
+        if in_workers and jobs and replaced(self, Step.FILES, Step.ITERATION, *IN_WORKERS_BEFORE, *IN_WORKERS_AFTER):
+            return predict_iterated(self, jobs, arguments, save_probabilities)
         with self._reporting(target):
-            if not overwrite and outputs is not None:
-                jobs = without_those_done(jobs, self.run_report)
             results = self._predict_recorded(jobs, target, save_probabilities, processes) if jobs else None
         if results is not None:
             raise_failures(self.run_report, results)
@@ -193,6 +207,7 @@ class LowMemPredictor(CasePredictor):
         model = (self.plans_manager, self.configuration_manager, self.dataset_json)
         return Prefetcher(model, folder, self.worker_timeout_s, max(1, self.kernel_threads // 2), self.accept_nan)
 
+    @unless_replaced
     def predict_from_data_iterator(
         self,
         data_iterator: Iterable[dict[str, Any]],
@@ -202,9 +217,14 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result]:
         """Predict preprocessed cases: dicts with 'data', 'ofile' and 'data_properties', as stock's iterators give."""
         _note_exact(use_cropped_logits_resampling)
+        if replaced(self, *IN_WORKERS_AFTER):
+            tell(self, *IN_WORKERS_AFTER)
+            # one process is enough, and the fewest logits in RAM
+            return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
         jobs = map(job_of_item, data_iterator)
         return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
 
+    @unless_replaced
     def predict_from_list_of_npy_arrays(
         self,
         image_or_list_of_images: NDArray[Any] | list[NDArray[Any]],
@@ -218,6 +238,16 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result]:
         """Predict arrays of shape (channels, x, y, z) with nnU-Net's properties dict each."""
         _note_exact(use_cropped_logits_resampling)
+        if replaced(self, Step.ARRAYS, *IN_WORKERS_BEFORE):
+            tell(self, Step.ARRAYS, *IN_WORKERS_BEFORE)
+            items = self.get_data_iterator_from_raw_npy_data(
+                image_or_list_of_images,
+                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+                properties_or_list_of_properties,
+                truncated_ofname,
+                num_processes,
+            )
+            return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
         images = _as_list(image_or_list_of_images)
         outputs: list[str | None] = _as_list(truncated_ofname) if truncated_ofname else [None] * len(images)
         stages = segs_from_prev_stage_or_list_of_segs_from_prev_stage
@@ -229,8 +259,14 @@ class LowMemPredictor(CasePredictor):
                 zip(images, stage_list, properties, outputs, strict=True)
             )
         ]
+        if replaced(self, Step.ITERATION, *IN_WORKERS_AFTER):
+            tell(self, Step.ITERATION)
+            return self.predict_from_data_iterator(
+                items_of(self, jobs), save_probabilities, num_processes_segmentation_export
+            )
         return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
 
+    @unless_replaced
     def predict_single_npy_array(
         self,
         input_image: NDArray[Any],
@@ -243,6 +279,9 @@ class LowMemPredictor(CasePredictor):
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
         load = partial(self._preprocess_array, input_image, segmentation_previous_stage, image_properties)
+        if replaced(self, Step.ADAPTER):
+            tell(self, Step.ADAPTER)
+            load = partial(self._preprocess_by_adapter, input_image, segmentation_previous_stage, image_properties)
         job = Job("array", output_file_truncated, load)
         return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
 
@@ -288,6 +327,7 @@ class LowMemPredictor(CasePredictor):
         return results
 
     def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, keep_going: bool) -> list[Result]:
+        tell(self, *overrides.in_this_process(self.fast))
         line_s = LINE_S if self.allow_tqdm and not on_terminal() else 0
         with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device), line_s) as watch:
             predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)
@@ -311,7 +351,8 @@ class LowMemPredictor(CasePredictor):
             with vram_limit(self.max_vram, self.device), temporary_folder(self.tmp_dir) as folder:
                 yield folder
         finally:
-            compute_gaussian.cache_clear()
+            self._planning = None  # its folder is gone
+            stock_calls.forget_importance()
             empty_cache(self.device)
 
     def _predict_job(
@@ -330,7 +371,7 @@ class LowMemPredictor(CasePredictor):
                 with clock.stage("writing", 1):  # one at a time
                     before.wait()
             self._latest_write = None
-            if job.output is not None:
+            if job.output is not None and result is not None:
                 write = partial(self._write_files, result, job, case.properties)
                 self._latest_write = self._held_back(write, result, job, planning, probabilities)
                 if self._latest_write is None:

@@ -38,12 +38,13 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
-from nnunet_lowmem import spline
+from nnunet_lowmem import overrides, spline
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.finite_voxels import check_values
 from nnunet_lowmem.image_reading import Volume, check_stored, read_channels
 from nnunet_lowmem.input_checks import check_case
 from nnunet_lowmem.nonzero import nonzero_box, nonzero_mask
+from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase, Shape3
 
@@ -121,7 +122,7 @@ def preprocess_case(
     check_headers(image_files, plans_manager, configuration_manager)
     if previous_stage_file is not None:
         check_stored(previous_stage_file, accept_nan)
-    if configuration_manager.preprocessor_class is not DefaultPreprocessor:
+    if not is_own(configuration_manager.preprocessor_class):
         for file in image_files:
             check_stored(file, accept_nan)
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
@@ -147,6 +148,11 @@ def check_headers(
     """
     channels = len(configuration_manager.normalization_schemes)
     check_case(image_files, plans_manager.image_reader_writer_class, channels, configuration_manager.spacing)
+
+
+def is_own(preprocessor: type) -> bool:
+    """Whether what a preprocessor does is known here."""
+    return preprocessor is DefaultPreprocessor and not overrides.found(Step.PREPROCESSING, preprocessor)
 
 
 def preprocess_array(
@@ -186,7 +192,7 @@ def preprocess_array(
     UsageError
         If the arrays do not fit each other or the model.
     """
-    if configuration_manager.preprocessor_class is not DefaultPreprocessor:
+    if not is_own(configuration_manager.preprocessor_class):
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case_npy(
             image, previous_stage, properties, plans_manager, configuration_manager, dataset_json
@@ -289,7 +295,7 @@ class _Case:
 
     def _next_source(self, normaliser: ImageNormalization) -> _Source:
         """Take the first channel off the list."""
-        if type(normaliser) in VOXELWISE:
+        if is_one_of(normaliser, VOXELWISE):
             return _Source(self._view(self.channels.pop(0)), normaliser)
         if self.own_channels and self.channels[0].dtype == np.float32 and self.channels[0].flags.writeable:
             whole = self.channels.pop(0)
@@ -339,16 +345,21 @@ def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> lis
 
 def needs_mask(normaliser: ImageNormalization) -> bool:
     """Whether a normalisation looks at the segmentation beside the image."""
-    if type(normaliser) is ZScoreNormalization:
+    if is_one_of(normaliser, (ZScoreNormalization,)):
         return bool(normaliser.use_mask_for_norm)
-    return type(normaliser) not in _WITHOUT_MASK
+    return not is_one_of(normaliser, _WITHOUT_MASK)
+
+
+def is_one_of(normaliser: ImageNormalization, known: tuple[type, ...]) -> bool:
+    """Whether a normalisation is one of those, and does what nnU-Net's does."""
+    return type(normaliser) in known and not overrides.found(Step.NORMALISATION, normaliser)
 
 
 def bounded_resampling(
     function: partial[Any], grid: Grid
 ) -> Callable[[_Source, NDArray[np.float32], RowThreads], None] | None:
     """Our own way to the result of nnU-Net's resampling `function`, or None where there is none."""
-    if function.func is not resample_data_or_seg_to_shape:
+    if function.func is not resample_data_or_seg_to_shape or overrides.found(Step.RESAMPLING):
         return None
     if grid.new_shape == grid.shape:
         return _copy

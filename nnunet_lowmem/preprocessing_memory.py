@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_lowmem import preprocessing
 from nnunet_lowmem.nnunet_adapter import CaseGeometry
@@ -73,7 +72,7 @@ def input_bytes(
     rules = preprocessing.normalisers(plans_manager, configuration_manager)
     voxels, network_voxels = math.prod(geometry.original_shape), math.prod(geometry.network_shape)
     stage = has_previous_stage * (_STAGE_VOXEL_BYTES * voxels + _STAGE_NETWORK_BYTES * network_voxels)
-    if configuration_manager.preprocessor_class is not DefaultPreprocessor:
+    if not preprocessing.is_own(configuration_manager.preprocessor_class):
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
     reading, stored = _reading(plans_manager.image_reader_writer_class, files, voxels_as, voxels, len(rules))
@@ -103,7 +102,7 @@ def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
 
     Rules that look at a whole channel take it as float32, and numpy's deviation holds a copy.
     """
-    if type(rule) in preprocessing.VOXELWISE:
+    if preprocessing.is_one_of(rule, preprocessing.VOXELWISE):
         return 0
     masks = _MASK_BYTES if preprocessing.needs_mask(rule) else 0
     return masks + (4 if stored_voxel_bytes == _SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))

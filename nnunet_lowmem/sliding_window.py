@@ -7,6 +7,7 @@ tile exactly as stock's full-size accumulator rounds them, since each voxel sees
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from nnunet_lowmem import kernels
 from nnunet_lowmem.allocations import Place
-from nnunet_lowmem.errors import NonFiniteLogitsError
+from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.fast_network import Head
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.planner import Plan
@@ -27,6 +28,8 @@ from nnunet_lowmem.tiles import TileFeed, TileSource
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.transfers import HostBuffer
 from nnunet_lowmem.types import Shape3
+
+logger = logging.getLogger(__name__)
 
 TileNetwork = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,6 +73,7 @@ class RollingWindow:
         self._threads = threads
         self.attempt: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
         self.head: Head | None = None
+        self._told_of_broadcast = False
         self._slab_made: LogitsSlab | None = None
         self._inbox: HostBuffer | None = None
         self._arriving: tuple[torch.Tensor, Shape3] | None = None
@@ -121,16 +125,49 @@ class RollingWindow:
         self._position = 0
 
     def add(self, logits: torch.Tensor, start: Shape3) -> None:
-        """Add one tile's logits, shape (heads, *tile), or with a `head` its features; may change them.
+        """Add one tile's logits, shape (heads, *patch_size), or with a `head` its features; may change them.
 
         Logits that come from another device are on their way while the next tile is computed, and are added then.
+
+        Raises
+        ------
+        NetworkOutputError
+            If they are of another shape, or no floating-point numbers: a kernel would read or write beside them.
         """
+        logits = self._checked(logits, start)
         self._add_arrived()
         if logits.device == self.device:
             self._add_here(logits, start)
             return
         inbox = self._inbox = self._inbox or HostBuffer(logits.device)
         self._arriving = self.attempt(lambda: inbox.receive(logits)), start
+
+    def _checked(self, logits: Any, start: Shape3) -> torch.Tensor:
+        """Return the output for a tile with three axes behind the heads.
+
+        Stock adds it by broadcasting: one without heads is added to all of them, which is done here, and told.
+        """
+        heads = self._buffer.shape[0] if self.head is None else self.head.weights.shape[1]
+        shape = self._grid.tile_shape
+        due = (heads, *shape[1:]) if self._grid.flat else (heads, *shape)
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            raise NetworkOutputError(
+                f"the network's output for the tile at {start} is {_kind(logits)}; logits of shape {due} in floating "
+                "point are needed"
+            )
+        given = tuple(logits.shape)
+        if given != due:
+            if self.head is not None or given not in (due[1:], (1, *due[1:])):
+                raise NetworkOutputError(
+                    f"the network's output for the tile at {start} has shape {given} without its batch axis, {due} is "
+                    "needed: as many heads as the labels ask for, and the patch's size"
+                )
+            if not self._told_of_broadcast:
+                logger.warning("the network's output has shape %s where %s is due: every head gets it", given, due)
+                self._told_of_broadcast = True
+            logits = logits.expand(due).clone()
+        tile: torch.Tensor = logits[:, None] if self._grid.flat else logits
+        return tile
 
     def _add_arrived(self) -> None:
         if self._arriving is not None and self._inbox is not None:
@@ -231,6 +268,10 @@ class RollingWindow:
         self._position = stop
 
 
+def _kind(output: Any) -> str:
+    return f"of dtype {output.dtype}" if isinstance(output, torch.Tensor) else f"no tensor but {type(output).__name__}"
+
+
 def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> str:
     infinite = int(torch.isinf(logits).sum())
     nan = int(torch.isnan(logits).sum())
@@ -266,7 +307,7 @@ def roll(
         with torch.inference_mode():
             for start in grid.row_tiles(row_start):
                 logits = window.attempt(partial(_tile_logits, network, feed, start))
-                window.add(logits[:, None] if grid.flat else logits, start)
+                window.add(logits, start)
                 del logits
                 on_tile()
         if final > row_start:
@@ -290,6 +331,11 @@ def average_folds(
     folds : int
     store : PlaneStore or None
         Holds the running sum between folds; None for a single fold.
+
+    Raises
+    ------
+    NonFiniteLogitsError
+        If a sum over folds is beyond half precision: nobody could tell its labels.
     """
     for fold, slabs in enumerate(passes):
         for slab in slabs:
@@ -301,6 +347,7 @@ def average_folds(
 
 def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int) -> None:
     logits = slab.logits
+    finite = []
     for position in range(slab.start, slab.stop):
         plane = logits.select(slab.axis + 1, position - slab.start)
         if fold > 0:
@@ -310,3 +357,12 @@ def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int) -> Non
             store.write_plane(position, plane)
         else:
             plane.div_(folds)
+            finite.append(torch.isfinite(plane).all())
+    # what was infinite once stays so, or becomes NaN: the last fold tells of all
+    if finite and not all(answers := torch.stack(finite).tolist()):
+        raise NonFiniteLogitsError(
+            f"the half-precision sum of the logits of {folds} folds is infinite in plane "
+            f"{slab.start + answers.index(False)} of axis {slab.axis} (network space): it may not exceed 65504, so the "
+            f"mean over folds not {65504 // folds}. Predict the folds one by one, or check the image for values far "
+            "out of the ordinary"
+        )

@@ -25,11 +25,12 @@ comparing
 switching training
 predictor
 validation
+iterating
 case_predictor case_loop
 next_stages
 probabilities logits_predictor prefetching
 html_report
-export warming console training_data
+export warming console training_data stock_calls
 estimating
 case_planning
 preprocessing_memory sliding_window
@@ -40,7 +41,7 @@ records label_comparison measured_command tiles
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
-resampling tiling halves headers threads transfers nonzero overlays model_files verifying watchdog clock
+resampling tiling halves headers threads transfers nonzero overlays overrides model_files verifying watchdog clock
 plugin rebinding running measuring allocator pending_write
 types interruption
 errors
@@ -50,7 +51,6 @@ DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) f
 MAY_IMPORT_NNUNET = {
     "one_side",
     "predictor",
-    "case_predictor",
     "logits_predictor",
     "preprocessing",
     "preprocessing_memory",
@@ -62,6 +62,8 @@ MAY_IMPORT_NNUNET = {
     "ensembling",
     "training_data",
     "validation",
+    "overrides",
+    "stock_calls",
 }
 MUST_BE_PURE = {"planner", "allocations", "tiling", "types", "errors", "resampling"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

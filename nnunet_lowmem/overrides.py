@@ -1,0 +1,299 @@
+"""What of nnU-Net our way bypasses, and whether somebody has put something else in its place.
+
+Programs subclass nnU-Net's predictor, set methods on objects, and patch classes and modules. Whatever our way calls is
+theirs by itself; what it does *instead* is listed in `ROWS`. Where a name of a row is neither nnU-Net's nor ours,
+nnU-Net's way is taken from that step on.
+
+A function counts as nnU-Net's if it was compiled from the file of nnU-Net's module that it lives in, under its own
+name, and nothing but torch's context decorator (``@torch.inference_mode()``) is wrapped around it. So it does not
+matter who was imported first.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Any, TypeVar
+
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.normalization import default_normalization_schemes
+
+logger = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+RAW = "nnunetv2.inference.predict_from_raw_data"
+PREDICTOR = f"{RAW}:nnUNetPredictor"
+_EXPORT = "nnunetv2.inference.export_prediction"
+_LABELS = "nnunetv2.utilities.label_handling.label_handling:LabelManager"
+_PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
+_NORMALISATION = "nnunetv2.preprocessing.normalization.default_normalization_schemes"
+_READERS = ("simpleitk_reader_writer:SimpleITKIO", "nibabel_reader_writer:NibabelIO")
+
+
+class Step(Enum):
+    """Where nnU-Net's way begins; the value says what that costs."""
+
+    ENTRY = "it is called as it is, and what it does by itself has no bounds"
+    LISTING = "the cases of a folder are listed by it"
+    FILES = "nnU-Net's own workers preprocess the files, whole images at a time"
+    ARRAYS = "nnU-Net's own workers preprocess the arrays, whole images at a time"
+    ADAPTER = "it preprocesses the array, as a whole"
+    READING = "images are read by nnU-Net, whole and as float32"
+    PREPROCESSING = "images are preprocessed by nnU-Net, as a whole"
+    NORMALISATION = "it is called with a whole channel at a time"
+    RESAMPLING = "nnU-Net's resampling is called, which takes whole arrays in double precision"
+    NETWORK = "without --fast, which goes another way through the network"
+    ITERATION = "it gets the preprocessed cases, and what becomes of them has no bounds"
+    LOGITS = "it makes the logits, and all of a case are held in RAM"
+    WINDOW = "nnU-Net's own sliding window runs, and all logits of a case are held in RAM"
+    LABELS = "all logits of a case are held in RAM and converted by nnU-Net, as a whole"
+    EXPORT = "all logits of a case are held in RAM, and it writes the files by itself"
+    WRITING = "nnU-Net's own workers write the files, with all logits of a case in RAM"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Names that our way does not call.
+
+    Attributes
+    ----------
+    owner : str
+        ``module`` or ``module:Class``, where nnU-Net looks the names up.
+    step : Step
+    names : tuple of str
+    superseded : tuple of str
+        Packages whose replacements ours makes superfluous: they are passed over.
+    """
+
+    owner: str
+    step: Step
+    names: tuple[str, ...]
+    superseded: tuple[str, ...] = ()
+
+
+# its exact resampling has the same labels, and its approximation is what a user of ours does without
+_APPROXIMATIONS = ("totalsegmentator",)
+
+ROWS = (
+    Row(
+        PREDICTOR,
+        Step.ENTRY,
+        (
+            "initialize_from_trained_model_folder",
+            "predict_from_files",
+            "predict_from_files_sequential",
+            "predict_from_list_of_npy_arrays",
+            "predict_single_npy_array",
+            "predict_from_data_iterator",
+            "predict_sliding_window_return_logits",
+        ),
+        _APPROXIMATIONS,
+    ),
+    Row(RAW, Step.LISTING, ("create_lists_from_splitted_dataset_folder",)),
+    Row(PREDICTOR, Step.FILES, ("_internal_get_data_iterator_from_lists_of_filenames",)),
+    Row(RAW, Step.FILES, ("preprocessing_iterator_fromfiles",)),
+    Row(PREDICTOR, Step.ARRAYS, ("get_data_iterator_from_raw_npy_data",)),
+    Row(RAW, Step.ARRAYS, ("preprocessing_iterator_fromnpy",)),
+    Row(RAW, Step.ADAPTER, ("PreprocessAdapterFromNpy",)),
+    *(Row(f"nnunetv2.imageio.{reader}", Step.READING, ("read_images", "read_seg")) for reader in _READERS),
+    *(Row(f"nnunetv2.imageio.{reader}", Step.WRITING, ("write_seg",)) for reader in _READERS),
+    Row("nnunetv2.imageio.base_reader_writer:BaseReaderWriter", Step.READING, ("_check_all_same",)),
+    Row(
+        f"{_PREPROCESSOR}:DefaultPreprocessor",
+        Step.PREPROCESSING,
+        ("run_case", "run_case_npy", "_normalize", "modify_seg_fn"),
+    ),
+    Row(_PREPROCESSOR, Step.PREPROCESSING, ("crop_to_nonzero", "compute_new_shape", "recursive_find_python_class")),
+    Row(
+        "nnunetv2.preprocessing.cropping.cropping",
+        Step.PREPROCESSING,
+        ("create_nonzero_mask", "binary_fill_holes", "get_bbox_from_mask", "bounding_box_to_slice"),
+    ),
+    *(
+        Row(f"{_NORMALISATION}:{scheme}Normalization", Step.NORMALISATION, ("__init__", "run"))
+        for scheme in ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
+    ),
+    Row(
+        "nnunetv2.preprocessing.resampling.default_resampling",
+        Step.RESAMPLING,
+        (
+            "resample_data_or_seg_to_shape",
+            "resample_data_or_seg",
+            "determine_do_sep_z_and_axis",
+            "get_do_separate_z",
+            "get_lowres_axis",
+            "resize",
+            "resize_segmentation",
+            "map_coordinates",
+        ),
+    ),
+    Row(PREDICTOR, Step.NETWORK, ("_internal_maybe_mirror_and_predict",)),
+    Row(PREDICTOR, Step.ITERATION, ("predict_from_data_iterator",), _APPROXIMATIONS),
+    Row(
+        PREDICTOR,
+        Step.LOGITS,
+        ("predict_logits_from_preprocessed_data", "predict_sliding_window_return_logits"),
+    ),
+    Row(
+        PREDICTOR,
+        Step.WINDOW,
+        ("_internal_predict_sliding_window_return_logits", "_internal_get_sliding_window_slicers"),
+    ),
+    Row(RAW, Step.WINDOW, ("compute_steps_for_sliding_window", "pad_nd_image")),
+    Row(RAW, Step.LOGITS, ("convert_labelmap_to_one_hot",)),
+    Row("nnunetv2.inference.data_iterators", Step.LOGITS, ("convert_labelmap_to_one_hot",)),
+    Row(
+        _LABELS,
+        Step.LABELS,
+        (
+            "convert_logits_to_segmentation",
+            "convert_probabilities_to_segmentation",
+            "apply_inference_nonlin",
+            "revert_cropping_on_probabilities",
+        ),
+    ),
+    Row("nnunetv2.utilities.label_handling.label_handling", Step.LABELS, ("insert_crop_into_image",)),
+    *(
+        Row(module, Step.LABELS, ("convert_predicted_logits_to_segmentation_with_correct_shape",), _APPROXIMATIONS)
+        for module in (RAW, _EXPORT)
+    ),
+    Row(_EXPORT, Step.LABELS, ("insert_crop_into_image",)),
+    Row(RAW, Step.EXPORT, ("export_prediction_from_logits",), _APPROXIMATIONS),
+    Row(_EXPORT, Step.WRITING, ("save_pickle",)),
+)
+
+# nnU-Net preprocesses and exports in fresh processes, where what was replaced in this one may or may not be seen
+IN_WORKERS_BEFORE = (Step.READING, Step.PREPROCESSING, Step.NORMALISATION, Step.RESAMPLING)
+IN_WORKERS_AFTER = (Step.LABELS, Step.EXPORT, Step.WRITING, Step.RESAMPLING)
+
+_STOCK_PACKAGES = ("nnunetv2", "acvl_utils", "batchgenerators", "skimage", "scipy")
+_OURS = "nnunet_lowmem"
+_TORCHS_DECORATOR = "torch.utils._contextlib"
+
+
+def found(step: Step, *holders: object) -> list[str]:
+    """Name what somebody else's has taken the place of, among the rows of a step.
+
+    Parameters
+    ----------
+    step : Step
+    *holders : object
+        Instances or classes to look at: the predictor, the label manager, the preprocessor's class, ... A row about a
+        class is passed over where no holder is of that class; rows about modules always count.
+    """
+    return [
+        f"{row.owner.rpartition('.')[2].replace(':', '.')}.{name}"
+        for row in ROWS
+        if row.step is step
+        for holder in _holders(row.owner, holders)
+        for name in row.names
+        if _is_replaced(holder, name, row.superseded)
+    ]
+
+
+def replaced(predictor: Any, *steps: Step) -> list[str]:
+    """Name what somebody else's has taken the place of for a predictor with a model, among the rows of some steps."""
+    configuration, labels = predictor.configuration_manager, predictor.label_manager
+    schemes = [getattr(default_normalization_schemes, name, None) for name in configuration.normalization_schemes]
+    classes = (configuration.preprocessor_class, predictor.plans_manager.image_reader_writer_class, *schemes)
+    return [name for step in steps for name in found(step, predictor, labels, *classes)]
+
+
+def tell(predictor: Any, *steps: Step) -> None:
+    """Log what is replaced, and what that costs."""
+    for step in steps:
+        if names := replaced(predictor, step):
+            logger.warning("%s: not nnU-Net's own; %s", ", ".join(names), step.value)
+
+
+def in_this_process(fast: bool) -> tuple[Step, ...]:
+    """Return the steps of a case that is predicted in this process, from its file to its labels."""
+    network = (Step.NETWORK,) if fast else ()
+    return (*IN_WORKERS_BEFORE, *network, Step.LOGITS, Step.WINDOW, Step.LABELS, Step.EXPORT)
+
+
+def unless_replaced(method: Method) -> Method:
+    """Let a method of ours give way to what stands under its name in nnU-Net's class, if that is not nnU-Net's own."""
+    name = method.__name__
+    row = next(row for row in ROWS if row.step is Step.ENTRY)
+    assert name in row.names, f"{name} is not in the table"
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not _is_replaced(nnUNetPredictor, name, row.superseded):
+            return method(self, *arguments, **keywords)
+        logger.warning("nnUNetPredictor.%s: not nnU-Net's own; %s", name, Step.ENTRY.value)
+        replacement = vars(nnUNetPredictor)[name]
+        bound = replacement.__get__(self, type(self)) if hasattr(type(replacement), "__get__") else replacement
+        return bound(*arguments, **keywords)
+
+    return call  # type: ignore[return-value]  # of the same signature
+
+
+def _holders(owner: str, holders: tuple[object, ...]) -> Iterator[object]:
+    module, _, name = owner.partition(":")
+    if not name:
+        if module in sys.modules:  # what is not imported has not been patched
+            yield sys.modules[module]
+        return
+    for holder in holders:
+        if any((cls.__module__, cls.__qualname__) == (module, name) for cls in _classes(holder)):
+            yield holder
+
+
+def _classes(holder: object) -> tuple[type, ...]:
+    return (holder if isinstance(holder, type) else type(holder)).__mro__
+
+
+def _is_replaced(holder: object, name: str, superseded: tuple[str, ...]) -> bool:
+    standing = next((value for value in _under(holder, name) if not _is_of(value, (_OURS,))), None)
+    return standing is not None and not is_stocks(standing, name) and not _is_of(standing, superseded)
+
+
+def _under(holder: object, name: str) -> Iterator[Any]:
+    """Give what the holder has under a name, in the order in which Python looks for it."""
+    classes = () if isinstance(holder, ModuleType) else _classes(holder)
+    places = (getattr(holder, "__dict__", {}), *map(vars, classes))
+    return (place[name] for place in places if name in place)
+
+
+def is_stocks(value: Any, name: str) -> bool:
+    """Whether what stands under a name is nnU-Net's own, or that of a package which nnU-Net takes it from."""
+    function = _bare(value)
+    module = _module(function)
+    if not _is_within(module, _STOCK_PACKAGES):
+        return False
+    code = getattr(function, "__code__", None)
+    if code is None or not _is_within(module, ("nnunetv2",)):
+        return True
+    file = code.co_filename.replace("\\", "/")
+    return bool(code.co_name == name and file.endswith(module.replace(".", "/") + ".py"))
+
+
+def _bare(value: Any) -> Any:
+    """Take off what binds a function to a class, and torch's decorator."""
+    value = getattr(value, "__func__", value)  # static methods, class methods, bound methods
+    while _module(value) == _TORCHS_DECORATOR:
+        value = value.__wrapped__
+    return value
+
+
+def _is_of(value: Any, packages: tuple[str, ...]) -> bool:
+    return _is_within(_module(_bare(value)), packages)
+
+
+def _is_within(module: str, packages: tuple[str, ...]) -> bool:
+    return module.partition(".")[0] in packages
+
+
+def _module(value: Any) -> str:
+    """Where a function was compiled, whatever it says of itself; where a class says it was."""
+    namespace = getattr(value, "__globals__", None)
+    name = namespace.get("__name__") if isinstance(namespace, dict) else getattr(value, "__module__", None)
+    return name if isinstance(name, str) else ""
