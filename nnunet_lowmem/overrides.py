@@ -20,6 +20,7 @@ from enum import Enum
 from types import ModuleType
 from typing import Any, TypeVar
 
+from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.normalization import default_normalization_schemes
 
@@ -29,11 +30,24 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 RAW = "nnunetv2.inference.predict_from_raw_data"
 PREDICTOR = f"{RAW}:nnUNetPredictor"
+_ITERATORS = "nnunetv2.inference.data_iterators"
 _EXPORT = "nnunetv2.inference.export_prediction"
-_LABELS = "nnunetv2.utilities.label_handling.label_handling:LabelManager"
+_LABELS = "nnunetv2.utilities.label_handling.label_handling"
+_LABEL_MANAGER = f"{_LABELS}:LabelManager"
 _PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
 _NORMALISATION = "nnunetv2.preprocessing.normalization.default_normalization_schemes"
-_READERS = ("simpleitk_reader_writer:SimpleITKIO", "nibabel_reader_writer:NibabelIO")
+_CROPPING = "nnunetv2.preprocessing.cropping.cropping"
+_RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
+_TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+_BASE_READER = "nnunetv2.imageio.base_reader_writer:BaseReaderWriter"
+_READERS = (
+    "simpleitk_reader_writer:SimpleITKIO",
+    "simpleitk_reader_writer:SimpleITKIOWithReorient",
+    "nibabel_reader_writer:NibabelIO",
+    "nibabel_reader_writer:NibabelIOWithReorient",
+    "natural_image_reader_writer:NaturalImage2DIO",
+    "tif_reader_writer:Tiff3DIO",
+)
 
 
 class Step(Enum):
@@ -54,6 +68,7 @@ class Step(Enum):
     WINDOW = "nnU-Net's own sliding window runs, and all logits of a case are held in RAM"
     LABELS = "all logits of a case are held in RAM and converted by nnU-Net, as a whole"
     EXPORT = "all logits of a case are held in RAM, and it writes the files by itself"
+    VALIDATION = "nnU-Net's trainer validates by itself"
     WRITING = "nnU-Net's own workers write the files, with all logits of a case in RAM"
 
 
@@ -85,25 +100,27 @@ ROWS = (
         PREDICTOR,
         Step.ENTRY,
         (
-            "initialize_from_trained_model_folder",
             "predict_from_files",
             "predict_from_files_sequential",
             "predict_from_list_of_npy_arrays",
             "predict_single_npy_array",
             "predict_from_data_iterator",
-            "predict_sliding_window_return_logits",
         ),
         _APPROXIMATIONS,
     ),
+    Row(PREDICTOR, Step.ENTRY, ("initialize_from_trained_model_folder", "predict_sliding_window_return_logits")),
     Row(RAW, Step.LISTING, ("create_lists_from_splitted_dataset_folder",)),
     Row(PREDICTOR, Step.FILES, ("_internal_get_data_iterator_from_lists_of_filenames",)),
     Row(RAW, Step.FILES, ("preprocessing_iterator_fromfiles",)),
+    Row(_ITERATORS, Step.FILES, ("preprocess_fromfiles_save_to_queue",)),
     Row(PREDICTOR, Step.ARRAYS, ("get_data_iterator_from_raw_npy_data",)),
     Row(RAW, Step.ARRAYS, ("preprocessing_iterator_fromnpy",)),
+    Row(_ITERATORS, Step.ARRAYS, ("preprocess_fromnpy_save_to_queue",)),
     Row(RAW, Step.ADAPTER, ("PreprocessAdapterFromNpy",)),
+    Row(f"{_ITERATORS}:PreprocessAdapterFromNpy", Step.ADAPTER, ("__init__", "generate_train_batch")),
     *(Row(f"nnunetv2.imageio.{reader}", Step.READING, ("read_images", "read_seg")) for reader in _READERS),
     *(Row(f"nnunetv2.imageio.{reader}", Step.WRITING, ("write_seg",)) for reader in _READERS),
-    Row("nnunetv2.imageio.base_reader_writer:BaseReaderWriter", Step.READING, ("_check_all_same",)),
+    Row(_BASE_READER, Step.READING, ("_check_all_same",)),
     Row(
         f"{_PREPROCESSOR}:DefaultPreprocessor",
         Step.PREPROCESSING,
@@ -111,7 +128,7 @@ ROWS = (
     ),
     Row(_PREPROCESSOR, Step.PREPROCESSING, ("crop_to_nonzero", "compute_new_shape", "recursive_find_python_class")),
     Row(
-        "nnunetv2.preprocessing.cropping.cropping",
+        _CROPPING,
         Step.PREPROCESSING,
         ("create_nonzero_mask", "binary_fill_holes", "get_bbox_from_mask", "bounding_box_to_slice"),
     ),
@@ -120,7 +137,7 @@ ROWS = (
         for scheme in ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
     ),
     Row(
-        "nnunetv2.preprocessing.resampling.default_resampling",
+        _RESAMPLING,
         Step.RESAMPLING,
         (
             "resample_data_or_seg_to_shape",
@@ -147,9 +164,9 @@ ROWS = (
     ),
     Row(RAW, Step.WINDOW, ("compute_steps_for_sliding_window", "pad_nd_image")),
     Row(RAW, Step.LOGITS, ("convert_labelmap_to_one_hot",)),
-    Row("nnunetv2.inference.data_iterators", Step.LOGITS, ("convert_labelmap_to_one_hot",)),
+    Row(_ITERATORS, Step.LOGITS, ("convert_labelmap_to_one_hot",)),
     Row(
-        _LABELS,
+        _LABEL_MANAGER,
         Step.LABELS,
         (
             "convert_logits_to_segmentation",
@@ -158,7 +175,7 @@ ROWS = (
             "revert_cropping_on_probabilities",
         ),
     ),
-    Row("nnunetv2.utilities.label_handling.label_handling", Step.LABELS, ("insert_crop_into_image",)),
+    Row(_LABELS, Step.LABELS, ("insert_crop_into_image",)),
     *(
         Row(module, Step.LABELS, ("convert_predicted_logits_to_segmentation_with_correct_shape",), _APPROXIMATIONS)
         for module in (RAW, _EXPORT)
@@ -166,7 +183,78 @@ ROWS = (
     Row(_EXPORT, Step.LABELS, ("insert_crop_into_image",)),
     Row(RAW, Step.EXPORT, ("export_prediction_from_logits",), _APPROXIMATIONS),
     Row(_EXPORT, Step.WRITING, ("save_pickle",)),
+    Row(
+        _TRAINER,
+        Step.VALIDATION,
+        (
+            "nnUNetPredictor",
+            "export_prediction_from_logits",
+            "resample_and_save",
+            "compute_metrics_on_folder",
+            "convert_labelmap_to_one_hot",
+        ),
+    ),
 )
+
+#: What our way calls where nnU-Net calls it: what stands there runs by itself.
+CALLED: dict[str, tuple[str, ...]] = {
+    PREDICTOR: ("__init__", "manual_initialization", "_manage_input_and_output_lists", "auto_detect_available_folds"),
+    RAW: (
+        "PlansManager",
+        "compute_gaussian",
+        "determine_num_input_channels",
+        "load_json",
+        "nnUNetPredictor",
+        "recursive_find_trainer_class_by_name",
+    ),
+    _LABEL_MANAGER: (
+        "__init__",
+        "_sanity_check",
+        "_get_all_labels",
+        "_get_regions",
+        "_determine_ignore_label",
+        "has_regions",
+        "has_ignore_label",
+        "all_regions",
+        "all_labels",
+        "ignore_label",
+        "filter_background",
+        "foreground_regions",
+        "foreground_labels",
+        "num_segmentation_heads",
+    ),
+    _LABELS: ("LabelManager", "softmax_helper_dim0", "get_labelmanager_class_from_plans"),
+}
+
+#: What our way does without, and does not look at: it does not change labels, or nnU-Net's predictor does not use it.
+IGNORED: dict[str, tuple[str, ...]] = {
+    RAW: (
+        "ConfigurationManager",
+        "MultiThreadedAugmenter",
+        "_getDefaultValue",
+        "check_workers_alive_and_busy",
+        "dummy_context",
+        "empty_cache",
+        "get_output_folder",
+        "predict_entry_point",
+        "predict_entry_point_modelfolder",
+        "recursive_fix_for_json_export",
+        "tqdm",
+    ),
+    _EXPORT: (
+        "ConfigurationManager",
+        "LabelManager",
+        "PlansManager",
+        "comp_blosc2_params",
+        "export_prediction_from_logits",
+        "nnUNetDatasetBlosc2",
+        "resample_and_save",
+    ),
+    _ITERATORS: ("PreprocessAdapter",),
+    f"{_PREPROCESSOR}:DefaultPreprocessor": ("__init__", "_sample_foreground_locations", "run", "run_case_save"),
+    _RESAMPLING: ("compute_new_shape", "resample_data_or_seg_to_spacing"),
+    _CROPPING: ("crop_to_nonzero",),
+}
 
 # nnU-Net preprocesses and exports in fresh processes, where what was replaced in this one may or may not be seen
 IN_WORKERS_BEFORE = (Step.READING, Step.PREPROCESSING, Step.NORMALISATION, Step.RESAMPLING)
@@ -200,8 +288,9 @@ def found(step: Step, *holders: object) -> list[str]:
 def replaced(predictor: Any, *steps: Step) -> list[str]:
     """Name what somebody else's has taken the place of for a predictor with a model, among the rows of some steps."""
     configuration, labels = predictor.configuration_manager, predictor.label_manager
+    adapter = predict_from_raw_data.PreprocessAdapterFromNpy
     schemes = [getattr(default_normalization_schemes, name, None) for name in configuration.normalization_schemes]
-    classes = (configuration.preprocessor_class, predictor.plans_manager.image_reader_writer_class, *schemes)
+    classes = (configuration.preprocessor_class, predictor.plans_manager.image_reader_writer_class, adapter, *schemes)
     return [name for step in steps for name in found(step, predictor, labels, *classes)]
 
 
@@ -212,23 +301,29 @@ def tell(predictor: Any, *steps: Step) -> None:
             logger.warning("%s: not nnU-Net's own; %s", ", ".join(names), step.value)
 
 
-def in_this_process(fast: bool) -> tuple[Step, ...]:
-    """Return the steps of a case that is predicted in this process, from its file to its labels."""
-    network = (Step.NETWORK,) if fast else ()
-    return (*IN_WORKERS_BEFORE, *network, Step.LOGITS, Step.WINDOW, Step.LABELS, Step.EXPORT)
+def of_validation(trainer: Any) -> list[str]:
+    """Name what is replaced of that which a trainer's own validation uses."""
+    steps = (Step.VALIDATION, Step.LOGITS, Step.WINDOW, Step.RESAMPLING, Step.LABELS)
+    return [name for step in steps for name in found(step, nnUNetPredictor, trainer.label_manager)]
+
+
+def of_prediction(fast: bool) -> tuple[Step, ...]:
+    """Return the steps from a preprocessed image to its labels, in this process."""
+    return (*((Step.NETWORK,) if fast else ()), Step.LOGITS, Step.WINDOW, Step.LABELS, Step.EXPORT)
 
 
 def unless_replaced(method: Method) -> Method:
     """Let a method of ours give way to what stands under its name in nnU-Net's class, if that is not nnU-Net's own."""
     name = method.__name__
-    row = next(row for row in ROWS if row.step is Step.ENTRY)
-    assert name in row.names, f"{name} is not in the table"
+    row = next(row for row in ROWS if row.step is Step.ENTRY and name in row.names)
+    is_told_of = any(name in other.names for other in ROWS if other.step is Step.LOGITS)  # once per run, not per fold
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if not _is_replaced(nnUNetPredictor, name, row.superseded):
             return method(self, *arguments, **keywords)
-        logger.warning("nnUNetPredictor.%s: not nnU-Net's own; %s", name, Step.ENTRY.value)
+        if not is_told_of:
+            logger.warning("nnUNetPredictor.%s: not nnU-Net's own; %s", name, Step.ENTRY.value)
         replacement = vars(nnUNetPredictor)[name]
         bound = replacement.__get__(self, type(self)) if hasattr(type(replacement), "__get__") else replacement
         return bound(*arguments, **keywords)

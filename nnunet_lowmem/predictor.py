@@ -142,6 +142,7 @@ class LowMemPredictor(CasePredictor):
         self, jobs: list[Job], target: str | list[str] | None, save_probabilities: bool, processes: int
     ) -> list[Result]:
         """Predict cases of files; what failed is told in the output folder."""
+        tell(self, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = in_a_row(jobs)
@@ -221,6 +222,7 @@ class LowMemPredictor(CasePredictor):
             tell(self, *IN_WORKERS_AFTER)
             # one process is enough, and the fewest logits in RAM
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
+        tell(self, *overrides.of_prediction(self.fast))
         jobs = map(job_of_item, data_iterator)
         return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
 
@@ -264,6 +266,7 @@ class LowMemPredictor(CasePredictor):
             return self.predict_from_data_iterator(
                 items_of(self, jobs), save_probabilities, num_processes_segmentation_export
             )
+        tell(self, *overrides.of_prediction(self.fast))
         return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
 
     @unless_replaced
@@ -279,8 +282,8 @@ class LowMemPredictor(CasePredictor):
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
         load = partial(self._preprocess_array, input_image, segmentation_previous_stage, image_properties)
+        tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
         if replaced(self, Step.ADAPTER):
-            tell(self, Step.ADAPTER)
             load = partial(self._preprocess_by_adapter, input_image, segmentation_previous_stage, image_properties)
         job = Job("array", output_file_truncated, load)
         return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
@@ -327,7 +330,6 @@ class LowMemPredictor(CasePredictor):
         return results
 
     def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, keep_going: bool) -> list[Result]:
-        tell(self, *overrides.in_this_process(self.fast))
         line_s = LINE_S if self.allow_tqdm and not on_terminal() else 0
         with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device), line_s) as watch:
             predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference import export_prediction, predict_from_raw_data
+from nnunetv2.inference import data_iterators, export_prediction, predict_from_raw_data
 from numpy.typing import NDArray
 
+from nnunet_lowmem.overrides import is_stocks
 from nnunet_lowmem.types import PreprocessedCase
 
 
@@ -44,7 +45,9 @@ def network_input(case: PreprocessedCase, label_manager: Any) -> torch.Tensor:
     """
     if case.previous_stage is None:
         return torch.from_numpy(case.image)
-    encode = predict_from_raw_data.convert_labelmap_to_one_hot
+    known = [getattr(module, "convert_labelmap_to_one_hot", None) for module in (predict_from_raw_data, data_iterators)]
+    replaced = [function for function in known if function and not is_stocks(function, "convert_labelmap_to_one_hot")]
+    encode: Any = replaced[0] if replaced else known[1]
     one_hot = encode(case.previous_stage, label_manager.foreground_labels, case.image.dtype)
     return torch.from_numpy(np.vstack((case.image, one_hot)))
 

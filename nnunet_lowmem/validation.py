@@ -17,7 +17,7 @@ import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 
-from nnunet_lowmem import __version__, nnunet_adapter, training_data
+from nnunet_lowmem import __version__, nnunet_adapter, overrides, training_data
 from nnunet_lowmem.allocations import WORKER_BYTES
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_predictor import CasePredictor
@@ -35,8 +35,12 @@ def is_left_to_stock(trainer: Any) -> bool:
     reason = None
     if trainer.is_ddp:
         reason = "several GPUs share it"
+    elif names := overrides.of_validation(trainer):
+        reason = f"{', '.join(names)}: not nnU-Net's own"
     elif nnunet_adapter.label_rule(trainer.label_manager) is None:
         reason = f"label manager {type(trainer.label_manager).__name__} is not nnU-Net's own"
+    elif not nnunet_adapter.treats_heads_one_by_one(trainer.configuration_manager.resampling_fn_probabilities):
+        reason = "the resampling of logits is not nnU-Net's own"
     if reason is not None:
         trainer.print_to_log_file(f"nnunet_lowmem leaves this validation to nnU-Net, in unbounded memory: {reason}")
     return reason is not None

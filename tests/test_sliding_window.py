@@ -303,6 +303,82 @@ def test_weights_that_are_not_finite_are_an_error(value):
         ours.predict_sliding_window_return_logits(image((20, 10, 6)))
 
 
+class Reshaping(SmallNetwork):
+    """Gives something else than logits of the tile's shape."""
+
+    def __init__(self, dims: int, reshape: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(dims)
+        self.reshape = reshape
+
+    def forward(self, tile: torch.Tensor) -> Any:
+        return self.reshape(super().forward(tile))
+
+
+RESHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "fewer heads": lambda y: y[:, :2].contiguous(),
+    "more heads": lambda y: torch.cat([y, y], 1),
+    "one head": lambda y: y[:, 1:2],
+    "half the resolution": lambda y: y[..., ::2, ::2].contiguous(),
+    "a voxel narrower": lambda y: y[..., :-1].contiguous(),
+    "a voxel": lambda y: y[..., :1],
+    "larger": lambda y: nn.functional.pad(y, (2, 2)),
+    "axes exchanged": lambda y: y.transpose(-1, -2),
+    "no batch axis": lambda y: y[0],
+    "no batch axis and one head": lambda y: y[0, :1],
+    "one axis more": lambda y: y[None],
+    "batch of two": lambda y: torch.cat([y, y + 1]),
+    "list of resolutions": lambda y: [y, y[..., ::2]],
+    "with something beside": lambda y: (y, None),
+    "integers": lambda y: (10 * y).int(),
+    "complex": lambda y: y.to(torch.complex64),
+    "numpy": lambda y: y.numpy(),
+    "double": lambda y: y.double() / 3,
+    "bfloat16": lambda y: y.bfloat16(),
+    "not contiguous": lambda y: y.flip(-1).transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("patch", [(8, 10, 6), (10, 6)], ids=["3d", "2d"])
+@pytest.mark.parametrize("kind", RESHAPES)
+def test_output_of_another_shape_does_what_it_does_in_stock(kind, patch, caplog):
+    """Broadcasting included; what does not fit is an error and never read or written beside the buffer."""
+    stock, ours = (
+        predictor(c, patch, Reshaping(len(patch), RESHAPES[kind])) for c in (nnUNetPredictor, LowMemPredictor)
+    )
+    data = image((11, 13, 9))
+    try:
+        expected = stock.predict_sliding_window_return_logits(data)
+    except Exception:  # an AttributeError of a list, say
+        with pytest.raises(RuntimeError, match=r"network's output for the tile at \(0, 0, 0\).*\(3, .*10, 6\)"):
+            ours.predict_sliding_window_return_logits(data)
+    else:
+        assert_same_bits(ours.predict_sliding_window_return_logits(data), expected)
+        assert ("every head gets it" in caplog.text) == ("one head" in kind or kind == "no batch axis")
+
+
+def test_output_of_another_shape_names_the_fold():
+    ours = predictor(LowMemPredictor, (8, 10, 6), SmallNetwork(), folds=2)
+    second = ours.list_of_parameters[1]["layers.2.bias"]
+    network = Reshaping(3, lambda y: y[:, :2] if torch.equal(network.layers[2].bias, second) else y)
+    ours.network = network
+    with pytest.raises(RuntimeError, match=r"entry 1 of list_of_parameters: .*\(2, 8, 10, 6\).*\(3, 8, 10, 6\)"):
+        ours.predict_single_npy_array(image((8, 20, 9)).numpy(), {"spacing": [3.9, 4.2, 4.3]})
+
+
+@pytest.mark.parametrize("shape", [(16, 10, 12), (8, 30, 6)], ids=str)
+@pytest.mark.parametrize("values", [(40000.0, 40000.0), (-40000.0, -40000.0), (65000.0, 40000.0, -65000.0)], ids=str)
+def test_sum_over_folds_that_is_infinite_is_an_error(shape, values):
+    """Stock takes labels from it without a word; here the kernels need numbers."""
+    ours = predictor(LowMemPredictor, (8, 10, 6), SmallNetwork(), folds=len(values))
+    for weights, value in zip(ours.list_of_parameters, values, strict=True):
+        weights["layers.2.weight"].zero_()
+        weights["layers.2.bias"].fill_(value / 5)
+    # no voxel in two tiles, or one fold's own sum would be infinite
+    ours.use_gaussian, ours.tile_step_size = False, 1
+    with pytest.raises(NonFiniteLogitsError, match=f"of {len(values)} folds is infinite in plane 0"):
+        ours.predict_single_npy_array(image(shape).numpy(), {"spacing": [3.9, 4.2, 4.3]})
+
+
 def test_infinity_is_an_error_in_stock_too():
     stock = predictor(nnUNetPredictor, (8, 10, 6), Spoiling(put(np.inf)))
     with pytest.raises(RuntimeError, match="Encountered inf"):

@@ -1,0 +1,443 @@
+"""What programs put in the place of nnU-Net's methods and functions runs here as in stock, and a line tells of it."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from factory import ModelSpec
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from numpy.typing import NDArray
+from oracle import assert_same_array, assert_same_folder, make_predictor
+
+from nnunet_lowmem import LowMemPredictor, overrides
+from nnunet_lowmem.overrides import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
+
+CLASSES = (nnUNetPredictor, LowMemPredictor)
+
+
+@pytest.fixture(scope="module")
+def model(images, models) -> str:
+    spec = ModelSpec(
+        mirror_axes=(1,), transpose_forward=(1, 2, 0), patch_size=(28, 24, 20), normalisation=("CTNormalization",)
+    )
+    return models(spec, images("head_margin"))
+
+
+@pytest.fixture
+def array(images) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    reader = import_module("nnunetv2.imageio.simpleitk_reader_writer").SimpleITKIO()
+    return reader.read_images(images("head_margin"))
+
+
+def owner_of(name: str) -> Any:
+    module, _, cls = name.partition(":")
+    return getattr(import_module(module), cls) if cls else import_module(module)
+
+
+# -- the table
+
+
+def bypassed(owner: str) -> set[str]:
+    return {name for row in ROWS if row.owner == owner for name in row.names}
+
+
+def listed(owner: str) -> set[str]:
+    """All names of an owner that somebody has thought of."""
+    return bypassed(owner) | set(CALLED.get(owner, ())) | set(IGNORED.get(owner, ()))
+
+
+_EXPORT = "nnunetv2.inference.export_prediction"
+_PREPROCESSING = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
+_CROPPING = "nnunetv2.preprocessing.cropping.cropping"
+_RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
+_LABELS = "nnunetv2.utilities.label_handling.label_handling:LabelManager"
+_NORMALISATION = "nnunetv2.preprocessing.normalization.default_normalization_schemes:CTNormalization"
+_READER = "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIO"
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [PREDICTOR, RAW, _EXPORT, f"{_PREPROCESSING}:DefaultPreprocessor", _CROPPING, _RESAMPLING, _LABELS, _READER],
+)
+def test_everything_that_stock_has_there_was_thought_of(owner: str):
+    """A method that is new in nnU-Net fails this until it is known whether our way calls it."""
+    unknown = {name for name, value in vars(owner_of(owner)).items() if acts(name, value, owner)} - listed(owner)
+    assert not unknown
+
+
+def acts(name: str, value: Any, owner: str) -> bool:
+    """Whether a name of an owner is something that nnU-Net calls there, and no tool of Python's."""
+    if ":" in owner:
+        methods = types.FunctionType | staticmethod | classmethod | property
+        return isinstance(value, methods) and (name == "__init__" or not name.startswith("__"))
+    module = getattr(value, "__module__", None) or ""
+    packages = ("nnunetv2", "acvl_utils", "skimage", "scipy", "batchgenerators", "tqdm")
+    return callable(value) and module.split(".")[0] in packages and "file_and_folder" not in module
+
+
+def test_no_name_stands_twice():
+    for owner in {row.owner for row in ROWS}:
+        called, ignored = set(CALLED.get(owner, ())), set(IGNORED.get(owner, ()))
+        assert not bypassed(owner) & called
+        assert not (bypassed(owner) | called) & ignored
+
+
+def test_what_is_installed_is_not_taken_for_replaced(model):
+    predictor = make_predictor(LowMemPredictor, model)
+    assert overrides.replaced(predictor, *Step) == []
+    assert [name for step in Step for name in overrides.found(step, nnUNetPredictor, LabelManager)] == []
+
+
+def test_page_about_differences_holds_the_table():
+    page = (Path(__file__).parents[1] / "docs" / "differences.md").read_text()
+    for step in Step:
+        names = [f"`{name}`" for row in ROWS if row.step is step for name in row.names]
+        line = next((line for line in page.splitlines() if line.startswith(f"| {step.value} |")), "")
+        assert set(names) == {word for word in line.split("|")[-2].replace(",", " ").split() if word}, step
+    for names in IGNORED.values():
+        assert all(f"`{name}`" in page for name in names)
+
+
+# -- whose function it is
+
+
+def plain(self: Any) -> int:
+    return 1
+
+
+@functools.wraps(nnUNetPredictor.predict_sliding_window_return_logits)
+def claims_to_be_stocks(*arguments: Any) -> Any:
+    return None
+
+
+def edited_source() -> Any:
+    """Stock's function compiled once more from text, in nnU-Net's module."""
+    namespace: dict[str, Any] = {}
+    exec(compile("def compute_gaussian(): pass", "<patched>", "exec"), vars(predict_from_raw_data), namespace)
+    return namespace["compute_gaussian"]
+
+
+STOCKS = nnUNetPredictor.predict_sliding_window_return_logits
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "is_stocks"),
+    [
+        (STOCKS, "predict_sliding_window_return_logits", True),
+        (torch.no_grad()(STOCKS), "predict_sliding_window_return_logits", True),
+        (nnUNetPredictor.__dict__["auto_detect_available_folds"], "auto_detect_available_folds", True),
+        (STOCKS, "predict_logits_from_preprocessed_data", False),
+        (claims_to_be_stocks, "predict_sliding_window_return_logits", False),
+        (torch.autocast("cpu", torch.bfloat16)(STOCKS), "predict_sliding_window_return_logits", False),
+        (functools.partialmethod(STOCKS), "predict_sliding_window_return_logits", False),
+        (mock.MagicMock(wraps=STOCKS), "predict_sliding_window_return_logits", False),
+        (mock.create_autospec(STOCKS), "predict_sliding_window_return_logits", False),
+        (edited_source(), "compute_gaussian", False),
+        (plain, "plain", False),
+        (None, "plain", False),
+    ],
+)
+def test_whose_function_it_is(value: Any, name: str, is_stocks: bool):
+    assert overrides.is_stocks(value, name) is is_stocks
+
+
+def of_totalsegmentator(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    raise AssertionError("ours supersedes it")
+
+
+of_totalsegmentator = types.FunctionType(
+    of_totalsegmentator.__code__, {**globals(), "__name__": "totalsegmentator.nnunet_runtime_patches"}
+)
+
+
+def test_what_ours_supersedes_is_passed_over(model, array, monkeypatch):
+    """TotalSegmentator overwrites these when it is imported."""
+    predictor = make_predictor(LowMemPredictor, model, tile_step_size=1)
+    expected = predictor.predict_single_npy_array(*array)
+    for row in ROWS:
+        if row.superseded:
+            for name in row.names:
+                monkeypatch.setattr(owner_of(row.owner), name, of_totalsegmentator)
+    assert overrides.replaced(predictor, *Step) == []
+    assert_same_array(expected, predictor.predict_single_npy_array(*array))
+
+
+# -- the same as stock with the same replacement
+
+
+def after(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make a replacement of a function that changes what it returns."""
+
+    def make(function: Any) -> Any:
+        def replacement(*arguments: Any, **keywords: Any) -> Any:
+            return change(function(*arguments, **keywords))
+
+        return replacement
+
+    return make
+
+
+def weaker_background(logits: torch.Tensor) -> torch.Tensor:
+    logits = logits.clone()
+    logits[0] -= 3
+    return logits
+
+
+def dimmed(data: Any) -> Any:
+    return np.clip(data, None, 0.2 * data.max()) if isinstance(data, np.ndarray) else data.clamp(max=0.2 * data.max())
+
+
+def first_of(change: Callable[[Any], Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda result: (change(result[0]), *result[1:])
+
+
+def fewer_planes(box: list[list[int]]) -> list[list[int]]:
+    return [[low + 2, high] for low, high in box]
+
+
+class DimmingAdapter(predict_from_raw_data.PreprocessAdapterFromNpy):
+    def generate_train_batch(self) -> dict[str, Any]:
+        item = super().generate_train_batch()
+        return {**item, "data": dimmed(item["data"])}
+
+
+def without_first_label(labels: Any) -> Any:
+    labels[labels == 1] = 0
+    return labels
+
+
+REPLACEMENTS: dict[tuple[str, str], Any] = {
+    (PREDICTOR, "predict_logits_from_preprocessed_data"): after(weaker_background),
+    (PREDICTOR, "predict_sliding_window_return_logits"): after(weaker_background),
+    (PREDICTOR, "_internal_predict_sliding_window_return_logits"): after(weaker_background),
+    (PREDICTOR, "_internal_get_sliding_window_slicers"): after(
+        lambda slicers: slicers[:-2] + slicers[:1] * 9 + slicers[-2:]
+    ),
+    (PREDICTOR, "_internal_maybe_mirror_and_predict"): after(weaker_background),
+    (RAW, "compute_steps_for_sliding_window"): after(
+        lambda steps: [[start // 2 for start in s[:-1]] + s for s in steps]
+    ),
+    (RAW, "pad_nd_image"): after(first_of(dimmed)),
+    (RAW, "compute_gaussian"): after(torch.ones_like),
+    (RAW, "PreprocessAdapterFromNpy"): lambda _: DimmingAdapter,
+    (f"{_PREPROCESSING}:DefaultPreprocessor", "run_case_npy"): after(first_of(dimmed)),
+    (f"{_PREPROCESSING}:DefaultPreprocessor", "_normalize"): after(dimmed),
+    (_PREPROCESSING, "crop_to_nonzero"): after(first_of(dimmed)),
+    (_PREPROCESSING, "compute_new_shape"): after(lambda shape: shape + 3),
+    (_CROPPING, "create_nonzero_mask"): after(lambda mask: mask & (np.arange(len(mask)) > 9)[:, None, None]),
+    (_CROPPING, "get_bbox_from_mask"): after(fewer_planes),
+    (_NORMALISATION, "run"): after(dimmed),
+    (_RESAMPLING, "resample_data_or_seg"): after(dimmed),
+    (_RESAMPLING, "resize"): after(np.abs),
+    (_RESAMPLING, "determine_do_sep_z_and_axis"): after(lambda _: (True, 0)),
+    (_LABELS, "convert_logits_to_segmentation"): after(without_first_label),
+    (_LABELS, "convert_probabilities_to_segmentation"): after(without_first_label),
+    (RAW, "convert_predicted_logits_to_segmentation_with_correct_shape"): after(without_first_label),
+}
+# one of each mechanism; the others under -m slow
+QUICK = (
+    "predict_logits_from_preprocessed_data",
+    "_internal_get_sliding_window_slicers",
+    "compute_gaussian",
+    "run_case_npy",
+    "run",
+    "resize",
+    "convert_logits_to_segmentation",
+)
+
+
+@pytest.fixture(scope="module")
+def unchanged(model, images) -> NDArray[Any]:
+    reader = import_module("nnunetv2.imageio.simpleitk_reader_writer").SimpleITKIO()
+    image, properties = reader.read_images(images("head_margin"))
+    return make_predictor(nnUNetPredictor, model, tile_step_size=1).predict_single_npy_array(image, properties)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        pytest.param(owner, name, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for owner, name in REPLACEMENTS
+    ],
+)
+def test_replacement_counts_as_in_stock(owner, name, model, array, unchanged, monkeypatch, caplog):
+    both = [make_predictor(cls, model, tile_step_size=1) for cls in CLASSES]
+    holder = owner_of(owner)
+    monkeypatch.setattr(holder, name, REPLACEMENTS[owner, name](getattr(holder, name)))
+    image, properties = array
+    expected, actual = (predictor.predict_single_npy_array(image, dict(properties)) for predictor in both)
+    assert not np.array_equal(expected, unchanged), "a replacement that changes nothing shows nothing"
+    assert_same_array(expected, actual)
+    told = [message for message in caplog.messages if "not nnU-Net's own" in message]
+    needs_no_word = name in CALLED.get(owner, ()) or name == "_internal_maybe_mirror_and_predict"
+    assert len(told) == (0 if needs_no_word else 1)
+    assert needs_no_word or name in told[0]
+
+
+@pytest.mark.parametrize("place", ["object", "subclass"])
+def test_replacement_on_object_and_subclass(place, model, array):
+    results = []
+    for cls in CLASSES:
+        original = cls.predict_sliding_window_return_logits
+        change = lambda self, data, original=original: weaker_background(original(self, data))  # noqa: E731  # a method
+        made = type("Client", (cls,), {"predict_sliding_window_return_logits": change}) if place == "subclass" else cls
+        predictor = make_predictor(made, model, tile_step_size=1)
+        if place == "object":
+            predictor.predict_sliding_window_return_logits = types.MethodType(change, predictor)
+        results.append(predictor.predict_single_npy_array(array[0], dict(array[1])))
+    assert_same_array(*results)
+
+
+@pytest.mark.parametrize("answer", ["float32", "infinite", "fewer heads", "doubled"])
+def test_unusual_logits_of_an_override(answer, model, array):
+    def change(logits: torch.Tensor) -> Any:
+        if answer == "float32":
+            return logits.float() * 1.0001
+        if answer == "infinite":
+            return torch.cat([logits[:1], torch.full_like(logits[1:2], -torch.inf), logits[2:]])
+        return logits[:3] if answer == "fewer heads" else logits * 2
+
+    outcomes = []
+    for cls in CLASSES:
+        original = cls.predict_logits_from_preprocessed_data
+        client = type("Client", (cls,), {"predict_logits_from_preprocessed_data": after(change)(original)})
+        predictor = make_predictor(client, model, tile_step_size=1)
+        try:
+            outcomes.append(predictor.predict_single_npy_array(array[0], dict(array[1])))
+        except AssertionError as error:
+            outcomes.append(str(error)[:60])
+    assert type(outcomes[0]) is type(outcomes[1])
+    assert np.array_equal(outcomes[0], outcomes[1])
+
+
+# -- files
+
+
+def predict_files(
+    cls: type[nnUNetPredictor], model: str, cases: Any, out: Path, method: str = "predict_from_files"
+) -> Any:
+    predictor = make_predictor(cls, model, tile_step_size=1)
+    workers = {"num_processes_preprocessing": 1, "num_processes_segmentation_export": 1}
+    return getattr(predictor, method)(cases, str(out), **(workers if method == "predict_from_files" else {}))
+
+
+class OwnItems:
+    """Makes the preprocessed cases itself, as FL4Health does."""
+
+    def _internal_get_data_iterator_from_lists_of_filenames(
+        self: Any, files, stages, outputs, processes
+    ) -> Iterator[dict]:
+        assert processes == 1
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
+        for case, output in zip(files, outputs, strict=True):
+            given = (self.plans_manager, self.configuration_manager, self.dataset_json)
+            data, _, properties = preprocessor.run_case(case, None, *given)
+            yield {"data": torch.from_numpy(dimmed(data)), "ofile": output, "data_properties": properties}
+
+
+class OwnIteration:
+    """Takes the preprocessed cases and writes something else of them."""
+
+    def predict_from_data_iterator(self: Any, data_iterator, save_probabilities=False, processes=3) -> list[Any]:
+        kept = []
+        for item in data_iterator:
+            logits = self.predict_logits_from_preprocessed_data(item["data"])
+            np.save(item["ofile"] + ".npy", logits[1].numpy())
+            kept.append((item["ofile"].rpartition("/")[2], sorted(item["data_properties"]), tuple(logits.shape)))
+        return kept
+
+
+@pytest.mark.parametrize("client", [OwnItems, OwnIteration])
+def test_own_part_of_predicting_files(client, model, images, tmp_path, monkeypatch):
+    """What the client leaves to stock is done without processes on both sides."""
+    returned = []
+    for cls, who in zip(CLASSES, ("stock", "ours"), strict=True):
+        if cls is nnUNetPredictor:  # in this process, to save the seconds that its processes take
+            cls = type("Serial", (cls,), serial_stock())
+        mixed = type("Client", (client, cls), {})
+        returned.append(predict_files(mixed, model, [images("head_margin")], tmp_path / who))
+    assert returned[0] == returned[1]
+    if client is OwnIteration:
+        expected, actual = (np.load(tmp_path / who / "head_margin.npy") for who in ("stock", "ours"))
+        assert_same_array(expected, actual)
+    else:
+        assert_same_folder(tmp_path / "stock", tmp_path / "ours")
+
+
+def serial_stock() -> dict[str, Any]:
+    """Stock's iterators with everything in this process."""
+
+    def items(self: Any, files: Any, stages: Any, outputs: Any, processes: int) -> Iterator[dict[str, Any]]:
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=False)
+        for case, output in zip(files, outputs, strict=True):
+            given = (self.plans_manager, self.configuration_manager, self.dataset_json)
+            data, _, properties = preprocessor.run_case(case, None, *given)
+            yield {"data": torch.from_numpy(data), "ofile": output, "data_properties": properties}
+
+    def iterate(self: Any, iterator: Any, probabilities: bool = False, processes: int = 1) -> list[None]:
+        for item in iterator:
+            logits = self.predict_logits_from_preprocessed_data(item["data"])
+            predict_from_raw_data.export_prediction_from_logits(
+                logits, item["data_properties"], self.configuration_manager, self.plans_manager, self.dataset_json,
+                item["ofile"], probabilities,
+            )  # fmt: skip
+        return [None]
+
+    return {"_internal_get_data_iterator_from_lists_of_filenames": items, "predict_from_data_iterator": iterate}
+
+
+def test_own_export_of_files(model, images, tmp_path, monkeypatch):
+    export = predict_from_raw_data.export_prediction_from_logits
+
+    def with_logits(
+        logits: Any, properties: Any, configuration: Any, plans: Any, dataset: Any, output: str, *more: Any
+    ):
+        np.save(output + ".npy", np.asarray(logits)[2])
+        export(logits, properties, configuration, plans, dataset, output, *more)
+
+    monkeypatch.setattr(predict_from_raw_data, "export_prediction_from_logits", with_logits)
+    for cls, who in zip(CLASSES, ("stock", "ours"), strict=True):
+        (tmp_path / who).mkdir()
+        predict_files(cls, model, [images("head_margin")], tmp_path / who, "predict_from_files_sequential")
+    expected, actual = (np.load(tmp_path / who / "head_margin.npy") for who in ("stock", "ours"))
+    assert_same_array(expected, actual)
+    for who in ("stock", "ours"):
+        (tmp_path / who / "head_margin.npy").unlink()
+    assert_same_folder(tmp_path / "stock", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "name", ["predict_from_files", "predict_single_npy_array", "initialize_from_trained_model_folder"]
+)
+def test_entry_that_is_patched_in_stocks_class_is_called(name, monkeypatch, caplog):
+    monkeypatch.setattr(nnUNetPredictor, name, lambda self, *arguments, **keywords: (self, arguments, keywords))
+    predictor = LowMemPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    assert getattr(predictor, name)(1, two=2) == (predictor, (1,), {"two": 2})
+    assert f"{name}: not nnU-Net's own" in caplog.text
+    monkeypatch.setattr(nnUNetPredictor, name, mock.Mock(return_value=5))  # which Python does not bind
+    assert getattr(predictor, name)(1) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(_LABELS, "convert_logits_to_segmentation"), (f"{_PREPROCESSING}:DefaultPreprocessor", "_normalize")],
+)
+def test_what_runs_in_stocks_processes_is_seen_when_it_is_in_stock(owner, name, model, images, tmp_path, monkeypatch):
+    """A patch of this process alone does not reach them."""
+    holder = owner_of(owner)
+    monkeypatch.setattr(holder, name, REPLACEMENTS[owner, name](getattr(holder, name)))
+    for cls, who in zip(CLASSES, ("stock", "ours"), strict=True):
+        predict_files(cls, model, [images("head_margin"), images("head")], tmp_path / who)
+    assert_same_folder(tmp_path / "stock", tmp_path / "ours")
