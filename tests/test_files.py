@@ -503,10 +503,9 @@ class TestVerifyLabelFile:
         with pytest.raises(DamagedFileError):
             verify_label_file(path, SHAPE, np.uint8)
 
-    @pytest.mark.parametrize("encoding", ["ascii", "bzip2"])
-    def test_nrrd_in_an_encoding_that_nobody_writes_is_not_judged(self, tmp_path, encoding):
+    def test_digits_are_left_to_the_library(self, tmp_path):
         path = tmp_path / "a.nrrd"
-        path.write_text(f"NRRD0004\ntype: uchar\ndimension: 1\nsizes: 3\nencoding: {encoding}\n\n1 2 3\n")
+        path.write_text("NRRD0004\ntype: uchar\ndimension: 2\nsizes: 3 1\nencoding: ascii\n\n1 2 3\n")
         verify_label_file(path, (3,), np.uint8)
 
     def test_nifti_of_another_byte_order_passes(self, tmp_path):
