@@ -81,6 +81,8 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
 def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:
     """One file: a positive HeaderSize counts from its beginning, −1 says that the voxels are its last bytes."""
     skip = _whole_number(fields.get("HeaderSize", ""))
+    if 0 < skip < start:
+        raise DamagedFileError(f"its HeaderSize is {skip:,}, within the {start:,} bytes of its header")
     if skip > 0:
         start = skip
     elif skip == -1 and path.is_file():
