@@ -50,17 +50,24 @@ def read_whole(path: Path) -> Contents:
 
 
 def _verify_chain(tiff: Any, name: str) -> None:
-    position, file = tiff.pages.next_page_offset, tiff.filehandle
-    file.seek(position)
-    try:
-        (following,) = struct.unpack(tiff.tiff.offsetformat, file.read(tiff.tiff.offsetsize))
-    except struct.error:
-        following = file.size
-    if following:
-        raise DamagedFileError(
-            f"{name} ends within its chain of pages: {len(tiff.pages)} are there, the next should be at byte "
-            f"{following:,}, and the file has {file.size:,}"
-        )
+    """Follow the chain to its end; tifffile takes for an offset what it finds where a file is cut within a page."""
+    file, layout = tiff.filehandle, tiff.tiff
+    offset, seen = tiff.pages.first.offset, set[int]()
+    while offset and offset not in seen:
+        try:
+            file.seek(offset)
+            (tags,) = struct.unpack(layout.tagnoformat, file.read(layout.tagnosize))
+            file.seek(offset + layout.tagnosize + tags * layout.tagsize)
+            (following,) = struct.unpack(layout.offsetformat, file.read(layout.offsetsize))
+        except (struct.error, OSError) as error:
+            raise DamagedFileError(
+                f"{name} ends within its chain of pages: {len(seen)} are there, the next should be at byte {offset:,}, "
+                f"and the file has {file.size:,}"
+            ) from error
+        seen.add(offset)
+        offset = following
+    if offset:
+        raise DamagedFileError(f"{name}: page {len(seen)} of its chain is one of those before it")
 
 
 def _verify_series(series: Any, name: str) -> None:
