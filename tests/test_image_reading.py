@@ -417,6 +417,17 @@ def test_stack_says_how_many_pages_are_there(tmp_path) -> None:
         read_channels(cls, [str(file)])
 
 
+def test_planes_that_a_stack_only_promises(tmp_path) -> None:
+    """The library makes zeros of them."""
+    file = tmp_path / "case_0000.tif"
+    tifffile.imwrite(file, VOXELS, ome=True, photometric="minisblack", metadata={"axes": "ZYX"})
+    promise = tifffile.tiffcomment(file).replace('SizeZ="6"', 'SizeZ="9"')
+    tifffile.imwrite(file, VOXELS, description=promise, metadata=None, photometric="minisblack")
+    cls = Model(reader="Tiff3DIO").managers()[0].image_reader_writer_class
+    with pytest.raises(UsageError, match="3 of the 9 pages that its header promises are missing"):
+        read_channels(cls, [str(file)])
+
+
 @pytest.mark.parametrize(
     ("reader", "ending"),
     [
