@@ -125,7 +125,11 @@ def _in_parts(parts: Parts) -> Callable[[Path], Contents]:
 
     def read_whole(path: Path) -> Contents:
         header = itk_header(path)
-        for part in parts(path, header.sizes, header.voxel_bytes):
+        try:
+            pieces = parts(path, header.sizes, header.voxel_bytes)
+        except ValueError as error:  # words where the header should have numbers
+            raise DamagedFileError(f"{path.name}: {error}") from error
+        for part in pieces:
             part.verify()
         return Contents((*header.sizes[::-1], *([header.values] if header.values > 1 else [])), header.dtype)
 
@@ -176,7 +180,12 @@ def _nifti_image(path: Path) -> Any:
 
     try:
         return nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, ValueError) as error:
+    except (
+        nibabel.filebasedimages.ImageFileError,
+        nibabel.spatialimages.HeaderDataError,
+        nibabel.wrapstruct.WrapStructError,
+        ValueError,
+    ) as error:
         raise DamagedFileError(f"{path.name}: {error}") from error
 
 

@@ -103,13 +103,15 @@ class Part:
 
     def _decoded_bytes(self, file: IO[bytes]) -> int:
         if self.encoding is Encoding.DEFLATE:
-            return inflated_bytes(_limited(file, self.stored_bytes), self.path.name)
+            return inflated_bytes(_limited(file, self.stored_bytes), self.path.name, self.needed_bytes)
         is_compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
         file.seek(self.start)
-        return inflated_bytes(file.read, self.path.name, members=True) if is_compressed else self._size_bytes()
+        if not is_compressed:
+            return self._size_bytes()
+        return inflated_bytes(file.read, self.path.name, self.needed_bytes, members=True)
 
 
-def inflated_bytes(read: Callable[[int], bytes], name: str, members: bool = False) -> int:
+def inflated_bytes(read: Callable[[int], bytes], name: str, needed_bytes: int, members: bool = False) -> int:
     """Decode a stream of zlib or gzip to its end, which checks its checksum, and count the bytes.
 
     Parameters
@@ -117,6 +119,7 @@ def inflated_bytes(read: Callable[[int], bytes], name: str, members: bool = Fals
     read : callable
         Gives so many bytes at most, none at the end.
     name : str
+    needed_bytes : int
         For errors.
     members : bool
         Go on where another member of gzip follows. What else follows is ignored, as libraries do.
@@ -131,11 +134,13 @@ def inflated_bytes(read: Callable[[int], bytes], name: str, members: bool = Fals
     while True:
         waiting = waiting or read(_CHUNK_BYTES)
         if not waiting:
-            raise DamagedFileError(f"{name} ends within its compressed data (after {held_bytes:,} bytes)")
+            raise DamagedFileError(
+                f"{name} ends within its compressed data (after {held_bytes:,} of {needed_bytes:,} bytes)"
+            )
         try:
             held_bytes += len(stream.decompress(waiting, _CHUNK_BYTES))
         except zlib.error as error:
-            raise DamagedFileError(f"{name}: {error} (after {held_bytes:,} bytes)") from error
+            raise DamagedFileError(f"{name}: {error} (after {held_bytes:,} of {needed_bytes:,} bytes)") from error
         waiting = stream.unconsumed_tail
         if stream.eof:
             waiting = stream.unused_data

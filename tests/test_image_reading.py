@@ -285,6 +285,7 @@ NRRD = [
     nrrd("packed_cut.nrrd", "gzip", "ends within its compressed data", data=GZIPPED[:-20]),
     nrrd("checksum.nrrd", "gzip", "incorrect data check", data=GZIPPED[:-8] + b"abcd" + GZIPPED[-4:]),
     nrrd("length.nrrd", "gzip", "incorrect length check", data=GZIPPED[:-4] + b"abcd"),
+    nrrd("skip_in_words.nrrd", "raw", "cannot be read", fields="byte skip: some\n", data=RAW),
     nrrd("hex.nrrd", "hex", None, data=RAW.hex().encode()),
     nrrd("hex_cut.nrrd", "hex", "cannot be read", data=RAW.hex().encode()[:-9]),
     nrrd("outside.nhdr", "raw", None, fields="data file: v.raw\n", **{"v.raw": RAW}),
