@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,18 +35,37 @@ class HeadArchive:
     shape : tuple of int
         (heads, x, y, z)
     dtype : numpy dtype
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order : bool
+        Whether x is the fastest axis; numpy says so of one head whose axes were reversed, and of no more than one.
     """
 
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fortran_order: bool
     _file: IO[bytes]
 
     def read_head(self) -> NDArray[np.float32]:
-        """Return the next head as float32, shape (x, y, z)."""
+        """Return the next head as float32, shape (x, y, z).
+
+        Raises
+        ------
+        UsageError
+            If it is damaged, or not all there.
+        """
         shape = self.shape[1:]
-        data = self._file.read(int(np.prod(shape)) * self.dtype.itemsize)
-        return np.frombuffer(data, self.dtype).reshape(shape).astype(np.float32)
+        needed_bytes = math.prod(shape) * self.dtype.itemsize
+        try:
+            data = self._file.read(needed_bytes)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UsageError(f"{self.path} cannot be read: {error}") from error
+        if len(data) < needed_bytes:
+            raise UsageError(f"{self.path} ends after {len(data):,} of the {needed_bytes:,} bytes of a head")
+        head = np.frombuffer(data, self.dtype).reshape(shape, order="F" if self.fortran_order else "C")
+        return head.astype(np.float32, order="C")
 
 
 @contextmanager
@@ -54,7 +75,7 @@ def open_heads(path: Path) -> Iterator[HeadArchive]:
     Raises
     ------
     UsageError
-        If it is no .npz with an array ``probabilities`` of four dimensions in C order.
+        If it is no .npz with an array ``probabilities`` of four dimensions that lies head after head.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -67,7 +88,7 @@ def open_heads(path: Path) -> Iterator[HeadArchive]:
     with archive, file:
         if len(shape) != 4 or (fortran_order and shape[0] != 1):
             raise UsageError(f"{path} holds an array of shape {shape} in an order that cannot be read head by head")
-        yield HeadArchive(path, shape, dtype, file)
+        yield HeadArchive(path, shape, dtype, fortran_order, file)
 
 
 def ensemble_folders(folders: Sequence[Path], output: Path, save_npz: bool) -> list[Path]:

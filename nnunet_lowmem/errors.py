@@ -47,6 +47,10 @@ class WorkerError(LowMemError):
     """A worker process failed, died or stalled."""
 
 
+class DamagedFileError(LowMemError):
+    """A file ends too early, contradicts its own checksum, or is not what it should be."""
+
+
 class WriteError(LowMemError, OSError):
     """An output file could not be written whole; nothing is left under its final name."""
 

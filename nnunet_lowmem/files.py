@@ -27,9 +27,8 @@ from pathlib import Path
 
 import psutil
 
-from nnunet_lowmem.errors import LowMemError, UsageError, WriteError
+from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError
 from nnunet_lowmem.memory import format_gib
-from nnunet_lowmem.verifying import DamagedFileError
 
 #: Age after which a folder is taken for abandoned although its owner cannot be asked.
 UNKNOWN_OWNER_S = 24 * 3600

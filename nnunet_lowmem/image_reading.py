@@ -73,8 +73,8 @@ def read_channels(
             return _read_with_simpleitk(files, accept_nan)
         if reader is NibabelIO and not overrides.found(Step.READING, reader):
             return _read_with_nibabel(files, accept_nan)
-        for file in files:
-            check_stored(file, accept_nan)
+    for file in files:
+        check_stored(file, accept_nan)
     image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
     for number, channel in enumerate(image):
         name = files[number] if len(files) == len(image) else f"{files[0]}, channel {number}"
@@ -84,8 +84,6 @@ def read_channels(
 
 def check_stored(file: str, accept_nan: bool) -> None:
     """Check what another reader is about to read: SimpleITK makes 0 of NaN in a NIfTI file without a word."""
-    if not file.lower().endswith(KNOWN_ENDINGS):
-        return
     if not is_nifti(file):
         verify_voxels(file)
     else:

@@ -39,7 +39,7 @@ from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
-from nnunet_lowmem.verifying import verify_gzip
+from nnunet_lowmem.verifying import verify_label_file
 
 try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
@@ -190,10 +190,12 @@ def write_segmentation(
 ) -> None:
     """Write through the model's own writer; the file appears under its name when it is complete.
 
-    SimpleITK truncates files on a full disk without an error, so a compressed one is decoded to its end first.
+    SimpleITK truncates files on a full disk without an error, so every file is decoded to its end first. nnU-Net's own
+    writers keep the shape; what others make of it is their business.
     """
     writer = plans_manager.image_reader_writer_class()
-    with atomic_output(Path(path), verify_gzip if path.endswith(".gz") else None) as partial_file:
+    shape = segmentation.shape if writer.write_seg.__module__.startswith("nnunetv2.imageio.") else None
+    with atomic_output(Path(path), partial(verify_label_file, shape=shape)) as partial_file:
         writer.write_seg(segmentation, str(partial_file), properties)
 
 

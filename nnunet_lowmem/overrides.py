@@ -14,10 +14,9 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import ModuleType
 from typing import Any, TypeVar
 
 from nnunetv2.inference import predict_from_raw_data
@@ -279,9 +278,9 @@ def found(step: Step, *holders: object) -> list[str]:
         f"{row.owner.rpartition('.')[2].replace(':', '.')}.{name}"
         for row in ROWS
         if row.step is step
-        for holder in _holders(row.owner, holders)
+        for places in _places(row.owner, holders)
         for name in row.names
-        if _is_replaced(holder, name, row.superseded)
+        if _is_replaced(places, name, row.superseded)
     ]
 
 
@@ -320,7 +319,7 @@ def unless_replaced(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if not _is_replaced(nnUNetPredictor, name, row.superseded):
+        if not _is_replaced([vars(nnUNetPredictor)], name, row.superseded):
             return method(self, *arguments, **keywords)
         if not is_told_of:
             logger.warning("nnUNetPredictor.%s: not nnU-Net's own; %s", name, Step.ENTRY.value)
@@ -331,31 +330,30 @@ def unless_replaced(method: Method) -> Method:
     return call  # type: ignore[return-value]  # of the same signature
 
 
-def _holders(owner: str, holders: tuple[object, ...]) -> Iterator[object]:
+def _places(owner: str, holders: tuple[object, ...]) -> Iterator[list[Mapping[str, Any]]]:
+    """Give for each holder where Python looks for its names, one place after the other.
+
+    A class derived from one of nnU-Net's is a class of its own, which the plans name: what it overrides replaces
+    nothing. Of the predictor, derived classes are what programs are made of.
+    """
     module, _, name = owner.partition(":")
     if not name:
         if module in sys.modules:  # what is not imported has not been patched
-            yield sys.modules[module]
+            yield [vars(sys.modules[module])]
         return
     for holder in holders:
-        if any((cls.__module__, cls.__qualname__) == (module, name) for cls in _classes(holder)):
-            yield holder
+        classes = list((holder if isinstance(holder, type) else type(holder)).__mro__)
+        names = [(cls.__module__, cls.__qualname__) for cls in classes]
+        if (module, name) in names:
+            first = 0 if owner == PREDICTOR else names.index((module, name))
+            own = [] if isinstance(holder, type) else [getattr(holder, "__dict__", {})]
+            yield [*own, *map(vars, classes[first:])]
 
 
-def _classes(holder: object) -> tuple[type, ...]:
-    return (holder if isinstance(holder, type) else type(holder)).__mro__
-
-
-def _is_replaced(holder: object, name: str, superseded: tuple[str, ...]) -> bool:
-    standing = next((value for value in _under(holder, name) if not _is_of(value, (_OURS,))), None)
+def _is_replaced(places: Sequence[Mapping[str, Any]], name: str, superseded: tuple[str, ...]) -> bool:
+    values = (place[name] for place in places if name in place)
+    standing = next((value for value in values if not _is_of(value, (_OURS,))), None)
     return standing is not None and not is_stocks(standing, name) and not _is_of(standing, superseded)
-
-
-def _under(holder: object, name: str) -> Iterator[Any]:
-    """Give what the holder has under a name, in the order in which Python looks for it."""
-    classes = () if isinstance(holder, ModuleType) else _classes(holder)
-    places = (getattr(holder, "__dict__", {}), *map(vars, classes))
-    return (place[name] for place in places if name in place)
 
 
 def is_stocks(value: Any, name: str) -> bool:

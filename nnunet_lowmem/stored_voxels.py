@@ -2,18 +2,21 @@
 
 SimpleITK makes 1 of a spacing of 0 or NaN, fills a truncated file up with zeros, and does not look at the checksum of a
 gzip file; nibabel stops reading before the checksum. So headers are read raw here, the voxels of NIfTI files are read
-here in one pass that ends with the checksum, and those of other formats are decoded once before a library reads them.
+here in one pass that ends with the checksum, and those of other formats are decoded once before a library reads them
+(`formats`).
 """
 
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,15 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.verifying import DamagedFileError, text_header, voxel_bytes
+from nnunet_lowmem.errors import DamagedFileError, UsageError
+from nnunet_lowmem.formats import FORMATS, format_of, itk_header
+from nnunet_lowmem.stored_parts import INFLATION
 
-#: Formats whose headers and voxels are checked here.
-KNOWN_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha")
-# a stream of deflate grows at most by this factor when it is decoded
-_INFLATION = 1032
+#: Formats whose headers are looked at before anything is decoded.
+KNOWN_ENDINGS = (".nii", ".nii.gz", *(ending for ending, row in FORMATS.items() if row.spacing is not None))
 _CHUNK_BYTES = 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
+_logger = logging.getLogger(__name__)
 _NIFTI = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 
 
@@ -93,7 +96,7 @@ def _nifti(path: str) -> tuple[Header, int]:
         components, sizes = sizes[4], _without_ones(sizes[:4])
     spacing = [abs(float(step)) for step in nifti["pixdim"][1 : 1 + min(len(sizes), 3)]]
     size_bytes = os.path.getsize(path)
-    largest_bytes = size_bytes * _INFLATION if compressed else size_bytes - int(nifti["vox_offset"])
+    largest_bytes = size_bytes * INFLATION if compressed else size_bytes - int(nifti["vox_offset"])
     return (
         Header(sizes[::-1], tuple(spacing[::-1]), components, needed_bytes),
         largest_bytes,
@@ -101,17 +104,18 @@ def _nifti(path: str) -> tuple[Header, int]:
 
 
 def _itk(path: str) -> tuple[Header, int]:
-    reader = itk_information(path)
-    fields = text_header(Path(path))
-    spacing = _mha_spacing(fields) if path.lower().endswith(".mha") else _nrrd_spacing(fields)
-    components = reader.GetNumberOfComponents()
-    sizes = reader.GetSize()
-    needed_bytes = math.prod(sizes) * components * itk_dtype(reader).itemsize
-    compressed = fields.get("compresseddata") == "True" or fields.get("encoding", "raw") != "raw"
-    outside = fields.get("elementdatafile", "LOCAL") != "LOCAL" or "data file" in fields or "datafile" in fields
-    inflation = _INFLATION if compressed else 1
-    largest_bytes = needed_bytes if outside else os.path.getsize(path) * inflation
-    return Header(tuple(sizes[::-1]), tuple(spacing[:3][::-1]), components, needed_bytes), largest_bytes
+    row, header = format_of(Path(path)), itk_header(Path(path))
+    assert row is not None
+    assert row.spacing is not None
+    assert row.parts is not None
+    spacing = row.spacing(Path(path))
+    parts = row.parts(Path(path), header.sizes, header.voxel_bytes)
+    needed_bytes = math.prod(header.sizes) * header.voxel_bytes
+    shape = header.sizes[::-1]
+    return (
+        Header(shape, tuple(spacing[:3][::-1]), header.values, needed_bytes),
+        sum(part.largest_bytes() for part in parts),
+    )
 
 
 def itk_information(path: str) -> Any:
@@ -129,19 +133,6 @@ def itk_dtype(information: Any) -> np.dtype[Any]:
     image = make_image(sizes, information.GetPixelIDValue(), components if components > 1 else 0)
     dtype: np.dtype[Any] = SimpleITK.GetArrayViewFromImage(image).dtype
     return dtype
-
-
-def _mha_spacing(fields: dict[str, str]) -> list[float]:
-    text = fields.get("elementspacing") or fields.get("elementsize") or ""
-    return [abs(float(word)) for word in text.split()]
-
-
-def _nrrd_spacing(fields: dict[str, str]) -> list[float]:
-    """Lengths of the axes' vectors, or the spacings; an axis without either has none."""
-    if "space directions" in fields:
-        vectors = fields["space directions"].replace("none", " ").replace(")", " ").split("(")[1:]
-        return [math.hypot(*map(float, vector.split(","))) for vector in vectors]
-    return [abs(float(word)) for word in fields.get("spacings", "").split()]
 
 
 def read_nifti(path: str) -> tuple[NDArray[Any], tuple[float, float]]:
@@ -168,18 +159,29 @@ def read_nifti(path: str) -> tuple[NDArray[Any], tuple[float, float]]:
 
 
 def verify_voxels(path: str) -> None:
-    """Decode a file once, to see that all its voxels are there and unchanged.
+    """Decode a file once, and those that it names, to see that all its voxels are there and unchanged.
+
+    Of a format that has no row in the table of formats nothing is known; a warning says so.
 
     Raises
     ------
     UsageError
         If not.
     """
-    needed_bytes = read_raw_header(path).voxel_bytes
+    row = format_of(Path(path))
+    if row is None:
+        _tell_unchecked(Path(path).suffix)
+        return
     with _named(path):
-        held_bytes = voxel_bytes(Path(path))
-        if held_bytes is not None and held_bytes < needed_bytes:
-            raise DamagedFileError(f"it ends after {held_bytes:,} of {needed_bytes:,} bytes of voxels")
+        if os.path.getsize(path) == 0:
+            raise DamagedFileError("the file is empty")
+        row.read_whole(Path(path))
+
+
+@cache
+def _tell_unchecked(ending: str) -> None:
+    """Once for an ending."""
+    _logger.warning("of %s files it is not known here how they end: missing voxels are the reader's to find", ending)
 
 
 @contextmanager

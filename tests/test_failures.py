@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from oracle import make_predictor, read_voxels
 
 from nnunet_lowmem import LowMemPredictor, cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
+from nnunet_lowmem.records import RECORD_FOLDER
 from nnunet_lowmem.reporting import FAILURES_FILE
 from nnunet_lowmem.verifying import verify_whole
 
@@ -164,8 +166,6 @@ def test_command_tells_and_ends_with_1(model, cases, tmp_path, capsys):
 
 def test_run_that_cannot_fit_the_disk_is_refused_before_it_starts(model, cases, tmp_path, monkeypatch):
     """What is free is the only thing made up: 50 bytes, of which 59,000 voxels need at least 57."""
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
     with pytest.raises(WriteError, match=r"needs .* GiB, but .* has only .* GiB free"):
@@ -176,8 +176,6 @@ def test_run_that_cannot_fit_the_disk_is_refused_before_it_starts(model, cases, 
 @pytest.mark.parametrize(("dtype", "level"), [("float32", "WARNING"), ("float16", "INFO")])
 def test_size_of_probabilities_is_told_before_the_start(model, cases, tmp_path, monkeypatch, caplog, dtype, level):
     """Room for two bytes per voxel and head: too little for the probabilities of stock, enough for half of them."""
-    import shutil
-
     caplog.set_level("INFO", logger="nnunet_lowmem")
     voxels = read_voxels(Path(cases[0][0])).size
     predictor = make_predictor(LowMemPredictor, model, (0,), probabilities_dtype=dtype)
@@ -225,3 +223,28 @@ def test_full_disk_until_the_run_fits(model, cases, expected, small_disk):
     assert told
     assert all("No space left" in text or "free" in text for text in told)
     assert label_maps(folder) == expected
+
+
+def test_disk_that_fills_while_a_run_goes_on(models, images, small_disk):
+    """There is room when the run begins; when the first tile is computed others have taken it, but for 44 kB."""
+    cases = [images(name, ".nii") for name in ("head", "small", "zeros")]
+    folder = small_disk("1m")
+    ballast, taken = folder / "ballast", []
+
+    def take(progress: object) -> None:
+        if not taken:
+            taken.append(progress)
+            ballast.write_bytes(bytes(shutil.disk_usage(folder).free - 44 * 1024))
+
+    targets = [str(folder / name) for name in ("head", "small", "zeros")]
+    predictor = make_predictor(LowMemPredictor, models(ModelSpec(file_ending=".nii"), cases[0]), on_progress=take)
+    with pytest.raises(
+        CasesFailedError, match=r"1 of 3 cases failed: case head, .*head\.nii: could not be written whole"
+    ):
+        predictor.predict_from_files(cases, targets)
+    assert sorted(path.name for path in folder.glob("*.nii")) == ["small.nii", "zeros.nii"]
+    assert sorted(path.name for path in (folder / RECORD_FOLDER).iterdir()) == ["small.nii.json", "zeros.nii.json"]
+    ballast.unlink()
+    assert predictor.predict_from_files(cases, targets, overwrite=False) == [None]
+    for target in targets:
+        verify_whole(Path(f"{target}.nii"))

@@ -42,6 +42,9 @@ files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
 resampling tiling halves headers threads transfers nonzero overlays overrides model_files verifying watchdog clock
+formats
+meta_image nrrd_files tiff_pages
+stored_parts
 plugin rebinding running measuring allocator pending_write
 types interruption
 errors

@@ -1,0 +1,139 @@
+"""Where a MetaImage (.mha, .mhd) keeps its voxels, by the rules of the MetaIO library that ITK reads it with.
+
+MetaIO does not look whether a compressed stream gives as much as the image needs: what is missing keeps whatever the
+memory held before. Nor does it notice a list of files that is too short. The rules below were found by experiments with
+SimpleITK, and ``tests/test_image_reading.py`` has a row for each.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from nnunet_lowmem.errors import DamagedFileError
+from nnunet_lowmem.stored_parts import Encoding, Part, numbered_names
+
+_HEADER_LIMIT_BYTES = 2**20
+_LAST_FIELD = "ElementDataFile"
+_NUMBER = re.compile(r"\s*[-+]?[0-9]+")
+_PATTERN_WORDS = 4
+
+
+def spacing(path: Path) -> list[float]:
+    """Return the spacing as stored, fastest axis first."""
+    fields, _ = _header(path)
+    text = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
+    return [abs(float(word)) for word in text.split()]
+
+
+def parts(path: Path, sizes: Sequence[int], voxel_bytes: int) -> list[Part]:
+    """Return the pieces that the voxels are read from.
+
+    Parameters
+    ----------
+    path : Path
+    sizes : sequence of int
+        Fastest axis first.
+    voxel_bytes : int
+        Of all values of a voxel.
+
+    Raises
+    ------
+    DamagedFileError
+        If the header names too few of them, or names them in a way that MetaIO does not read.
+    OSError
+        If the header cannot be read.
+    """
+    fields, end = _header(path)
+    where = fields[_LAST_FIELD]
+    whole_bytes = math.prod(sizes) * voxel_bytes
+    if where in ("LOCAL", "Local", "local"):
+        return [_part(path, end, whole_bytes, fields)]
+    if where.startswith("LIST"):
+        names, needed = _listed(path, end, where, sizes)
+    elif "%" in where:
+        names, needed = _numbered(where, sizes)
+    else:
+        names, needed = [where], 1
+    if len(names) < needed:
+        raise DamagedFileError(f"its header names {len(names)} of {needed} files with its voxels")
+    return [_part(path.parent / name, 0, whole_bytes // needed, fields) for name in names[:needed]]
+
+
+def _header(path: Path) -> tuple[dict[str, str], int]:
+    """Return the fields, and where the header ends: after its field ElementDataFile."""
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        while file.tell() < _HEADER_LIMIT_BYTES and (line := file.readline(_HEADER_LIMIT_BYTES)):
+            key, *value = (
+                word.strip() for word in re.split("[=:]", line.decode("utf-8", "surrogateescape"), maxsplit=1)
+            )
+            if value:
+                fields[key] = value[0]
+            if key == _LAST_FIELD:
+                return fields, file.tell()
+    raise DamagedFileError(f"{path.name} ends within its header")
+
+
+def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:
+    """One file: a positive HeaderSize counts from its beginning, −1 says that the voxels are its last bytes."""
+    skip = _whole_number(fields.get("HeaderSize", ""))
+    if 0 < skip < start:
+        raise DamagedFileError(f"its HeaderSize is {skip:,}, within the {start:,} bytes of its header")
+    if skip > 0:
+        start = skip
+    elif skip == -1 and path.is_file():
+        start = max(0, path.stat().st_size - needed_bytes)
+    if not _is_true(fields.get("BinaryData", "True")):
+        return Part(path, start, needed_bytes, Encoding.TEXT)
+    if not _is_true(fields.get("CompressedData", "")):
+        return Part(path, start, needed_bytes)
+    stored_bytes = _whole_number(fields.get("CompressedDataSize", ""))
+    if stored_bytes:
+        return Part(path, start, needed_bytes, Encoding.DEFLATE, stored_bytes)
+    if start:
+        raise DamagedFileError(
+            "its header lacks CompressedDataSize, without which its compressed voxels are not found after byte "
+            f"{start:,} of {path.name}"
+        )
+    return Part(path, 0, needed_bytes, Encoding.DEFLATE)
+
+
+def _listed(path: Path, end: int, where: str, sizes: Sequence[int]) -> tuple[list[str], int]:
+    """Names that follow the header, one a line, each for so many axes as the number after LIST says."""
+    axes = _whole_number(" ".join(where.split()[1:2]))
+    if axes == 0 or axes > len(sizes):
+        axes = len(sizes) - 1
+    if axes == len(sizes):
+        raise DamagedFileError(f"its header says {where}, a list of files that ITK does not read")
+    needed = math.prod(sizes[axes:])
+    with path.open("rb") as file:
+        file.seek(end)
+        # MetaIO forgets a last line that nothing ends
+        lines = [line for line in islice(file, needed) if line.endswith(b"\n")]
+    return [line.decode("utf-8", "surrogateescape").rstrip() for line in lines], needed
+
+
+def _numbered(where: str, sizes: Sequence[int]) -> tuple[list[str], int]:
+    """Names by a pattern, the first number, the last and the step."""
+    needed, words = sizes[-1], where.split()
+    numbers = [_whole_number(word) for word in words[1:]]
+    first = numbers[0] if numbers else 1
+    last = numbers[1] if len(numbers) > 1 else first + needed - 1
+    step = numbers[2] if len(numbers) > 2 else (last - first) // needed if len(numbers) > 1 else 1
+    if step < 1 or len(words) > _PATTERN_WORDS:
+        raise DamagedFileError(f"its header names its data by {where!r}, which ITK cannot read")
+    return numbered_names(words[0], range(first, last + 1, step)[:needed]), needed
+
+
+def _is_true(value: str) -> bool:
+    return value[:1] in ("T", "t", "1")
+
+
+def _whole_number(text: str) -> int:
+    """As C reads it: what follows the digits is ignored, and without any it is 0."""
+    found = _NUMBER.match(text)
+    return int(found[0]) if found else 0

@@ -1,0 +1,107 @@
+"""Where an NRRD (.nrrd, .nhdr) keeps its voxels.
+
+ITK's reader notices what is missing, but stops reading a gzip stream before its checksum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from nnunet_lowmem.errors import DamagedFileError
+from nnunet_lowmem.stored_parts import Encoding, Part, numbered_names
+
+_HEADER_LIMIT_BYTES = 2**20
+_ENCODINGS = {"raw": Encoding.RAW, "gzip": Encoding.GZIP, "gz": Encoding.GZIP}
+_DATA_FILE = "data file"
+_ALIASES = {"datafile": _DATA_FILE, "lineskip": "line skip", "byteskip": "byte skip"}
+
+
+def spacing(path: Path) -> list[float]:
+    """Return lengths of the axes' vectors, or the spacings, fastest axis first; an axis without either has none."""
+    fields, _ = _header(path)
+    if "space directions" in fields:
+        vectors = fields["space directions"].replace("none", " ").replace(")", " ").split("(")[1:]
+        return [math.hypot(*map(float, vector.split(","))) for vector in vectors]
+    return [abs(float(word)) for word in fields.get("spacings", "").split()]
+
+
+def parts(path: Path, sizes: Sequence[int], voxel_bytes: int) -> list[Part]:
+    """Return the pieces that the voxels are read from.
+
+    Parameters
+    ----------
+    path : Path
+    sizes : sequence of int
+        Fastest axis first.
+    voxel_bytes : int
+        Of all values of a voxel.
+
+    Raises
+    ------
+    DamagedFileError
+        If the header does not say where they are.
+    OSError, ValueError
+        If it cannot be read.
+    """
+    fields, end = _header(path)
+    whole_bytes = math.prod(sizes) * voxel_bytes
+    if _DATA_FILE not in fields:
+        return [_part(path, end, whole_bytes, fields)]
+    names = _names(path, end, fields[_DATA_FILE], math.prod(sizes[1:]))
+    return [_part(path.parent / name, 0, whole_bytes // len(names), fields) for name in names]
+
+
+def _header(path: Path) -> tuple[dict[str, str], int]:
+    """Return the fields, names in lower case, and where the voxels or the list of their files begin."""
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        while file.tell() < _HEADER_LIMIT_BYTES and (content := file.readline(_HEADER_LIMIT_BYTES)):
+            line = content.decode("utf-8", "surrogateescape")
+            key, found, value = line.partition(":")
+            # "key:=value" is somebody's note, and no field
+            if found and not value.startswith("=") and not line.startswith("#"):
+                fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
+            if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
+                return fields, file.tell()
+        if _DATA_FILE in fields:
+            return fields, file.tell()
+    raise DamagedFileError(f"{path.name} ends within its header")
+
+
+def _names(path: Path, end: int, where: str, most: int) -> list[str]:
+    """Names of files, a row of voxels or more in each."""
+    if where.startswith("LIST"):
+        with path.open("rb") as file:
+            file.seek(end)
+            names = [line.decode("utf-8", "surrogateescape").strip() for line in file if line.strip()]
+    elif "%" in where:
+        words = where.split()
+        first, last, step = (int(word) for word in words[1:4])
+        numbers = range(first, last + (1 if step > 0 else -1), step)
+        names = numbered_names(words[0], numbers if len(numbers) <= most else ())
+    else:
+        names = [where]
+    if not names:
+        raise DamagedFileError("its header names no file with its voxels")
+    return names
+
+
+def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:
+    """One file: lines are skipped as they are stored, bytes once they are decoded; −1 says that the last ones count."""
+    encoding = _ENCODINGS.get(fields.get("encoding", "").lower(), Encoding.TEXT)
+    lines, skipped = int(fields.get("line skip", 0)), int(fields.get("byte skip", 0))
+    if lines > 0 and path.is_file():
+        with path.open("rb") as file:
+            start = _after_lines(file, start, lines)
+    return Part(path, start, needed_bytes + max(0, skipped), encoding)
+
+
+def _after_lines(file: IO[bytes], start: int, lines: int) -> int:
+    file.seek(start)
+    for _ in range(lines):
+        if not file.readline():
+            break
+    return file.tell()
