@@ -200,6 +200,7 @@ class CasePredictor(LogitsPredictor):
             else:
                 return self._convert_as_stock(held, case, job, clock, probabilities), plan
             if rule is None or not resampling.per_head:
+                self._tell_of_held_logits(rule)
                 logits = export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
                 return self._convert_as_stock(logits.cpu(), case, job, clock, probabilities), plan
             limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
@@ -269,6 +270,13 @@ class CasePredictor(LogitsPredictor):
         with torch_threads(self._threads_of_network()):
             logits = self.predict_logits_from_preprocessed_data(data)
         return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
+
+    def _tell_of_held_logits(self, rule: LabelRule | None) -> None:
+        """Say why all logits are held, unless that has been said of what is replaced."""
+        if replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING):
+            return
+        what = "the resampling of logits" if rule else f"label manager {type(self.label_manager).__name__}"
+        logger.warning("%s is not nnU-Net's own: all logits are held for it, so memory is not bounded", what)
 
     def _are_plain(self, logits: Any, grid: TileGrid) -> bool:
         """Whether our kernels may read logits that somebody else has made."""

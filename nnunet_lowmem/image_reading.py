@@ -68,12 +68,13 @@ def read_channels(
     UsageError
         If a file cannot be read as one scalar image, or the files do not lie on one grid.
     """
-    if all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
-        if reader is SimpleITKIO and not overrides.found(Step.READING, reader):
+    is_replaced = bool(overrides.found(Step.READING, reader))
+    if not is_replaced and all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
+        if reader is SimpleITKIO:
             return _read_with_simpleitk(files, accept_nan)
-        if reader is NibabelIO and not overrides.found(Step.READING, reader):
+        if reader is NibabelIO:
             return _read_with_nibabel(files, accept_nan)
-    for file in files:
+    for file in files if not is_replaced else ():  # what a program's own function makes of names is its business
         check_stored(file, accept_nan)
     image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
     for number, channel in enumerate(image):

@@ -45,14 +45,13 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
     UsageError
         With the file and what is the matter.
     """
-    if not all(file.lower().endswith(KNOWN_ENDINGS) for file in files):
+    if not all(file.lower().endswith(KNOWN_ENDINGS) for file in files) or overrides.found(Step.READING, reader):
         return
     headers = [read_raw_header(file) for file in files]
     for file, header in zip(files, headers, strict=True):
         if not all(0 < step < math.inf for step in header.spacing):
             raise UsageError(f"{file}: the spacing in its header is {header.spacing} mm; mend it, all must be positive")
-    known = reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient)
-    if known and not overrides.found(Step.READING, reader):
+    if reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient):
         held = sum(_channels(file, header, reader) for file, header in zip(files, headers, strict=True))
         if held != channels:
             raise UsageError(_wrong_count(files, held, channels))

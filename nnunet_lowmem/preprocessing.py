@@ -123,7 +123,7 @@ def preprocess_case(
     if previous_stage_file is not None:
         check_stored(previous_stage_file, accept_nan)
     if not is_own(configuration_manager.preprocessor_class):
-        for file in image_files:
+        for file in image_files if configuration_manager.preprocessor_class is not DefaultPreprocessor else ():
             check_stored(file, accept_nan)
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case(
