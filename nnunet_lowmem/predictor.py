@@ -32,6 +32,7 @@ from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.html_report import HtmlReport
+from nnunet_lowmem.model_loading import uncompiled
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.progress import logging_prints, on_terminal
@@ -39,6 +40,7 @@ from nnunet_lowmem.records import Recipe, fingerprint
 from nnunet_lowmem.reporting import CaseReport, RunReport
 from nnunet_lowmem.stall_watch import LINE_S, StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
+from nnunet_lowmem.weights import digests
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +187,8 @@ class LowMemPredictor(CasePredictor):
             "probabilities": self.probabilities_dtype if probabilities else None,
             "fast": self.fast,
         }
-        return fingerprint(description, getattr(self.list_of_parameters, "checkpoints", ()))
+        parameters = self.list_of_parameters
+        return fingerprint(description, digests(parameters or [uncompiled(self.network).state_dict()]))
 
     def _prefetches(self, cases: int, processes: int) -> bool:
         """Prefetch beside a GPU; on the CPU a worker would take the cores that the network needs."""
