@@ -94,8 +94,10 @@ class ModelFacts:
         Peak of the network on one tile, with the input, the head's output and its mirrored copies.
     label_bytes : int
         Of one voxel of the label map.
-    checkpoint_bytes : int
-        The largest checkpoint, which is read as a whole before each fold.
+    kept_bytes : int
+        The weights of all folds between predictions, as far as they can be moved from RAM to disk.
+    kept_place : Place or None
+        Where they are, if that is decided: what has been moved does not come back.
     threads : int
         Threads of the compiled kernels.
     worker_bytes : int
@@ -112,7 +114,8 @@ class ModelFacts:
     weight_bytes: int
     activation_bytes: int
     label_bytes: int
-    checkpoint_bytes: int = 0
+    kept_bytes: int = 0
+    kept_place: Place | None = None
     threads: int = 1
     worker_bytes: int = 0
     pending_bytes: int = 0
@@ -180,6 +183,8 @@ class Placement:
         Network planes whose labels are found at a time: all that are final, or few.
     block_bytes : int
         Working memory of labelling on a device: large or small, which is how many classes are interpolated at a time.
+    weights : Place
+        Of all folds, where each is copied from before it is used: RAM or disk.
     """
 
     window: Place = Place.RAM
@@ -189,6 +194,7 @@ class Placement:
     threads: int = 1
     slab_planes: int | None = None
     block_bytes: int = 256 * MIB
+    weights: Place = Place.RAM
 
     def in_words(self) -> str:
         """Name what is not in the fastest place."""
@@ -197,6 +203,7 @@ class Placement:
             "image": self.image,
             "label map": self.label_map,
             "finished planes": self.planes,
+            "weights": self.weights,
         }
         spilled = [name for name, place in places.items() if place is Place.DISK]
         return f"window in {self.window.value}" + (f"; on disk: {', '.join(spilled)}" if spilled else "")
@@ -245,10 +252,12 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     if model.pending_bytes:
         until = tuple(Stage)[: tuple(Stage).index(model.pending_until) + 1]
         yield Allocation("label map of the case before, being written", ram, model.pending_bytes, until)
-    if model.checkpoint_bytes:
-        yield Allocation("checkpoint while it is read", ram, model.checkpoint_bytes, (Stage.LOADING,))
+    if model.kept_bytes:
+        yield Allocation("weights of all folds", placement.weights, model.kept_bytes, tuple(Stage))
     if model.weight_bytes:
-        yield Allocation("weights", compute, model.weight_bytes, tuple(Stage)[2:])
+        # in RAM they are from the start
+        stages = tuple(Stage) if compute is ram else tuple(Stage)[2:]
+        yield Allocation("weights of the network", compute, model.weight_bytes, stages)
     yield Allocation("network on one tile", compute, model.activation_bytes, predict)
     yield from _window_allocations(model, case, placement, compute, with_window)
     if case.next_stages_bytes:

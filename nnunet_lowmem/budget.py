@@ -55,16 +55,28 @@ def machine_budget(
     UsageError
         If a wish is no size above zero.
     """
-    return_freed_memory()
-    reserved_ram = process_tree_bytes() if with_children else process_bytes()
-    machine = available_ram()
-    ram = asked_bytes("--max_ram", max_ram, total_ram_bytes())
-    if ram is None:
-        ram = less_headroom(machine.free_bytes) + reserved_ram
-    elif ram > machine.free_bytes + reserved_ram:
-        _warn_beyond("--max_ram", ram, f"{machine.source} leaves", machine.free_bytes + reserved_ram)
+    ram, reserved_ram = ram_limit(max_ram, with_children)
     vram, reserved_vram = _vram(max_vram, device)
     return Budget(ram, vram, reserved_ram, reserved_vram, spill_bytes(tmp_dir))
+
+
+def ram_limit(max_ram: int | str | None, with_children: bool = True) -> tuple[int, int]:
+    """Return the limit of RAM and what is in use, both as in `machine_budget`.
+
+    Raises
+    ------
+    UsageError
+        If the wish is no size above zero.
+    """
+    return_freed_memory()
+    in_use = process_tree_bytes() if with_children else process_bytes()
+    machine = available_ram()
+    limit = asked_bytes("--max_ram", max_ram, total_ram_bytes())
+    if limit is None:
+        return less_headroom(machine.free_bytes) + in_use, in_use
+    if limit > machine.free_bytes + in_use:
+        _warn_beyond("--max_ram", limit, f"{machine.source} leaves", machine.free_bytes + in_use)
+    return limit, in_use
 
 
 def spill_bytes(tmp_dir: Path | None) -> int:

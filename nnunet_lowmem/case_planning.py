@@ -82,6 +82,10 @@ class CasePlanner:
         model = replace(self.model, pending_bytes=pending_bytes, pending_until=until)
         return CasePlanner(self.description, model)
 
+    def with_weights_on_disk(self) -> CasePlanner:
+        """Return the planner for where the weights have been moved."""
+        return CasePlanner(self.description, replace(self.model, kept_place=Place.DISK))
+
     def fits_beside(self, facts: CaseFacts, budget: Budget, pending_bytes: int) -> bool:
         """Whether a case fits, placed as it is alone, while the files of the case before are written."""
         alone = self.with_pending(0).closest(facts, budget)
@@ -244,6 +248,8 @@ class CasePlanning:
         What is known once the image is preprocessed.
     begun : Plan or None
         What preprocessing goes by.
+    move_weights : callable
+        Moves the weights of all folds to disk; called where a plan wants them there.
     """
 
     planner: CasePlanner
@@ -252,6 +258,7 @@ class CasePlanning:
     header: CaseFacts | None
     exact: CaseFacts | None = None
     begun: Plan | None = None
+    move_weights: Callable[[], None] = lambda: None
     _spills_image: bool = False
 
     def expect(self, name: str, case: PreprocessedCase, probabilities: bool, reading_bytes: int) -> None:
@@ -276,6 +283,13 @@ class CasePlanning:
             least = replace(least, previous_stage_bytes=0, export_bytes=0, cropped_shape=shape)
             if not self.planner.closest(least, self.budget).fits_everywhere():
                 self.planner.plan(self.header, self.budget)
+        self._place_weights(self.begun)
+
+    def _place_weights(self, plan: Plan) -> None:
+        wanted = plan.placement.weights is Place.DISK and plan.fits(Place.DISK)
+        if wanted and self.planner.model.kept_place is None:
+            self.move_weights()
+            self.planner = self.planner.with_weights_on_disk()
 
     def fits(self) -> bool:
         """Whether the case fits as its header has it, whatever cropping may save."""
@@ -302,6 +316,7 @@ class CasePlanning:
 
     def _step_down(self, plan: Plan) -> None:
         self.begun, self._spills_image = plan, plan.placement.image is Place.DISK
+        self._place_weights(plan)
 
     def plan(self, name: str, case: PreprocessedCase, probabilities: bool) -> Plan:
         """Plan what follows preprocessing.
@@ -312,7 +327,9 @@ class CasePlanning:
             If no placement fits.
         """
         self.exact = self.planner.facts_of_image(name, case, probabilities, self.header)
-        return self.planner.plan(self.exact, self.budget)
+        plan = self.planner.plan(self.exact, self.budget)
+        self._place_weights(plan)
+        return plan
 
     def is_slowed(self, plan: Plan) -> bool:
         """Whether `plan`, the last one, places a thing elsewhere because files of the case before are being written."""
@@ -326,7 +343,9 @@ class CasePlanning:
     def recovery(self, plan: Plan) -> Recovery:
         """Return the ladder for the case that was planned last."""
         assert self.exact is not None, "a case is planned before it is predicted"
-        return Recovery(plan, self.planner.all(self.exact, self.budget))
+        ladder = Recovery(plan, self.planner.all(self.exact, self.budget))
+        ladder.listeners.append(self._place_weights)
+        return ladder
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Make the preprocessed image where the plan wants it; called when its size is known.
@@ -339,6 +358,7 @@ class CasePlanning:
         if self.header is None:
             return np.empty(shape, dtype)
         plan = self.planner.plan(self.planner.with_network_shape(self.header, shape), self.budget)
+        self._place_weights(plan)
         if self._spills_image or plan.placement.image is Place.DISK:
             return spilled_array(shape, dtype, self.folder)
         return np.empty(shape, dtype)

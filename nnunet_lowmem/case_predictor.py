@@ -65,7 +65,7 @@ class CasePredictor(LogitsPredictor):
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
         self._warm_up()
-        budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
+        budget = self._without_weights(machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir))
         planner = CasePlanner(self._description(), self._model_facts(None))
         file_ending = self.dataset_json["file_ending"]
         cascades = self.configuration_manager.previous_stage_name is not None
@@ -90,10 +90,17 @@ class CasePredictor(LogitsPredictor):
         budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
         place = Place.VRAM if self.device.type == "cuda" else Place.RAM
         limit = budget.limit(place)
-        facts = self._model_facts(None if limit is None else limit - budget.reserved(place))
+        room = None if limit is None else limit - budget.reserved(place)
+        facts = self._model_facts(room)
+        crowded = self._measured is None and place is Place.RAM and 0 < facts.kept_bytes <= (budget.disk_bytes or 0)
+        if room is not None and crowded:
+            # beside the weights a tile has no room to be measured: without them it may have
+            self._move_weights()
+            facts = self._model_facts(room + facts.kept_bytes)
         facts = replace(facts, worker_bytes=self._worker_bytes)
         # running a tile may have left something behind
         budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir, self._worker_bytes == 0)
+        budget = self._without_weights(budget)
         planner = CasePlanner(self._description(), facts)
         pending = self._pending
         if pending is not None:
@@ -103,7 +110,7 @@ class CasePredictor(LogitsPredictor):
         if job.files is not None and not replaced(self, Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
                 header = planner.facts_of_files(job.name, *job.files, probabilities)
-        self._planning = CasePlanning(planner, budget, folder, header)
+        self._planning = CasePlanning(planner, budget, folder, header, move_weights=self._move_weights)
         if pending is not None:
             if not self._planning.fits():  # more is in use than when the case before was planned
                 pending.wait()

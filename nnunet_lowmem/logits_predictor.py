@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from nnunetv2.utilities.helpers import empty_cache
 
 from nnunet_lowmem import export, model_files, nnunet_adapter, stock_calls
 from nnunet_lowmem.allocations import ModelFacts, Place
+from nnunet_lowmem.budget import ram_limit, spill_bytes
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.fast_network import FastNetwork, fast_network
 from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
-from nnunet_lowmem.model_loading import Model, check_finite, load_model, uncompiled, why_not_loaded
+from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
 from nnunet_lowmem.overrides import Step, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
@@ -37,13 +39,14 @@ from nnunet_lowmem.tiles import TileSource
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.weights import FoldWeights, fold_count
 
 logger = logging.getLogger(__name__)
 
 Folds = Sequence[int | str] | int | str | None
 
 
-class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
+class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
     """nnU-Net's predictor up to the final logits, which come as slabs and never as a whole.
 
     Parameters
@@ -156,15 +159,16 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         use_folds: Folds,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
-        """Build the network from a model folder; the weights of each fold are read when they are needed.
+        """Build the network from a model folder, and read the weights of all folds; no file of it is read later.
 
         Raises
         ------
         ModelError
             If a file is missing or unreadable, or the weights do not fit the network of the plans.
         """
-        model = self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu")
-        self._load_weights(model.weights, 0)
+        limit, in_use = ram_limit(self.max_ram)
+        self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu", max(0, limit - in_use))
+        self._load_weights(self.list_of_parameters[0], 0)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
             self.network = torch.compile(self.network)
 
@@ -183,8 +187,8 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         """
         self._describe(model_training_output_dir, use_folds, checkpoint_name, "meta")
 
-    def _describe(self, folder: str, folds: Folds, checkpoint_name: str, device: str) -> Model:
-        """Set the attributes that describe the model, its network without its weights."""
+    def _describe(self, folder: str, folds: Folds, checkpoint_name: str, device: str, free_bytes: int = 0) -> None:
+        """Set the attributes that describe the model, once all of it is read; its network has no weights yet."""
         checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name)
         if self.trust.everything:
             logger.warning("%s is trusted: the code it holds or names is run", folder)
@@ -194,26 +198,14 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
             raise
         except Exception as error:
             raise ModelError(why_not_loaded(checkpoints[0], error)) from error
+        nnunet_adapter.check_reader(model.plans_manager)
+        others = (self.trust.load_checkpoint(path, device)["network_weights"] for path in checkpoints[1:])
+        self._keep_weights(chain([model.weights], others), free_bytes, spill_bytes(self.tmp_dir))
+        self._checkpoints = tuple(checkpoints)
         self.plans_manager, self.configuration_manager = model.plans_manager, model.configuration_manager
         self.label_manager, self.dataset_json = model.label_manager, model.dataset_json
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
         self.network = model.network
-        self.list_of_parameters = nnunet_adapter.LazyParameters(checkpoints, self.trust)
-        nnunet_adapter.check_reader(self.plans_manager)
-        return model
-
-    def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
-        network = uncompiled(self.network)
-        name = self._weights_name(number)
-        check_finite(weights, name)
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ModelError(why_not_loaded(name, error)) from error
-
-    def _weights_name(self, number: int) -> str:
-        checkpoints = getattr(self.list_of_parameters, "checkpoints", None)
-        return str(checkpoints[number]) if checkpoints else f"entry {number} of list_of_parameters"
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile, or features where the window has a head; autocast only on CUDA, as in stock."""
@@ -301,7 +293,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         recovery: Recovery | None = None,
     ) -> Iterator[Iterator[LogitsSlab]]:
         """Slabs of the mean over all folds; the running sum between folds lives where the plan says."""
-        folds = _fold_count(self.list_of_parameters)
+        folds = fold_count(self.list_of_parameters)
         heads = self.label_manager.num_segmentation_heads
         with ExitStack() as stack:
             store = None
@@ -342,7 +334,7 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _tiles(self, grid: TileGrid) -> int:
         """Tiles of all folds."""
-        return grid.tile_count * _fold_count(self.list_of_parameters)
+        return grid.tile_count * fold_count(self.list_of_parameters)
 
     def _observed(self, clock: StageClock) -> AbstractContextManager[PeakSampler | None]:
         """Show and tell the progress of a case; give its memory where somebody asks for that."""
@@ -352,9 +344,11 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
 
     def _model_facts(self, measure_below: int | None) -> ModelFacts:
         """Tell the planner of the model; one tile is run to measure it, if it may take less than given."""
+        return self._with_weights(self._network_facts(measure_below))
+
+    def _network_facts(self, measure_below: int | None) -> ModelFacts:
         if self._measured is not None and self._measured[0] is self.network:
             return self._measured[1]
-        checkpoints = getattr(self.list_of_parameters, "checkpoints", ())
         tile_bytes = self._estimated_tile_bytes(CPU_SCRATCH_FACTOR if self.device.type == "cpu" else 1.0)
         measures = measure_below is not None and self._estimated_tile_bytes(1.0) < measure_below
         if measures:
@@ -363,11 +357,10 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         facts = ModelFacts(
             heads=self.label_manager.num_segmentation_heads,
             channels=self._input_channels(),
-            folds=_fold_count(self.list_of_parameters),
+            folds=1,
             weight_bytes=0 if measures or self._has_weights_in_place() else weight_bytes(self.network),
             activation_bytes=tile_bytes,
             label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
-            checkpoint_bytes=max((path.stat().st_size for path in checkpoints), default=0),
             threads=self.kernel_threads,
         )
         self._measured = (self.network, facts) if measures else None
@@ -401,7 +394,3 @@ class LogitsPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships n
         finally:
             self.allowed_mirroring_axes = axes
         return max(measured, self._estimated_tile_bytes(1.0)) if measured else 0
-
-
-def _fold_count(parameters: Sequence[Any] | None) -> int:
-    return 1 if parameters is None else len(parameters)  # without a list the network is used as it is

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,6 @@ from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.overlays import Volume
 from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
-from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
 from nnunet_lowmem.verifying import verify_label_file
 
@@ -98,25 +97,6 @@ class LogitsResampling:
     arguments: tuple[Any, ...]
     tables: tuple[AxisTable, ...] | None
     per_head: bool = True
-
-
-class LazyParameters(Sequence[dict[str, torch.Tensor]]):
-    """The weights of each fold, read from its checkpoint whenever they are asked for and not kept."""
-
-    def __init__(self, checkpoints: Sequence[Path], trust: Trust) -> None:
-        self.checkpoints = tuple(checkpoints)
-        self._trust = trust
-
-    def __len__(self) -> int:
-        return len(self.checkpoints)
-
-    def __getitem__(self, fold: Any) -> Any:
-        if isinstance(fold, slice):
-            return [self[i] for i in range(*fold.indices(len(self)))]
-        return self._trust.load_checkpoint(self.checkpoints[fold])["network_weights"]
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self[fold] for fold in range(len(self)))
 
 
 def label_rule(label_manager: LabelManager) -> LabelRule | None:

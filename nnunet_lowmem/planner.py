@@ -141,10 +141,12 @@ def smallest_ram_bytes(
     frugal = [
         chosen
         for chosen in placements(model, case, device, window_on_device)
-        if chosen.threads == 1 and chosen.slab_planes is not None and (spill or not _spills(chosen))
+        if chosen.threads == 1 and chosen.slab_planes is not None
     ]
+    fewest = min(map(_spills, frugal))  # what is on disk already stays there
+    frugal = [chosen for chosen in frugal if spill or _spills(chosen) == fewest]
     # in RAM no place is better than disk, so with spilling only what is on disk altogether has to be looked at
-    most = max(map(_spills, frugal)) if spill else 0
+    most = max(map(_spills, frugal))
     plans = [
         Plan(case.name, chosen, tuple(allocations(model, case, chosen, device)), budget)
         for chosen in frugal
@@ -155,7 +157,8 @@ def smallest_ram_bytes(
 
 def _spills(placement: Placement) -> int:
     """Count the arrays on disk."""
-    return [placement.window, placement.image, placement.label_map, placement.planes].count(Place.DISK)
+    chosen = [placement.window, placement.image, placement.label_map, placement.planes, placement.weights]
+    return chosen.count(Place.DISK)
 
 
 def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device: bool = True) -> tuple[Placement, ...]:
@@ -173,8 +176,12 @@ def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device
     threads = ((model.threads, 0), (1, 4)) if model.threads > 1 else ((1, 0),)
     slabs = ((None, 0), (8, 1))
     blocks = ((256 * MIB, 0), (16 * MIB, 1)) if device == "cuda" else ((256 * MIB, 0),)
+    weights: tuple[tuple[Place, float], ...] = ((model.kept_place or Place.RAM, 0),)
+    if model.kept_bytes and model.kept_place is None:
+        # mapped pages, read once for each fold: less than anything else
+        weights = ((Place.RAM, 0), (Place.DISK, 0.5))
     choices = sorted(
-        product(windows, images, either, planes, threads, slabs, blocks),
+        product(windows, images, either, planes, threads, slabs, blocks, weights),
         key=lambda chosen: sum(cost for _, cost in chosen),
     )
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order

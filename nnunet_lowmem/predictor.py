@@ -29,6 +29,7 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.html_report import HtmlReport, facts_of
 from nnunet_lowmem.iterating import items_of, predict_iterated
+from nnunet_lowmem.model_loading import uncompiled
 from nnunet_lowmem.overrides import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, Step, replaced, tell, unless_replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.prefetching import Prefetcher
@@ -37,6 +38,7 @@ from nnunet_lowmem.records import Recipe, fingerprint
 from nnunet_lowmem.reporting import CaseReport, RunReport
 from nnunet_lowmem.stall_watch import LINE_S, StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
+from nnunet_lowmem.weights import digests
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +199,8 @@ class LowMemPredictor(CasePredictor):
             "probabilities": self.probabilities_dtype if probabilities else None,
             "fast": self.fast,
         }
-        return fingerprint(description, getattr(self.list_of_parameters, "checkpoints", ()))
+        parameters = self.list_of_parameters
+        return fingerprint(description, digests(parameters or [uncompiled(self.network).state_dict()]))
 
     def _prefetches(self, cases: int, processes: int) -> bool:
         """Prefetch beside a GPU; on the CPU a worker would take the cores that the network needs."""

@@ -94,12 +94,12 @@ class Recipe:
         return record if same else None
 
 
-def fingerprint(description: Any, files: Iterable[Path]) -> str:
-    """Return a checksum of JSON-like data and of the content of files: of a model and the options it is used with."""
+def fingerprint(description: Any, weights: Iterable[bytes]) -> str:
+    """Return a checksum of JSON-like data and of bytes: of the options a model is used with, and of its weights."""
     text = json.dumps(description, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for path in files:
-        digest.update(_checksum(path).encode())
+    for part in weights:
+        digest.update(part)
     return digest.hexdigest()
 
 

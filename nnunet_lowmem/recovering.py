@@ -98,6 +98,7 @@ class Recovery:
         self.steps.append(step)
         _logger.warning("case %s: %s", self.plan.case, step)
         self.plan = following
+        self._plans = [other for other in self._plans if _follows(other, following)]
         for listener in self.listeners:
             listener(following)
         return_freed_memory()
@@ -128,7 +129,8 @@ def _what_changes(plan: Plan, stage: Stage) -> str:
     chosen = plan.placement
     if stage is not Stage.PREDICTION:
         where = "on disk" if chosen.image is Place.DISK else f"in {chosen.image.value}"
-        return f"the image {where}, threads: {chosen.threads}"
+        weights = ", the weights on disk" if chosen.weights is Place.DISK else ""
+        return f"the image {where}, threads: {chosen.threads}{weights}"
     return (
         f"{chosen.in_words()}, {chosen.slab_planes or 'all'} planes labelled at a time in blocks of "
         f"{format_gib(chosen.block_bytes)}"
@@ -139,6 +141,11 @@ def _fixed(plan: Plan, stage: Stage) -> tuple[object, ...]:
     """Return what cannot be changed while a case is predicted; before, nothing is fixed."""
     chosen = plan.placement
     return (chosen.image, chosen.label_map, chosen.planes, chosen.threads) if stage is Stage.PREDICTION else ()
+
+
+def _follows(plan: Plan, present: Plan) -> bool:
+    """Whether a plan can come after the present one: weights that have gone to disk stay there."""
+    return plan.placement.weights is Place.DISK or present.placement.weights is not Place.DISK
 
 
 def near_device_or_in_ram(attempt: Callable[[Place], T]) -> T:

@@ -98,8 +98,9 @@ class Trust:
         return checkpoint
 
     def _load(self, path: Path, device: str) -> Any:
+        # as an attribute of torch, and with stock's types: tools put loaders of their own in its place
         if self.everything:
-            return torch.load(path, map_location=device, weights_only=False)
+            return torch.load(str(path), map_location=torch.device(device), weights_only=False)
         # CVE-2025-32434: before 2.6 a prepared file runs code in spite of weights_only
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
             raise ModelError(
@@ -108,7 +109,7 @@ class Trust:
             )
         already = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in _CHECKPOINT_OBJECTS if entry not in already]):
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(str(path), map_location=torch.device(device), weights_only=True)
 
     def check_plans(self, plans: dict[str, Any], configuration: dict[str, Any]) -> None:
         """Look every name up that `plans` and its `configuration` hold, and judge what it leads to.

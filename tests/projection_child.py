@@ -17,6 +17,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.measuring import PeakSampler
 
 
 class Log(logging.Handler):
@@ -113,7 +114,8 @@ def main() -> None:
         report=options.get("report", False),
         fast=options.get("fast", False),
     )
-    predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
+    with PeakSampler(0.005) as sampler:
+        predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
     if options.get("limit"):
         predictor._begin = limited(predictor._begin)
     if options.get("short_of_memory"):
@@ -132,6 +134,7 @@ def main() -> None:
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
     pages = [path.name for path in Path(options["output"]).glob("*.html")]
     found = {"outputs": digests, "left": left, "error": error, "log": log.told, "pages": pages}
+    found["loading"] = sampler.peak_bytes()
     print(json.dumps({"least": least, "cases": told, **found}))
 
 

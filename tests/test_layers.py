@@ -33,7 +33,7 @@ html_report
 export warming console training_data stock_calls
 estimating
 case_planning
-preprocessing_memory sliding_window
+preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
 input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill

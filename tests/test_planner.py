@@ -53,7 +53,8 @@ def models(draw) -> ModelFacts:
         weight_bytes=draw(st.integers(1, 2 * GIB)),
         activation_bytes=draw(st.integers(1, 20 * GIB)),
         label_bytes=draw(st.integers(1, 2)),
-        checkpoint_bytes=draw(st.integers(0, 2 * GIB)),
+        kept_bytes=draw(st.integers(0, 2 * GIB)),
+        kept_place=draw(st.sampled_from([None, None, Place.DISK])),
         threads=draw(st.integers(1, 64)),
     )
 
@@ -251,6 +252,21 @@ def test_arrays_go_to_disk_only_as_far_as_they_must():
     assert seen[-1] == 0
 
 
+@settings(deadline=None, max_examples=50)
+@given(models(), cases(), DEVICES)
+def test_weights_are_the_first_to_leave_ram(model, case, device):
+    """They cost the least time; they take RAM in every stage until they are on disk, and do not come back."""
+    free = closest_plan(replace(model, kept_place=None), case, Budget(), device)
+    assert free.placement.weights is Place.RAM
+    tight = Budget(free.projected_bytes(Place.RAM) - 1)
+    chosen = closest_plan(replace(model, kept_place=None), case, tight, device)
+    if model.kept_bytes > 0:
+        assert chosen.placement == replace(free.placement, weights=Place.DISK)
+        assert free.projected_bytes(Place.RAM) - chosen.projected_bytes(Place.RAM) == model.kept_bytes
+    moved = closest_plan(replace(model, kept_place=Place.DISK), case, Budget(), device)
+    assert moved.placement == replace(free.placement, weights=Place.DISK)
+
+
 def test_nothing_is_spilled_where_there_is_no_room():
     facts, shape = model(heads=60), case((1000, 512, 512), (64, 64, 64))
     with pytest.raises(BudgetError, match="projected"):
@@ -278,7 +294,7 @@ def test_smallest_ram_is_that_of_the_most_frugal_plan(model, case, device):
     plans = list(all_plans(model, case, Budget(), device))
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
     assert smallest_ram_bytes(model, case, Budget(), device, True, spill=True) == least
-    if case.image_place is not Place.DISK:
+    if case.image_place is not Place.DISK and model.kept_place is None:
         unspilled = [plan for plan in plans if plan.planned_bytes(Place.DISK, plan.fullest_stage(Place.DISK)) == 0]
         least = min(plan.projected_bytes(Place.RAM) for plan in unspilled)
         assert smallest_ram_bytes(model, case, Budget(), device, True, spill=False) == least
