@@ -27,7 +27,7 @@ from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
-from nnunet_lowmem.overrides import Step, replaced, unless_replaced
+from nnunet_lowmem.overrides import Step, found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
@@ -189,6 +189,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _describe(self, folder: str, folds: Folds, checkpoint_name: str, device: str, free_bytes: int = 0) -> None:
         """Set the attributes that describe the model, once all of it is read; its network has no weights yet."""
+        if folds is None:
+            folds = stock_calls.find_folds(folder, checkpoint_name)
         checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name)
         if self.trust.everything:
             logger.warning("%s is trusted: the code it holds or names is run", folder)
@@ -216,7 +218,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
-        if not self.fast or replaced(self, Step.NETWORK):
+        if not self.fast or found(Step.NETWORK, self):
             return None
         if self._fast_network[0] is not self.network:
             made = fast_network(uncompiled(self.network), self._tile_shape(), self.kernel_threads)
@@ -371,7 +373,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         return self.device.type == "cpu" and not any(weight.is_meta for weight in self.network.parameters())
 
     def _input_channels(self) -> int:
-        return nnunet_adapter.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+        return stock_calls.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
 
     def _estimated_tile_bytes(self, scratch_factor: float) -> int:
         """Bytes of the network's tensors on one tile, and of the copies that mirroring keeps."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from nnunet_lowmem import model_files, model_limits
+from nnunet_lowmem import model_files, model_limits, stock_calls
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.trust import Trust
 
@@ -55,18 +55,18 @@ def load_model(folder: Path, checkpoint_file: Path, trust: Trust, device: str = 
     ModelError
         If a file cannot be read, names what is not trusted, or asks for an absurd size.
     """
-    dataset_json = model_files.read_json(folder / "dataset.json")
+    dataset_json = stock_calls.read_json(folder / "dataset.json")
     model_files.check_file_ending(dataset_json, folder / "dataset.json")
-    plans = model_files.read_json(folder / "plans.json")
+    plans = stock_calls.read_json(folder / "plans.json")
     checkpoint = trust.load_checkpoint(checkpoint_file, device)
     if not trust.everything:
         model_limits.check_raw_plans(plans)
-    plans_manager = PlansManager(plans)
+    plans_manager = stock_calls.plans_manager(plans)
     configuration = plans_manager.get_configuration(checkpoint["init_args"]["configuration"])
     trust.check_plans(plans, configuration.configuration)
-    trainer = trust.trainer_class(checkpoint["trainer_name"])
+    trainer = stock_calls.find_trainer(checkpoint["trainer_name"]) or trust.trainer_class(checkpoint["trainer_name"])
     label_manager = plans_manager.get_label_manager(dataset_json)
-    channels = int(determine_num_input_channels(plans_manager, configuration, dataset_json))
+    channels = stock_calls.input_channels(plans_manager, configuration, dataset_json)
     heads = label_manager.num_segmentation_heads
 
     def build() -> nn.Module:

@@ -26,7 +26,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
 )
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
-from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
@@ -137,11 +137,6 @@ def check_reader(plans_manager: PlansManager) -> None:
     except RuntimeError:
         name = plans_manager.plans["image_reader_writer"]
         raise ModelError(f"the plans ask for the reader {name!r}, which the installed nnU-Net does not have") from None
-
-
-def input_channels(plans_manager: Any, configuration_manager: Any, dataset_json: dict[str, Any]) -> int:
-    """Return the number of channels the network takes, those of a previous stage included."""
-    return int(determine_num_input_channels(plans_manager, configuration_manager, dataset_json))
 
 
 def write_run_files(

@@ -221,9 +221,8 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result]:
         """Predict preprocessed cases: dicts with 'data', 'ofile' and 'data_properties', as stock's iterators give."""
         _note_exact(use_cropped_logits_resampling)
-        if replaced(self, *IN_WORKERS_AFTER):
+        if replaced(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
             tell(self, *IN_WORKERS_AFTER)
-            # one process is enough, and the fewest logits in RAM
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
         tell(self, *overrides.of_prediction(self.fast))
         jobs = map(job_of_item, data_iterator)
@@ -284,10 +283,9 @@ class LowMemPredictor(CasePredictor):
     ) -> Result:
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
-        load = partial(self._preprocess_array, input_image, segmentation_previous_stage, image_properties)
         tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
-        if replaced(self, Step.ADAPTER):
-            load = partial(self._preprocess_by_adapter, input_image, segmentation_previous_stage, image_properties)
+        preprocess = self._preprocess_by_adapter if replaced(self, Step.ADAPTER) else self._preprocess_array
+        load = partial(preprocess, input_image, segmentation_previous_stage, image_properties)
         job = Job("array", output_file_truncated, load)
         return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
 

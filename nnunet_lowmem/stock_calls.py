@@ -5,15 +5,58 @@ So what a program has put in their place is called here as well.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import nnunetv2
 import numpy as np
 import torch
 from nnunetv2.inference import data_iterators, export_prediction, predict_from_raw_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from numpy.typing import NDArray
 
+from nnunet_lowmem import model_files
 from nnunet_lowmem.overrides import is_stocks
 from nnunet_lowmem.types import PreprocessedCase
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read dataset.json or plans.json: by our own function, which says more, unless a program has put one there.
+
+    Raises
+    ------
+    ModelError
+        If the file holds no JSON object.
+    """
+    read = predict_from_raw_data.load_json
+    return model_files.read_json(path) if is_stocks(read, "load_json") else read(str(path))
+
+
+def find_folds(model_folder: str, checkpoint_name: str) -> list[int | str] | None:
+    """Ask a program's own function which folds there are; None without one."""
+    find = nnUNetPredictor.auto_detect_available_folds
+    return None if is_stocks(find, "auto_detect_available_folds") else list(find(model_folder, checkpoint_name))
+
+
+def find_trainer(name: str) -> Any:
+    """Ask a program's own function for a trainer; None without one."""
+    find = getattr(predict_from_raw_data, "recursive_find_trainer_class_by_name", None)
+    if find is not None:
+        return None if is_stocks(find, "recursive_find_trainer_class_by_name") else find(name)
+    find = predict_from_raw_data.recursive_find_python_class  # before nnU-Net 2.8
+    if is_stocks(find, "recursive_find_python_class"):
+        return None
+    return find(str(Path(nnunetv2.__path__[0], "training", "nnUNetTrainer")), name, "nnunetv2.training.nnUNetTrainer")
+
+
+def plans_manager(plans: dict[str, Any]) -> Any:
+    """Make nnU-Net's manager of plans."""
+    return predict_from_raw_data.PlansManager(plans)
+
+
+def input_channels(plans: Any, configuration: Any, dataset_json: dict[str, Any]) -> int:
+    """Return the number of channels the network takes, those of a previous stage included."""
+    return int(predict_from_raw_data.determine_num_input_channels(plans, configuration, dataset_json))
 
 
 def network_threads() -> int:

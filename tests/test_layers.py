@@ -30,14 +30,14 @@ case_predictor case_loop
 next_stages
 probabilities logits_predictor prefetching
 html_report
-export warming console training_data stock_calls
+export warming console training_data
 estimating
 case_planning
 preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
 input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
-records label_comparison measured_command tiles
+records label_comparison measured_command tiles stock_calls
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory

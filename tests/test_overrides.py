@@ -16,6 +16,7 @@ import torch
 from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 from oracle import assert_same_array, assert_same_folder, make_predictor
@@ -283,6 +284,52 @@ def test_replacement_counts_as_in_stock(owner, name, model, array, unchanged, mo
     needs_no_word = name in CALLED.get(owner, ()) or name == "_internal_maybe_mirror_and_predict"
     assert len(told) == (0 if needs_no_word else 1)
     assert needs_no_word or name in told[0]
+
+
+class CoarsePlans(predict_from_raw_data.PlansManager):
+    def __init__(self, plans: Any) -> None:
+        super().__init__(plans)
+        self.plans["configurations"]["3d_fullres"]["spacing"] = [5.5, 5.0, 4.5]
+
+
+class SteepTrainer(nnUNetTrainer):
+    @staticmethod
+    @functools.wraps(nnUNetTrainer.build_network_architecture)
+    def build_network_architecture(*arguments: Any, **keywords: Any) -> Any:
+        network = nnUNetTrainer.build_network_architecture(*arguments, **keywords)
+        for module in network.modules():
+            if isinstance(module, torch.nn.LeakyReLU):
+                module.negative_slope = 0.9
+        return network
+
+
+def with_other_order(content: dict[str, Any]) -> dict[str, Any]:
+    if "transpose_forward" in content:
+        content = {**content, "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2]}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        pytest.param("recursive_find_trainer_class_by_name", lambda name: SteepTrainer),
+        pytest.param("PlansManager", CoarsePlans, marks=pytest.mark.slow),
+        pytest.param("load_json", after(with_other_order)(predict_from_raw_data.load_json), marks=pytest.mark.slow),
+    ],
+)
+def test_model_is_loaded_with_what_a_program_has_put_there(name, replacement, model, array, unchanged, monkeypatch):
+    if not hasattr(predict_from_raw_data, name):
+        pytest.skip("not in this nnU-Net")
+    monkeypatch.setattr(predict_from_raw_data, name, replacement)
+    both = [make_predictor(cls, model, tile_step_size=1) for cls in CLASSES]
+    expected, actual = (predictor.predict_single_npy_array(array[0], dict(array[1])) for predictor in both)
+    assert not np.array_equal(expected, unchanged)
+    assert_same_array(expected, actual)
+
+
+def test_folds_are_those_that_a_program_finds(model, monkeypatch):
+    monkeypatch.setattr(nnUNetPredictor, "auto_detect_available_folds", staticmethod(lambda folder, name: [0, 0]))
+    assert len(make_predictor(LowMemPredictor, model, None).list_of_parameters) == 2
 
 
 @pytest.mark.parametrize("place", ["object", "subclass"])
