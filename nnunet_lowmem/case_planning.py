@@ -258,7 +258,7 @@ class CasePlanning:
     header: CaseFacts | None
     exact: CaseFacts | None = None
     begun: Plan | None = None
-    move_weights: Callable[[], None] = lambda: None
+    move_weights: Callable[[], object] = object
     _spills_image: bool = False
 
     def expect(self, name: str, case: PreprocessedCase, probabilities: bool, reading_bytes: int) -> None:
@@ -290,6 +290,10 @@ class CasePlanning:
         if wanted and self.planner.model.kept_place is None:
             self.move_weights()
             self.planner = self.planner.with_weights_on_disk()
+
+    def forget_weights(self) -> None:
+        """Hold the weights no longer: whoever replaces them wants their memory back."""
+        self.move_weights = object
 
     def fits(self) -> bool:
         """Whether the case fits as its header has it, whatever cropping may save."""

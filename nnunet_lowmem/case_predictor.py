@@ -95,7 +95,7 @@ class CasePredictor(LogitsPredictor):
         crowded = self._measured is None and place is Place.RAM and 0 < facts.kept_bytes <= (budget.disk_bytes or 0)
         if room is not None and crowded:
             # beside the weights a tile has no room to be measured: without them it may have
-            self._move_weights()
+            self._mover()()
             facts = self._model_facts(room + facts.kept_bytes)
         facts = replace(facts, worker_bytes=self._worker_bytes)
         # running a tile may have left something behind
@@ -110,7 +110,7 @@ class CasePredictor(LogitsPredictor):
         if job.files is not None and not replaced(self, Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
                 header = planner.facts_of_files(job.name, *job.files, probabilities)
-        self._planning = CasePlanning(planner, budget, folder, header, move_weights=self._move_weights)
+        self._planning = CasePlanning(planner, budget, folder, header, move_weights=self._mover())
         if pending is not None:
             if not self._planning.fits():  # more is in use than when the case before was planned
                 pending.wait()
@@ -196,6 +196,7 @@ class CasePredictor(LogitsPredictor):
         grid, folder = self._grid(case), planning.folder
         map_folder = folder if plan.placement.label_map is Place.DISK else None
         with ExitStack() as stack:
+            stack.callback(planning.forget_weights)
             recovery = stack.enter_context(planning.recovery(plan))
             threads = stack.enter_context(RowThreads(plan.placement.threads))
             stack.enter_context(clock.stage("prediction", self._tiles(grid)))

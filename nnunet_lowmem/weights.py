@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ _ALIGNMENT = 64
 
 _logger = logging.getLogger(__name__)
 
+# the files there are, as long as a tensor lies in them
+_files: list[weakref.ref[np.ndarray[Any, Any]]] = []
+
 
 class FoldWeights:
     """The part of the predictor that keeps the weights of its folds.
@@ -49,30 +54,27 @@ class FoldWeights:
     network: Any
     tmp_dir: Path | None
     _checkpoints: tuple[Path, ...] = ()
-    _weights_on_disk = False
 
     def _keep_weights(self, folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int) -> None:
         """Make `list_of_parameters` of the weights of folds, each read when it is asked for."""
         kept: list[Mapping[str, Any]] = []
         room_bytes = free_bytes // SHARE_OF_FREE_RAM
-        self._weights_on_disk = False
         for fold in folds:
             kept.append(fold)
             _make_movable(fold)
             if room_bytes < (size_bytes := movable_bytes([fold])) <= disk_bytes:
-                self._move_weights([fold])
+                move_to_disk([fold], self._spill_folder())
                 disk_bytes -= size_bytes
             else:
                 room_bytes -= size_bytes
         self.list_of_parameters = kept
 
-    def _move_weights(self, parameters: Parameters | None = None) -> None:
-        """Move weights, all if not given, from RAM to a file in the folder for temporary files."""
-        folder = Path(tempfile.gettempdir() if self.tmp_dir is None else self.tmp_dir)
-        moved_bytes = move_to_disk(self.list_of_parameters if parameters is None else parameters, folder)
-        if moved_bytes:
-            self._weights_on_disk = True
-            _logger.info("weights, %s: kept in a file in %s", format_gib(moved_bytes), folder)
+    def _mover(self) -> Callable[[], int]:
+        """Return what moves the weights of now to disk; it does not hold the predictor, which would be a cycle."""
+        return partial(move_to_disk, self.list_of_parameters, self._spill_folder())
+
+    def _spill_folder(self) -> Path:
+        return Path(tempfile.gettempdir() if self.tmp_dir is None else self.tmp_dir)
 
     def _without_weights(self, budget: Budget) -> Budget:
         """Return the budget with weights that can be moved not in use, since the plan says where they are."""
@@ -85,7 +87,7 @@ class FoldWeights:
             facts,
             folds=fold_count(self.list_of_parameters),
             kept_bytes=kept_bytes,
-            kept_place=Place.DISK if self._weights_on_disk and not kept_bytes else None,
+            kept_place=Place.DISK if not kept_bytes and are_on_disk(self.list_of_parameters) else None,
         )
 
     def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
@@ -134,11 +136,21 @@ def move_to_disk(parameters: Parameters | None, folder: Path) -> int:
     if not blocks:
         return 0
     starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
-    mapped = np.asarray(spilled_array((starts[-1],), np.dtype(np.uint8), folder))
+    mapped = spilled_array((starts[-1],), np.dtype(np.uint8), folder)
+    _files.append(weakref.ref(mapped))
     for tensors, start, size_bytes in zip(blocks, starts, sizes, strict=False):
         _move(tensors, torch.from_numpy(mapped[start : start + size_bytes]))
     return_freed_memory()
+    _logger.info("weights, %s: kept in a file in %s", format_gib(sum(sizes)), folder)
     return sum(sizes)
+
+
+def are_on_disk(parameters: Parameters | None) -> bool:
+    """Whether `move_to_disk` has moved any of these weights."""
+    _files[:] = [file for file in _files if file() is not None]
+    areas = [(mapped.ctypes.data, mapped.nbytes) for file in _files if (mapped := file()) is not None]
+    places = [tensors[0].untyped_storage().data_ptr() for tensors in _sharing(parameters)] if areas else []
+    return any(0 <= place - start < size_bytes for place in places for start, size_bytes in areas)
 
 
 def _make_movable(fold: Mapping[str, Any]) -> None:

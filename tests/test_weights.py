@@ -104,7 +104,7 @@ def copied(predictor: Predictor, folder: Path) -> Predictor:
 def test_what_happens_to_the_folder_later_changes_nothing(happens, on_disk, folder, predicted, expected):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
     if on_disk:
-        predictor._move_weights()
+        predictor._mover()()
     assert_same_array(expected, predicted(happens(predictor, folder)))
 
 
@@ -135,7 +135,7 @@ def test_loader_that_decrypts_is_only_there_while_the_model_is_read(folder, pred
 
 def test_another_process_needs_no_folder(folder, predicted, expected, images, tmp_path):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
-    predictor._move_weights()
+    predictor._mover()()
     (tmp_path / "predictor").write_bytes(pickle.dumps(predictor))
     shutil.rmtree(folder)
     program = """
@@ -254,8 +254,8 @@ def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, c
     predictor, other = (make_predictor(LowMemPredictor, model, folds) for folds in ((0, 1), (1,)))
     if on_disk:
         assert_same_array(expected, predicted(predictor))
-        predictor._move_weights()
-        other._move_weights()
+        predictor._mover()()
+        other._mover()()
         assert weights.movable_bytes(predictor.list_of_parameters) == 0
     change(predictor, other)
     assert_same_array(changed(change), predicted(predictor))
@@ -267,7 +267,7 @@ def test_changes_are_told_apart_by_done_records(model, predicted):
     size = weights.movable_bytes(predictor.list_of_parameters)
     before = predictor._fingerprint(False)
     assert weights.movable_bytes(predictor.list_of_parameters) == size > 0
-    predictor._move_weights()
+    predictor._mover()()
     predictor = pickle.loads(pickle.dumps(predictor))
     assert predictor._fingerprint(False) == before
     predictor.list_of_parameters = [{name: value.clone() for name, value in fold.items()}
@@ -318,11 +318,13 @@ def descriptors() -> int:
 def test_moved_tensors_are_the_same_objects_and_the_file_goes_with_them(tmp_path):
     held = tensors()
     values, objects = copy.deepcopy(held), dict(held)
+    gc.collect()
     before, opened = deleted_files(), descriptors()
     size = weights.movable_bytes([held])
     assert size == 4 * 300 * 400 + 4 * 200 * 300 + 2 * 400 * 500
     assert weights.move_to_disk([held], tmp_path) == size
     assert weights.move_to_disk([held], tmp_path) == weights.movable_bytes([held]) == 0
+    assert weights.are_on_disk([held])
     assert len(deleted_files()) == len(before) + 1
     assert list(tmp_path.iterdir()) == []
     assert all(held[name] is value for name, value in objects.items())
@@ -340,9 +342,31 @@ def test_moved_tensors_are_the_same_objects_and_the_file_goes_with_them(tmp_path
     assert weights.movable_bytes([other]) > 0
     del objects, other
     held.clear()
-    gc.collect()
     assert deleted_files() == before
     assert descriptors() == opened
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_file_goes_with_the_predictor(model, predicted):
+    """At once, not at the next garbage collection."""
+    gc.collect()
+    before = deleted_files()
+    predictor = make_predictor(LowMemPredictor, model)
+    predicted(predictor)
+    predictor._mover()()
+    predicted(predictor)
+    assert len(deleted_files()) == len(before) + 1
+    assert pickle.loads(pickle.dumps(predictor)).list_of_parameters
+    gc.disable()
+    try:
+        predictor.list_of_parameters = copy.deepcopy(predictor.list_of_parameters)
+        assert deleted_files() == before
+        predictor._mover()()
+        predicted(predictor)
+        del predictor
+        assert deleted_files() == before
+    finally:
+        gc.enable()
 
 
 def test_memory_that_others_use_stays_where_it_is(tmp_path):
@@ -371,8 +395,9 @@ def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, mon
     assert_same_array(expected, predicted(predictor))
 
 
-def test_plan_says_where_the_weights_are(model, images):
+def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     """Without room for all, the weights go to a file and stay there; the labels are the same."""
+    monkeypatch.setattr(LowMemPredictor, "_measured_tile_bytes", lambda _: 0)  # as estimated: the same each time
     free, plans = [], []
     roomy = make_predictor(LowMemPredictor, model, (0, 1), on_plan=free.append)
     first = roomy.predict_from_files_sequential([images("small")], None)[0]
