@@ -42,6 +42,7 @@ def predict_iterated(
 
 def items_of(predictor: CasePredictor, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     """Preprocess one case after the other in this process, and give what stock's iterators give."""
+    predictor._planning = None  # nothing is planned: the folder of what was planned last is gone
     for job in jobs:
         case = job.load()
         data = stock_calls.network_input(case, predictor.label_manager)

@@ -354,7 +354,6 @@ class LowMemPredictor(CasePredictor):
             with vram_limit(self.max_vram, self.device), temporary_folder(self.tmp_dir) as folder:
                 yield folder
         finally:
-            self._planning = None  # its folder is gone
             stock_calls.forget_importance()
             empty_cache(self.device)
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem import LowMemPredictor, nnunet_adapter
 from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.measuring import PeakSampler
@@ -68,15 +67,15 @@ def short_of_memory(begin):
 
 def slow_writer() -> None:
     """A writer that has all it needs and is not done before the next case is well under way."""
-    real = SimpleITKIO.write_seg
+    real = nnunet_adapter.write_segmentation
 
-    def write_slowly(writer, segmentation, path, properties):
+    def write_slowly(segmentation, *arguments):
         copy = np.array(segmentation)
-        real(writer, segmentation, path, properties)
+        real(segmentation, *arguments)
         time.sleep(6)
         del copy
 
-    SimpleITKIO.write_seg = write_slowly
+    nnunet_adapter.write_segmentation = write_slowly
 
 
 def main() -> None:

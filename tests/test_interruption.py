@@ -27,12 +27,14 @@ _COMMAND = (
 _SLOW_WRITER = """
 import time
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-def slow(self, segmentation, path, properties, real=SimpleITKIO.write_seg):
-    with open(path, "wb") as file:
-        file.write(b"half")
-    time.sleep(2)
-    real(self, segmentation, path, properties)
-SimpleITKIO.write_seg = slow
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+class Slow(SimpleITKIO):
+    def write_seg(self, segmentation, path, properties):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        time.sleep(2)
+        super().write_seg(segmentation, path, properties)
+PlansManager.image_reader_writer_class = Slow
 """
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from factory import ModelSpec
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import make_predictor, read_voxels
 
 from nnunet_lowmem import LowMemPredictor
@@ -36,17 +37,18 @@ class Watched:
 
     def __init__(self, model: str, monkeypatch, error: Exception | None = None, **options) -> None:
         self.next_case_runs, self.writers, self.events, self.told = threading.Event(), [], [], []
-        real = SimpleITKIO.write_seg
+        watched = self
 
-        def slow(writer, segmentation, path, properties):
-            self.writers.append(threading.current_thread())
-            if len(self.writers) == 1:
-                assert self.next_case_runs.wait(60), "the next case waits for the writer"
-                if error is not None:
-                    raise error
-            real(writer, segmentation, path, properties)
+        class Slow(SimpleITKIO):
+            def write_seg(self, segmentation, path, properties):
+                watched.writers.append(threading.current_thread())
+                if len(watched.writers) == 1:
+                    assert watched.next_case_runs.wait(60), "the next case waits for the writer"
+                    if error is not None:
+                        raise error
+                super().write_seg(segmentation, path, properties)
 
-        monkeypatch.setattr(SimpleITKIO, "write_seg", slow)
+        monkeypatch.setattr(PlansManager, "image_reader_writer_class", Slow)
         self.predictor = make_predictor(
             LowMemPredictor, model, (0,), on_progress=self.note, on_case=self.told.append, **options
         )
