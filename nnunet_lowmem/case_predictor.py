@@ -18,6 +18,7 @@ from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter, stoc
 from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, CaseFacts, Place, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
+from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
 from nnunet_lowmem.cases import Job, job_of_item
 from nnunet_lowmem.clock import StageClock
@@ -27,7 +28,7 @@ from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.overlays import overlays
-from nnunet_lowmem.overrides import Step, replaced
+from nnunet_lowmem.overrides import replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
@@ -272,7 +273,8 @@ class CasePredictor(LogitsPredictor):
 
     def _held_logits(self, case: PreprocessedCase) -> Any:
         """All logits of a case, as nnU-Net's method returns them, where somebody else takes part in making them."""
-        if not replaced(self, Step.LOGITS, Step.WINDOW):
+        is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"  # what our tiles are
+        if is_single and not replaced(self, Step.LOGITS, Step.WINDOW):
             return None
         data = stock_calls.network_input(case, self.label_manager)
         with torch_threads(self._threads_of_network()):
@@ -281,10 +283,9 @@ class CasePredictor(LogitsPredictor):
 
     def _tell_of_held_logits(self, rule: LabelRule | None) -> None:
         """Say why all logits are held, unless that has been said of what is replaced."""
-        if replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING):
-            return
         what = "the resampling of logits" if rule else f"label manager {type(self.label_manager).__name__}"
-        logger.warning("%s is not nnU-Net's own: all logits are held for it, so memory is not bounded", what)
+        if not replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING):
+            logger.warning("%s is not nnU-Net's own: all logits are held for it, so memory is not bounded", what)
 
     def _are_plain(self, logits: Any, grid: TileGrid) -> bool:
         """Whether our kernels may read logits that somebody else has made."""

@@ -104,6 +104,23 @@ class FastNetwork:
         return Head(weights, bias)
 
 
+def parts_of(network: Any) -> list[tuple[int, ...]]:
+    """Tell networks apart by the modules and weights that they are made of, and by who watches or replaces calls."""
+    if not isinstance(network, nn.Module):
+        return [(id(network),)]
+    return [
+        (
+            id(module),
+            *map(id, module._parameters.values()),
+            *map(id, module._buffers.values()),
+            *module._forward_hooks,
+            *module._forward_pre_hooks,
+            id(vars(module).get("forward")),
+        )
+        for module in network.modules()
+    ]
+
+
 def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) -> FastNetwork | None:
     """Rearrange a network's memory and return how to run it; None, and a line in the log, where that does not work.
 

@@ -199,13 +199,13 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def facts_of(predictor: Any) -> dict[str, str]:
     """Name what the labels and the times of a run depend on."""
-    mirrored = predictor.use_mirroring and bool(predictor.allowed_mirroring_axes)
+    mirrored = bool(predictor._mirrored_axes())
     patch = " × ".join(map(str, predictor.configuration_manager.patch_size))
     plans = predictor.plans_manager
     facts = {
         "model": f"{plans.dataset_name}, {predictor.trainer_name}, {plans.plans_name}",
         "heads": str(predictor.label_manager.num_segmentation_heads),
-        "checkpoints": str(len(predictor.list_of_parameters or [0])),
+        "checkpoints": str(1 if predictor.list_of_parameters is None else len(predictor.list_of_parameters)),
         "tiles": f"{patch} voxels, step {predictor.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
         "device": str(predictor.device),
         "budget asked for": f"RAM {predictor.max_ram or 'not limited'}, VRAM {predictor.max_vram or 'not limited'}",

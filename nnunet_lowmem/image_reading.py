@@ -23,9 +23,9 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides
+from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.finite_voxels import check_values
-from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.stored_voxels import (
     KNOWN_ENDINGS,
     is_nifti,

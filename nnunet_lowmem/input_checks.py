@@ -9,9 +9,9 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReori
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem import overrides
+from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.image_reading import check_grid
-from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, Header, read_raw_header
 
 try:

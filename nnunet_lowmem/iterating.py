@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nnunet_lowmem import stock_calls
+from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job
-from nnunet_lowmem.overrides import IN_WORKERS_BEFORE, Step, replaced, tell
+from nnunet_lowmem.overrides import IN_WORKERS_BEFORE, tell
 
 
 def predict_iterated(
@@ -26,8 +27,7 @@ def predict_iterated(
     probabilities : bool
     """
     items: Any = items_of(predictor, jobs)
-    if replaced(predictor, Step.FILES, *IN_WORKERS_BEFORE):
-        tell(predictor, Step.FILES, *IN_WORKERS_BEFORE)
+    if tell(predictor, Step.FILES, Step.READING, *IN_WORKERS_BEFORE):
         read = [job.files or ([], None) for job in jobs]
         items = predictor._internal_get_data_iterator_from_lists_of_filenames(
             [files for files, _ in read],

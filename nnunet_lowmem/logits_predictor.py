@@ -19,15 +19,16 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunet_lowmem import export, model_files, nnunet_adapter, stock_calls
 from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.budget import ram_limit, spill_bytes
+from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError
-from nnunet_lowmem.fast_network import FastNetwork, fast_network
+from nnunet_lowmem.fast_network import FastNetwork, fast_network, parts_of
 from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
-from nnunet_lowmem.overrides import Step, found, replaced, unless_replaced
+from nnunet_lowmem.overrides import found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
@@ -189,9 +190,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _describe(self, folder: str, folds: Folds, checkpoint_name: str, device: str, free_bytes: int = 0) -> None:
         """Set the attributes that describe the model, once all of it is read; its network has no weights yet."""
-        if folds is None:
-            folds = stock_calls.find_folds(folder, checkpoint_name)
-        checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name)
+        folds = stock_calls.find_folds(folder, checkpoint_name) if folds is None else folds
+        checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name, stock_calls.reads_files())
         if self.trust.everything:
             logger.warning("%s is trusted: the code it holds or names is run", folder)
         try:
@@ -212,26 +212,29 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile, or features where the window has a head; autocast only on CUDA, as in stock."""
         if (fast := self._fast()) is not None:
-            return fast.features(tile, self.allowed_mirroring_axes or () if self.use_mirroring else ())
+            return fast.features(tile, self._mirrored_axes())
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
+
+    def _mirrored_axes(self) -> tuple[int, ...]:
+        axes = self.allowed_mirroring_axes  # or an array of numpy
+        return () if axes is None or not self.use_mirroring else tuple(map(int, axes))
 
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
         if not self.fast or found(Step.NETWORK, self):
             return None
-        if self._fast_network[0] is not self.network:
-            made = fast_network(uncompiled(self.network), self._tile_shape(), self.kernel_threads)
-            self._fast_network = self.network, made
+        network = uncompiled(self.network)
+        if self._fast_network[0] != (parts := parts_of(network)):
+            self._fast_network = parts, fast_network(network, self._tile_shape(), self.kernel_threads)
         return self._fast_network[1]
 
     def _fast_threads(self) -> AbstractContextManager[object]:
         return nullcontext() if (fast := self._fast()) is None else fast.threads
 
     def _threads_of_network(self) -> int:
-        if self._fast() is not None:
-            return usable_cores()
-        return stock_calls.network_threads() if self.network_threads is None else self.network_threads
+        most = stock_calls.network_threads() if self.network_threads is None else self.network_threads
+        return most if self._fast() is None else usable_cores()
 
     def _tile_shape(self) -> tuple[int, ...]:
         return (1, self._input_channels(), *self.configuration_manager.patch_size)
@@ -242,9 +245,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
         All heads on the whole grid are what the caller asks for here; `predict_from_files` never makes them.
         """
-        if replaced(self, Step.WINDOW):
+        if input_image.dtype != torch.float32 or replaced(self, Step.WINDOW):
             return super().predict_sliding_window_return_logits(input_image)  # type: ignore[no-any-return]  # stock's
-        assert isinstance(input_image, torch.Tensor)
         assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
         case = PreprocessedCase(input_image.cpu().numpy(), None, {})
         grid = self._grid(case)
@@ -377,7 +379,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _estimated_tile_bytes(self, scratch_factor: float) -> int:
         """Bytes of the network's tensors on one tile, and of the copies that mirroring keeps."""
-        mirrored = 2 if self.use_mirroring and self.allowed_mirroring_axes else 0
+        mirrored = 2 if self._mirrored_axes() else 0
         network, channels = uncompiled(self.network), self.label_manager.num_segmentation_heads
         if (fast := self._fast()) is not None:
             network, channels = fast.body, fast.channels
@@ -390,7 +392,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         axes: Any = self.allowed_mirroring_axes
         self.network.eval()
         try:
-            self.allowed_mirroring_axes = axes if axes is None else tuple(axes)[:1] or None
+            self.allowed_mirroring_axes = self._mirrored_axes()[:1] or None
             with torch.inference_mode(), torch_threads(self._threads_of_network()), self._fast_threads():
                 measured = measured_bytes(lambda: self._network_tile(tile), self.device)
         finally:

@@ -145,9 +145,11 @@ def check_previous_stage(cases: Sequence[Sequence[str]], stages: Sequence[str | 
 
 
 def checkpoint_files(
-    model_folder: str, folds: Sequence[int | str] | int | str | None, checkpoint_name: str
+    model_folder: str, folds: Sequence[int | str] | int | str | None, checkpoint_name: str, checks: bool = True
 ) -> list[Path]:
     """Find the checkpoint of each fold; None takes every numbered fold that has one.
+
+    Without `checks` the files need not be there: a program may read what has these names from elsewhere.
 
     Raises
     ------
@@ -156,7 +158,7 @@ def checkpoint_files(
     """
     folder = Path(model_folder)
     for needed in (folder, folder / "dataset.json", folder / "plans.json"):
-        if not needed.exists():
+        if checks and not needed.exists():
             raise ModelError(f"not a trained model folder: {needed} does not exist")
     if folds is None:
         found = sorted(folder.glob(f"fold_[0-9]*/{checkpoint_name}"))
@@ -166,7 +168,7 @@ def checkpoint_files(
     chosen = [folds] if isinstance(folds, (int, str)) else folds
     files = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in chosen]
     for file in files:
-        if not file.is_file():
+        if checks and not file.is_file():
             raise ModelError(
                 f"checkpoint {file} does not exist. {folder} holds {_folds_in_words(folder, checkpoint_name)}; "
                 "choose folds with -f and another checkpoint with -chk"

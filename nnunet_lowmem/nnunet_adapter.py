@@ -19,11 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
-from nnunetv2.preprocessing.resampling.default_resampling import (
-    compute_new_shape,
-    determine_do_sep_z_and_axis,
-    resample_data_or_seg_to_shape,
-)
+from nnunetv2.preprocessing.preprocessors import default_preprocessor
+from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -31,11 +28,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides
+from nnunet_lowmem.bypassed import LABEL_MANAGER, Step
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.files import atomic_output, remove_stale
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.overlays import Volume
-from nnunet_lowmem.overrides import Step
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
 from nnunet_lowmem.verifying import verify_label_file
@@ -106,7 +103,7 @@ def label_rule(label_manager: LabelManager) -> LabelRule | None:
     the index of the head; uint8 below 255 foreground labels, else uint16.
     """
     nonlin = torch.sigmoid if label_manager.has_regions else softmax_helper_dim0
-    if type(label_manager) is not LabelManager or label_manager.inference_nonlin is not nonlin:
+    if not overrides.is_class(type(label_manager), LABEL_MANAGER) or label_manager.inference_nonlin is not nonlin:
         return None
     if overrides.found(Step.LABELS, label_manager):
         return None
@@ -240,7 +237,7 @@ def uncropped_geometry(
     target = [spacing[0], *target] if len(target) < len(shape) else target
     original = _shape3(shape)
     return CaseGeometry(
-        network_shape=_shape3(compute_new_shape(original, spacing, target)),
+        network_shape=_shape3(default_preprocessor.compute_new_shape(original, spacing, target)),
         cropped_shape=original,
         original_shape=original,
         crop=(slice(0, original[0]), slice(0, original[1]), slice(0, original[2])),
@@ -305,14 +302,14 @@ def _default_tables(
 ) -> tuple[AxisTable, ...] | None:
     base = function.func if isinstance(function, partial) else function
     same_shape = geometry.network_shape == geometry.cropped_shape
-    if same_shape and base in (resample_data_or_seg_to_shape, no_resampling_hack):
+    if same_shape and base in (default_resampling.resample_data_or_seg_to_shape, no_resampling_hack):
         return tuple(copy_axis(np.arange(size)) for size in geometry.network_shape)
-    if base is not resample_data_or_seg_to_shape:
+    if base is not default_resampling.resample_data_or_seg_to_shape:
         return None
     options = _options(function)
     if options["is_seg"] or options["order"] != 1:
         return None
-    separate, axis = determine_do_sep_z_and_axis(
+    separate, axis = default_resampling.determine_do_sep_z_and_axis(
         options["force_separate_z"], current, spacing, options["separate_z_anisotropy_threshold"]
     )
     if not separate:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
 from nnunet_lowmem.budget import vram_limit
+from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
 from nnunet_lowmem.cases import Job, in_a_row, job_of_item, unless_misnumbered
@@ -30,7 +31,7 @@ from nnunet_lowmem.files import temporary_folder
 from nnunet_lowmem.html_report import HtmlReport, facts_of
 from nnunet_lowmem.iterating import items_of, predict_iterated
 from nnunet_lowmem.model_loading import uncompiled
-from nnunet_lowmem.overrides import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, Step, replaced, tell, unless_replaced
+from nnunet_lowmem.overrides import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, replaced, tell, unless_replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.progress import logging_prints, on_terminal
@@ -112,16 +113,16 @@ class LowMemPredictor(CasePredictor):
                 f"{previous_stage!r}: give their folder with -prev_stage_predictions"
             )
         nnunet_adapter.write_run_files(target, arguments, self.dataset_json, self.plans_manager.plans)
-        from_folder = isinstance(source, str)
+        from_folder, is_listed = isinstance(source, str), tell(self, Step.LISTING)
         if from_folder:
             model_files.tell_skipped(source, self.dataset_json["file_ending"])
-            tell(self, Step.LISTING)
-            if not replaced(self, Step.LISTING):
+            if not is_listed:
                 source = model_files.list_cases(source, self.dataset_json["file_ending"])
         with logging_prints():
             cases, outputs, stages = self._manage_input_and_output_lists(
-                source, target, stage_folder, True, part_id, num_parts, save_probabilities
+                source, target, stage_folder, overwrite or not is_listed, part_id, num_parts, save_probabilities
             )
+        stages = stages or [None] * len(cases)
         if outputs is not None and len(outputs) > len(cases):  # nnU-Net 2.5 gives each part the names of all
             outputs = outputs[part_id::num_parts]
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
@@ -130,9 +131,9 @@ class LowMemPredictor(CasePredictor):
             jobs = [unless_misnumbered(job, self.dataset_json["file_ending"]) for job in jobs]
         self.run_report = RunReport()
         processes = arguments.get("num_processes_preprocessing", 0)
-        if not overwrite and outputs is not None:
+        if not overwrite and outputs is not None and not is_listed:
             jobs = without_those_done(jobs, self.run_report)
-        if in_workers and jobs and replaced(self, Step.FILES, Step.ITERATION, *IN_WORKERS_BEFORE, *IN_WORKERS_AFTER):
+        if in_workers and jobs and replaced(self, *overrides.OF_FILES):
             return predict_iterated(self, jobs, arguments, save_probabilities)
         with self._reporting(target):
             results = self._predict_recorded(jobs, target, save_probabilities, processes) if jobs else None
@@ -144,7 +145,7 @@ class LowMemPredictor(CasePredictor):
         self, jobs: list[Job], target: str | list[str] | None, save_probabilities: bool, processes: int
     ) -> list[Result]:
         """Predict cases of files; what failed is told in the output folder."""
-        tell(self, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
+        tell(self, Step.READING, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = in_a_row(jobs)
@@ -193,14 +194,16 @@ class LowMemPredictor(CasePredictor):
             "dataset": self.dataset_json,
             "step": self.tile_step_size,
             "gaussian": self.use_gaussian,
-            "mirroring": list(self.allowed_mirroring_axes or ()) if self.use_mirroring else [],
+            "mirroring": list(self._mirrored_axes()),
             "device": self.device.type,
             "accept_nan": self.accept_nan,
             "probabilities": self.probabilities_dtype if probabilities else None,
             "fast": self.fast,
         }
-        parameters = self.list_of_parameters
-        return fingerprint(description, digests(parameters or [uncompiled(self.network).state_dict()]))
+        weights = self.list_of_parameters
+        return fingerprint(
+            description, digests([uncompiled(self.network).state_dict()] if weights is None else weights)
+        )
 
     def _prefetches(self, cases: int, processes: int) -> bool:
         """Prefetch beside a GPU; on the CPU a worker would take the cores that the network needs."""
@@ -221,8 +224,7 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result]:
         """Predict preprocessed cases: dicts with 'data', 'ofile' and 'data_properties', as stock's iterators give."""
         _note_exact(use_cropped_logits_resampling)
-        if replaced(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
-            tell(self, *IN_WORKERS_AFTER)
+        if tell(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
         tell(self, *overrides.of_prediction(self.fast))
         jobs = map(job_of_item, data_iterator)
@@ -242,8 +244,7 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result]:
         """Predict arrays of shape (channels, x, y, z) with nnU-Net's properties dict each."""
         _note_exact(use_cropped_logits_resampling)
-        if replaced(self, Step.ARRAYS, *IN_WORKERS_BEFORE):
-            tell(self, Step.ARRAYS, *IN_WORKERS_BEFORE)
+        if tell(self, Step.ARRAYS, *IN_WORKERS_BEFORE):
             items = self.get_data_iterator_from_raw_npy_data(
                 image_or_list_of_images,
                 segs_from_prev_stage_or_list_of_segs_from_prev_stage,

@@ -20,38 +20,28 @@ from typing import Any, NamedTuple
 
 import nnunetv2
 import numpy as np
-from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
-    CTNormalization,
-    ImageNormalization,
-    NoNormalization,
-    RescaleTo01Normalization,
-    RGBTo01Normalization,
-    ZScoreNormalization,
-)
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.preprocessing.resampling.default_resampling import (
-    compute_new_shape,
-    determine_do_sep_z_and_axis,
-    resample_data_or_seg_to_shape,
-)
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
+from nnunetv2.preprocessing.preprocessors import default_preprocessor
+from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides, spline
+from nnunet_lowmem.bypassed import DEFAULT_PREPROCESSOR, NORMALISATION, Step
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.finite_voxels import check_values
 from nnunet_lowmem.image_reading import Volume, check_stored, read_channels
 from nnunet_lowmem.input_checks import check_case
 from nnunet_lowmem.nonzero import nonzero_box, nonzero_mask
-from nnunet_lowmem.overrides import Step
+from nnunet_lowmem.overrides import is_class
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase, Shape3
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
-VOXELWISE = (CTNormalization, NoNormalization, RGBTo01Normalization)
-_WITHOUT_MASK = (*VOXELWISE, RescaleTo01Normalization)
+VOXELWISE = ("CTNormalization", "NoNormalization", "RGBTo01Normalization")
+_WITHOUT_MASK = (*VOXELWISE, "RescaleTo01Normalization")
 _BLOCK_BYTES = 4 << 20
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
@@ -123,7 +113,7 @@ def preprocess_case(
     if previous_stage_file is not None:
         check_stored(previous_stage_file, accept_nan)
     if not is_own(configuration_manager.preprocessor_class):
-        for file in image_files if configuration_manager.preprocessor_class is not DefaultPreprocessor else ():
+        for file in image_files if not is_class(configuration_manager.preprocessor_class, DEFAULT_PREPROCESSOR) else ():
             check_stored(file, accept_nan)
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case(
@@ -152,7 +142,7 @@ def check_headers(
 
 def is_own(preprocessor: type) -> bool:
     """Whether what a preprocessor does is known here."""
-    return preprocessor is DefaultPreprocessor and not overrides.found(Step.PREPROCESSING, preprocessor)
+    return is_class(preprocessor, DEFAULT_PREPROCESSOR) and not overrides.found(Step.PREPROCESSING, preprocessor)
 
 
 def preprocess_array(
@@ -273,7 +263,7 @@ class _Case:
         self.properties["shape_after_cropping_and_before_resampling"] = shape
         spacing = [self.properties["spacing"][axis] for axis in self.order]
         new_spacing = [*spacing[: 3 - len(self.configuration.spacing)], *self.configuration.spacing]
-        new_shape: Shape3 = tuple(compute_new_shape(shape, spacing, new_spacing).tolist())
+        new_shape: Shape3 = tuple(default_preprocessor.compute_new_shape(shape, spacing, new_spacing).tolist())
         if 0 in new_shape:
             raise UsageError(
                 f"Resampling {shape} voxels from {np.array(spacing).tolist()} to {new_spacing} mm leaves {new_shape}: "
@@ -345,21 +335,22 @@ def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> lis
 
 def needs_mask(normaliser: ImageNormalization) -> bool:
     """Whether a normalisation looks at the segmentation beside the image."""
-    if is_one_of(normaliser, (ZScoreNormalization,)):
+    if is_one_of(normaliser, ("ZScoreNormalization",)):
         return bool(normaliser.use_mask_for_norm)
     return not is_one_of(normaliser, _WITHOUT_MASK)
 
 
-def is_one_of(normaliser: ImageNormalization, known: tuple[type, ...]) -> bool:
+def is_one_of(normaliser: ImageNormalization, known: tuple[str, ...]) -> bool:
     """Whether a normalisation is one of those, and does what nnU-Net's does."""
-    return type(normaliser) in known and not overrides.found(Step.NORMALISATION, normaliser)
+    own = any(is_class(type(normaliser), f"{NORMALISATION}:{name}") for name in known)
+    return own and not overrides.found(Step.NORMALISATION, normaliser)
 
 
 def bounded_resampling(
     function: partial[Any], grid: Grid
 ) -> Callable[[_Source, NDArray[np.float32], RowThreads], None] | None:
     """Our own way to the result of nnU-Net's resampling `function`, or None where there is none."""
-    if function.func is not resample_data_or_seg_to_shape or overrides.found(Step.RESAMPLING):
+    if function.func is not default_resampling.resample_data_or_seg_to_shape or overrides.found(Step.RESAMPLING):
         return None
     if grid.new_shape == grid.shape:
         return _copy
@@ -367,7 +358,7 @@ def bounded_resampling(
     if arguments.get("is_seg") or arguments["order"] != 3 or not spline.matches_scipy():
         return None
     threshold = [arguments[key] for key in ("separate_z_anisotropy_threshold",) if key in arguments]
-    separate, axis = determine_do_sep_z_and_axis(
+    separate, axis = default_resampling.determine_do_sep_z_and_axis(
         arguments["force_separate_z"], grid.spacing, grid.new_spacing, *threshold
     )
     if not separate:

@@ -316,7 +316,9 @@ def roll(
 
 
 def _tile_logits(network: TileNetwork, feed: TileFeed, start: Shape3) -> torch.Tensor:
-    return network(feed.tile(start))[0]
+    with torch.inference_mode(False):  # as stock's thread makes it: an override may ask for gradients
+        tile = feed.tile(start)
+    return network(tile)[0]
 
 
 def average_folds(

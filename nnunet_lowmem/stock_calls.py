@@ -16,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from numpy.typing import NDArray
 
 from nnunet_lowmem import model_files
+from nnunet_lowmem.bypassed import RAW
 from nnunet_lowmem.overrides import is_stocks
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -32,10 +33,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return model_files.read_json(path) if is_stocks(read, "load_json") else read(str(path))
 
 
+def reads_files() -> bool:
+    """Whether a model is read from the files that it is said to be in; programs put other loaders there."""
+    return is_stocks(torch.load, "load", "torch") and is_stocks(predict_from_raw_data.load_json, "load_json")
+
+
 def find_folds(model_folder: str, checkpoint_name: str) -> list[int | str] | None:
     """Ask a program's own function which folds there are; None without one."""
     find = nnUNetPredictor.auto_detect_available_folds
-    return None if is_stocks(find, "auto_detect_available_folds") else list(find(model_folder, checkpoint_name))
+    return None if is_stocks(find, "auto_detect_available_folds", RAW) else list(find(model_folder, checkpoint_name))
 
 
 def find_trainer(name: str) -> Any:
@@ -65,13 +71,18 @@ def network_threads() -> int:
 
 
 def importance(configuration_manager: Any, is_gaussian: bool, device: torch.device) -> torch.Tensor:
-    """Return stock's weights of the voxels of a tile, half, of the shape of the patch."""
+    """Return stock's weights of the voxels of a tile, half, of the shape of the patch.
+
+    What a program makes of them may be a number or of another type, as long as it can be broadcast.
+    """
     patch = tuple(configuration_manager.patch_size)
     if not is_gaussian:
         return torch.ones(patch, dtype=torch.half, device=device)
     gaussian = predict_from_raw_data.compute_gaussian
-    weights: torch.Tensor = gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
-    return weights
+    made = gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
+    weights = torch.as_tensor(made, device=device)
+    weights = weights if weights.is_floating_point() else weights.half()
+    return weights if tuple(weights.shape) == patch else weights.expand(patch).clone()
 
 
 def forget_importance() -> None:

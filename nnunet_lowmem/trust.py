@@ -29,6 +29,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
+from nnunet_lowmem.bypassed import NAMES_IN_PLANS
 from nnunet_lowmem.errors import ModelError
 
 try:
@@ -124,7 +125,10 @@ class Trust:
         for entry, package, kind in _NAMES:
             for value in (holder[entry] for holder in (plans, configuration) if entry in holder):
                 for name in value if isinstance(value, list) else [value]:
-                    self._judge(f"plans.json: {entry!r}", name, _find(package, name), package, kind)
+                    found = _find(package, name)
+                    # what stands under a name of nnU-Net's own was put there by nnU-Net or by the running program
+                    if found is None or name not in NAMES_IN_PLANS:
+                        self._judge(f"plans.json: {entry!r}", name, found, package, kind)
         architecture = configuration["architecture"]
         arguments = architecture["arch_kwargs"]
         for entry in architecture["_kw_requires_import"]:

@@ -175,7 +175,7 @@ def _move(tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:
 def _sharing(parameters: Parameters | None) -> list[list[torch.Tensor]]:
     """Group the tensors of all folds by the memory that they share."""
     groups: dict[int, dict[int, torch.Tensor]] = {}
-    for fold in parameters or ():
+    for fold in () if parameters is None else parameters:
         for value in fold.values() if isinstance(fold, Mapping) else ():
             if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided:
                 groups.setdefault(value.untyped_storage()._cdata, {})[id(value)] = value

@@ -12,17 +12,22 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.preprocessing.resampling import default_resampling, resample_torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 from oracle import assert_same_array, assert_same_folder, make_predictor
+from scipy import ndimage
 
 from nnunet_lowmem import LowMemPredictor, overrides
-from nnunet_lowmem.overrides import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
+from nnunet_lowmem.bypassed import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
 
 CLASSES = (nnUNetPredictor, LowMemPredictor)
 
@@ -150,7 +155,16 @@ STOCKS = nnUNetPredictor.predict_sliding_window_return_logits
     ],
 )
 def test_whose_function_it_is(value: Any, name: str, is_stocks: bool):
-    assert overrides.is_stocks(value, name) is is_stocks
+    home = "nnunetv2.inference.sliding_window_prediction" if name == "compute_gaussian" else RAW
+    assert overrides.is_stocks(value, name, home) is is_stocks
+
+
+def test_functions_of_other_modules_of_nnunet_and_of_other_names_are_not_what_nnunet_put_there():
+    assert overrides.is_stocks(ndimage.binary_fill_holes, "binary_fill_holes")
+    assert not overrides.is_stocks(ndimage.binary_erosion, "binary_fill_holes")
+    assert overrides.is_stocks(default_resampling.compute_new_shape, "compute_new_shape")
+    assert not overrides.is_stocks(default_resampling.compute_new_shape, "compute_new_shape", RAW)
+    assert not overrides.is_stocks(resample_torch.resample_torch_simple, "resample_data_or_seg_to_shape")
 
 
 def of_totalsegmentator(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -201,6 +215,21 @@ def dimmed(data: Any) -> Any:
 
 def first_of(change: Callable[[Any], Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     return lambda result: (change(result[0]), *result[1:])
+
+
+def dimmed_resampling(data: Any, *arguments: Any, **keywords: Any) -> Any:
+    return dimmed(
+        default_resampling.resample_data_or_seg(np.asarray(data), arguments[0], keywords.get("is_seg", False), order=1)
+    )
+
+
+class Negative(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return -self.layer(features)
 
 
 def fewer_planes(box: list[list[int]]) -> list[list[int]]:
@@ -284,6 +313,109 @@ def test_replacement_counts_as_in_stock(owner, name, model, array, unchanged, mo
     needs_no_word = name in CALLED.get(owner, ()) or name == "_internal_maybe_mirror_and_predict"
     assert len(told) == (0 if needs_no_word else 1)
     assert needs_no_word or name in told[0]
+
+
+class DimmingPreprocessor(DefaultPreprocessor):
+    def run_case_npy(self, *arguments: Any, **keywords: Any) -> Any:
+        return first_of(dimmed)(super().run_case_npy(*arguments, **keywords))
+
+
+class DimmingNormalization(CTNormalization):
+    def run(self, image: Any, seg: Any = None) -> Any:
+        return dimmed(super().run(image, seg))
+
+
+class OwnLabels(LabelManager):
+    def convert_logits_to_segmentation(self, logits: Any) -> Any:
+        return without_first_label(super().convert_logits_to_segmentation(logits))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "replacement"),
+    [
+        (_PREPROCESSING, "DefaultPreprocessor", DimmingPreprocessor),
+        pytest.param(_NORMALISATION.partition(":")[0], "CTNormalization", DimmingNormalization, marks=pytest.mark.slow),
+        pytest.param(_LABELS.partition(":")[0], "LabelManager", OwnLabels, marks=pytest.mark.slow),
+        pytest.param(_RESAMPLING, "resample_data_or_seg_to_shape", dimmed_resampling, marks=pytest.mark.slow),
+    ],
+)
+def test_what_stands_under_a_name_that_plans_use(owner, name, replacement, model, array, unchanged, monkeypatch):
+    """It is the program's and not the model's, so it needs no trust."""
+    monkeypatch.setattr(owner_of(owner), name, replacement)
+    both = [make_predictor(cls, model, tile_step_size=1) for cls in CLASSES]
+    expected, actual = (predictor.predict_single_npy_array(array[0], dict(array[1])) for predictor in both)
+    assert not np.array_equal(expected, unchanged)
+    assert_same_array(expected, actual)
+
+
+def test_reading_library_that_is_patched(model, images, unchanged, monkeypatch, tmp_path):
+    monkeypatch.setattr(SimpleITK, "GetArrayFromImage", after(dimmed)(SimpleITK.GetArrayFromImage))
+    results = []
+    for cls in CLASSES:
+        predictor = make_predictor(cls, model, tile_step_size=1)
+        results.append(predictor.predict_from_files_sequential([images("head_margin")], None)[0])
+    assert not np.array_equal(results[0], unchanged)
+    assert_same_array(*results)
+
+
+def test_override_that_asks_for_gradients(model, array):
+    """As in test-time adaptation: stock's tiles are made outside of inference mode."""
+
+    def sharpened(self: Any, tile: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            tile = tile.clone().requires_grad_(True)
+            self.network(tile).square().sum().backward()
+            return self.network(tile.detach() + 0.5 * tile.grad.sign()).detach()
+
+    results = []
+    for cls in CLASSES:
+        client = type("Client", (cls,), {"_internal_maybe_mirror_and_predict": sharpened})
+        results.append(
+            make_predictor(client, model, tile_step_size=1).predict_single_npy_array(array[0], dict(array[1]))
+        )
+    assert_same_array(*results)
+
+
+@pytest.mark.parametrize("value", [1, 2.5, torch.full((1,), 0.5)])
+def test_weights_of_a_tile_that_are_a_number(value, model, array, monkeypatch):
+    monkeypatch.setattr(predict_from_raw_data, "compute_gaussian", lambda *_, **__: value)
+    both = [make_predictor(cls, model, tile_step_size=1) for cls in CLASSES]
+    assert_same_array(*(predictor.predict_single_npy_array(array[0], dict(array[1])) for predictor in both))
+
+
+@pytest.mark.parametrize("axes", [np.array([0, 2]), [1], None])
+def test_mirroring_axes_of_any_kind(axes, model, array):
+    both = [make_predictor(cls, model, tile_step_size=1) for cls in CLASSES]
+    for predictor in both:
+        predictor.allowed_mirroring_axes = axes
+    assert_same_array(*(predictor.predict_single_npy_array(array[0], dict(array[1])) for predictor in both))
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "layer", "weights"])
+def test_fast_network_that_is_changed_after_a_prediction(change, model, array):
+    predictors = [
+        make_predictor(cls, model, tile_step_size=1, **options)
+        for cls, options in zip(CLASSES, ({}, {"fast": True}), strict=True)
+    ]
+    results = []
+    for predictor in predictors:
+        before = predictor.predict_single_npy_array(array[0], dict(array[1]))
+        network = predictor.network
+        if change == "hook":
+            network.register_forward_hook(lambda module, inputs, output: -output)
+        elif change == "forward":
+            network.forward = after(torch.neg)(network.forward)
+        elif change == "layer":
+            network.decoder.seg_layers[-1] = Negative(network.decoder.seg_layers[-1])
+            predictor.list_of_parameters = [network.state_dict()]
+        else:
+            weights = {name: value.clone() for name, value in network.state_dict().items()}
+            weights["decoder.seg_layers.0.bias"] += torch.arange(4.0) * 3
+            network.load_state_dict(weights, assign=True)
+            predictor.list_of_parameters = [weights]
+        results.append(predictor.predict_single_npy_array(array[0], dict(array[1])))
+        assert not np.array_equal(results[-1], before)
+    assert (results[0] != results[1]).mean() < 0.001
 
 
 class CoarsePlans(predict_from_raw_data.PlansManager):
