@@ -164,7 +164,7 @@ ROWS = (
         Row(module, Step.LABELS, ("convert_predicted_logits_to_segmentation_with_correct_shape",), _APPROXIMATIONS)
         for module in (RAW, _EXPORT)
     ),
-    Row(_EXPORT, Step.LABELS, ("insert_crop_into_image",)),
+    Row(_EXPORT, Step.LABELS, ("insert_crop_into_image", "bounding_box_to_slice")),  # before 2.6 the latter
     Row(RAW, Step.EXPORT, ("export_prediction_from_logits",), _APPROXIMATIONS),
     Row(
         _TRAINER,
@@ -188,6 +188,7 @@ CALLED: dict[str, tuple[str, ...]] = {
         "determine_num_input_channels",
         "load_json",
         "nnUNetPredictor",
+        "recursive_find_python_class",
         "recursive_find_trainer_class_by_name",
     ),
     LABEL_MANAGER: (

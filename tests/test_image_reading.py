@@ -326,7 +326,7 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "SimpleITKIOWithReorient"])
+@pytest.mark.parametrize("reader", ["SimpleITKIO", pytest.param("SimpleITKIOWithReorient", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "files", "told"), [pytest.param(*row, id=row[0]) for row in META + NRRD + GIPL])
 def test_what_is_read_is_what_was_verified(reader, name, files, told, tmp_path) -> None:
     lay_out(tmp_path, files)

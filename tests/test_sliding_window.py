@@ -338,7 +338,9 @@ RESHAPES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("patch", [(8, 10, 6), (10, 6)], ids=["3d", "2d"])
+@pytest.mark.parametrize(
+    "patch", [pytest.param((8, 10, 6), id="3d"), pytest.param((10, 6), id="2d", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", RESHAPES)
 def test_output_of_another_shape_does_what_it_does_in_stock(kind, patch, caplog):
     """Broadcasting included; what does not fit is an error and never read or written beside the buffer."""

@@ -99,7 +99,12 @@ def copied(predictor: Predictor, folder: Path) -> Predictor:
 
 @pytest.mark.parametrize(
     "happens, on_disk",
-    [(removed, False), (removed, True), (overwritten, False), (truncated, True), (pickled, False), (copied, True)],
+    [
+        (overwritten, False),
+        (truncated, True),
+        (pickled, False),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((removed, False), (removed, True), (copied, True))),
+    ],
 )
 def test_what_happens_to_the_folder_later_changes_nothing(happens, on_disk, folder, predicted, expected):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
@@ -133,6 +138,7 @@ def test_loader_that_decrypts_is_only_there_while_the_model_is_read(folder, pred
     assert_same_array(expected, predicted(predictor))
 
 
+@pytest.mark.slow
 def test_another_process_needs_no_folder(folder, predicted, expected, images, tmp_path):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
     predictor._mover()()
@@ -245,8 +251,11 @@ def changed(model, predicted) -> Callable[[Any], np.ndarray]:
 @pytest.mark.parametrize(
     "change, on_disk",
     [
-        *((change, False) for change in (*CHANGES, averaged)),
-        *((change, True) for change in (edited, appended, through_numpy)),
+        (edited, False),
+        (edited, True),
+        (appended, False),
+        *(pytest.param(change, False, marks=pytest.mark.slow) for change in (*CHANGES[2:], averaged)),
+        *(pytest.param(change, True, marks=pytest.mark.slow) for change in (appended, through_numpy)),
     ],
 )
 def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, changed, expected):
@@ -447,6 +456,7 @@ def test_weights_are_the_first_step_where_memory_is_gone():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_many_heavy_folds_are_read_and_used_within_a_small_budget(models, images, tmp_path):
     """Measured while they are read, and under the kernel's limit for what follows."""
     spec = ModelSpec(folds=(0,), features=(128, 512), patch_size=(12, 16, 12))
