@@ -302,6 +302,8 @@ def unchanged(model, images) -> NDArray[Any]:
     ],
 )
 def test_replacement_counts_as_in_stock(owner, name, model, array, unchanged, monkeypatch, caplog):
+    if name == "convert_logits_to_segmentation" and INSTALLED < (2, 6):
+        pytest.skip("nnU-Net 2.5 decides by probabilities")
     both = [make_predictor(cls, model, tile_step_size=1) for cls in classes()]
     holder = owner_of(owner)
     monkeypatch.setattr(holder, name, REPLACEMENTS[owner, name](getattr(holder, name)))
