@@ -21,6 +21,7 @@ _CROPPING = "nnunetv2.preprocessing.cropping.cropping"
 _RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 _TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 _BASE_READER = "nnunetv2.imageio.base_reader_writer:BaseReaderWriter"
+_SCHEMES = ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
 _READERS = (
     "simpleitk_reader_writer:SimpleITKIO",
     "simpleitk_reader_writer:SimpleITKIOWithReorient",
@@ -116,10 +117,7 @@ ROWS = (
         Step.PREPROCESSING,
         ("create_nonzero_mask", "binary_fill_holes", "get_bbox_from_mask", "bounding_box_to_slice"),
     ),
-    *(
-        Row(f"{NORMALISATION}:{scheme}Normalization", Step.NORMALISATION, ("__init__", "run"))
-        for scheme in ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
-    ),
+    *(Row(f"{NORMALISATION}:{scheme}Normalization", Step.NORMALISATION, ("__init__", "run")) for scheme in _SCHEMES),
     Row(
         _RESAMPLING,
         Step.RESAMPLING,
@@ -241,19 +239,22 @@ IGNORED: dict[str, tuple[str, ...]] = {
     _CROPPING: ("crop_to_nonzero",),
 }
 
-#: What nnU-Net defines for plans to name.
-NAMES_IN_PLANS = frozenset(
-    {
-        "DefaultPreprocessor",
-        "LabelManager",
-        *(f"{scheme}Normalization" for scheme in ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")),
-        *(reader.partition(":")[2] for reader in _READERS),
-        "resample_data_or_seg_to_shape",
-        "resample_torch_fornnunet",
-        "resample_torch_simple",
-        "no_resampling_hack",
-    }
+_RESAMPLINGS = (
+    "resample_data_or_seg_to_shape",
+    "resample_torch_fornnunet",
+    "resample_torch_simple",
+    "no_resampling_hack",
 )
+#: What nnU-Net itself defines for each entry of the plans to name.
+NAMES_IN_PLANS: dict[str, tuple[str, ...]] = {
+    "image_reader_writer": tuple(reader.partition(":")[2] for reader in _READERS),
+    "label_manager": ("LabelManager",),
+    "preprocessor_name": ("DefaultPreprocessor",),
+    "normalization_schemes": tuple(f"{scheme}Normalization" for scheme in _SCHEMES),
+    "resampling_fn_data": _RESAMPLINGS,
+    "resampling_fn_seg": _RESAMPLINGS,
+    "resampling_fn_probabilities": _RESAMPLINGS,
+}
 
 #: Modules that define what nnU-Net imports into the owners above; of other packages the package.
 HOMES: dict[str, str] = {

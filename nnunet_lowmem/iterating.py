@@ -28,7 +28,10 @@ def predict_iterated(
     """
     items: Any = items_of(predictor, jobs)
     if tell(predictor, Step.FILES, Step.READING, *IN_WORKERS_BEFORE):
-        read = [job.files or ([], None) for job in jobs]
+        for job in jobs:
+            if job.files is None:  # one that cannot be right: it says why
+                job.load()
+        read = [job.files for job in jobs if job.files is not None]
         items = predictor._internal_get_data_iterator_from_lists_of_filenames(
             [files for files, _ in read],
             [stage for _, stage in read],

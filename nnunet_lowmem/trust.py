@@ -127,7 +127,7 @@ class Trust:
                 for name in value if isinstance(value, list) else [value]:
                     found = _find(package, name)
                     # what stands under a name of nnU-Net's own was put there by nnU-Net or by the running program
-                    if found is None or name not in NAMES_IN_PLANS:
+                    if found is None or name not in NAMES_IN_PLANS[entry]:
                         self._judge(f"plans.json: {entry!r}", name, found, package, kind)
         architecture = configuration["architecture"]
         arguments = architecture["arch_kwargs"]

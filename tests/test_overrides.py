@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import types
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -28,6 +30,7 @@ from scipy import ndimage
 
 from nnunet_lowmem import LowMemPredictor, overrides
 from nnunet_lowmem.bypassed import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
+from nnunet_lowmem.errors import ModelError, UsageError
 
 
 def classes() -> tuple[type[nnUNetPredictor], ...]:
@@ -639,3 +642,22 @@ def test_what_runs_in_stocks_processes_is_seen_when_it_is_in_stock(owner, name, 
     for cls, who in zip(classes(), ("stock", "ours"), strict=True):
         predict_files(cls, model, [images("head_margin"), images("head")], tmp_path / who)
     assert_same_folder(tmp_path / "stock", tmp_path / "ours")
+
+
+def test_case_without_its_first_channel_is_refused_before_anybody_iterates(model, images, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a_0001.nii.gz").write_bytes(Path(images("head_margin")[0]).read_bytes())
+    predictor = make_predictor(type("Client", (OwnItems, LowMemPredictor), {}), model)
+    with pytest.raises(UsageError, match="channel 0 is missing"):
+        predictor.predict_from_files(str(tmp_path / "in"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("entry", ["preprocessor_name", "label_manager", "resampling_fn_data"])
+def test_names_of_nnunet_are_for_their_own_entries(entry, model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    plans = json.loads((folder / "plans.json").read_text())
+    holder = plans if entry in plans else plans["configurations"]["3d_fullres"]
+    holder[entry] = "CTNormalization"
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(ModelError, match="CTNormalization"):
+        make_predictor(LowMemPredictor, str(folder))
