@@ -94,6 +94,8 @@ class ModelFacts:
         Peak of the network on one tile, with the input, the head's output and its mirrored copies.
     label_bytes : int
         Of one voxel of the label map.
+    unmeasured_bytes : int
+        What the network may take beyond `activation_bytes`, as long as none of its tiles has been measured.
     kept_bytes : int
         The weights of all folds between predictions, as far as they can be moved from RAM to disk.
     kept_place : Place or None
@@ -114,6 +116,7 @@ class ModelFacts:
     weight_bytes: int
     activation_bytes: int
     label_bytes: int
+    unmeasured_bytes: int = 0
     kept_bytes: int = 0
     kept_place: Place | None = None
     threads: int = 1
@@ -258,7 +261,7 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
         # in RAM they are from the start
         stages = tuple(Stage) if compute is ram else tuple(Stage)[2:]
         yield Allocation("weights of the network", compute, model.weight_bytes, stages)
-    yield Allocation("network on one tile", compute, model.activation_bytes, predict)
+    yield Allocation("network on one tile", compute, model.activation_bytes + model.unmeasured_bytes, predict)
     yield from _window_allocations(model, case, placement, compute, with_window)
     if case.next_stages_bytes:
         yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_lowmem import nnunet_adapter, preprocessing
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Stage
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Placement, Stage
+from nnunet_lowmem.cases import Job
+from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
-from nnunet_lowmem.planner import Plan, all_plans, closest_plan, plan_case
+from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.spill import spilled_array
@@ -67,6 +69,10 @@ class CasePlanner:
         """Plan a case; what does not fit is seen by the plan itself."""
         return closest_plan(self.model, facts, budget, self.description.device, self.description.window_on_device)
 
+    def placed(self, placement: Placement, facts: CaseFacts, budget: Budget) -> Plan:
+        """Return the plan of a placement, with what the network takes for certain."""
+        return placed(certain(self.model), facts, budget, self.description.device, placement)
+
     def plan(self, facts: CaseFacts, budget: Budget) -> Plan:
         """Plan a case, or refuse it.
 
@@ -77,25 +83,20 @@ class CasePlanner:
         """
         return plan_case(self.model, facts, budget, self.description.device, self.description.window_on_device)
 
-    def with_pending(self, pending_bytes: int, until: Stage = Stage.EXPORT) -> CasePlanner:
-        """Return the planner for a case in whose stages up to `until` the files of the case before may be written."""
-        model = replace(self.model, pending_bytes=pending_bytes, pending_until=until)
-        return CasePlanner(self.description, model)
-
-    def with_weights_on_disk(self) -> CasePlanner:
-        """Return the planner for where the weights have been moved."""
-        return CasePlanner(self.description, replace(self.model, kept_place=Place.DISK))
+    def changed(self, **model_facts: Any) -> CasePlanner:
+        """Return the planner for a model of which some facts are others."""
+        return CasePlanner(self.description, replace(self.model, **model_facts))
 
     def fits_beside(self, facts: CaseFacts, budget: Budget, pending_bytes: int) -> bool:
         """Whether a case fits, placed as it is alone, while the files of the case before are written."""
-        alone = self.with_pending(0).closest(facts, budget)
-        beside = self.with_pending(pending_bytes).closest(facts, budget)
+        alone = self.changed(pending_bytes=0).closest(facts, budget)
+        beside = self.changed(pending_bytes=pending_bytes).closest(facts, budget)
         return beside.fits_everywhere() and beside.placement == alone.placement
 
     def all(self, facts: CaseFacts, budget: Budget) -> tuple[Plan, ...]:
-        """Return every plan there is, fastest first."""
+        """Return every plan there is of what is certain, fastest first."""
         described = self.description
-        return tuple(all_plans(self.model, facts, budget, described.device, described.window_on_device))
+        return tuple(all_plans(certain(self.model), facts, budget, described.device, described.window_on_device))
 
     def facts_of_files(
         self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool
@@ -112,11 +113,24 @@ class CasePlanner:
             name, files, voxel_type(files[0]), shape, spacing, previous_stage is not None, probabilities
         )
 
-    def facts_of_array(
-        self, name: str, image: NDArray[Any], spacing: Sequence[float], has_previous_stage: bool, probabilities: bool
-    ) -> CaseFacts:
-        """Return upper bounds for an image in memory, shape (channels, x, y, z)."""
-        return self._upper_bounds(name, (), image.dtype, image.shape[1:], spacing, has_previous_stage, probabilities)
+    def facts_of_job(self, job: Job, probabilities: bool) -> CaseFacts | None:
+        """Return upper bounds by the first header of a case, or by its array; None where there is neither.
+
+        Raises
+        ------
+        UsageError
+            If the header cannot be read, or the array is no image.
+        """
+        if job.files is not None:
+            return self.facts_of_files(job.name, *job.files, probabilities)
+        if job.array is None:
+            return None
+        image, previous_stage, properties = job.array
+        shape, spacing = getattr(image, "shape", ()), properties.get("spacing", ())
+        if not isinstance(image, np.ndarray) or len(shape) != 4 or len(spacing) != 3:  # nnU-Net will say it
+            raise UsageError(f"an image of shape (channels, x, y, z) is needed, with a spacing: {shape}, {spacing}")
+        stage = previous_stage is not None
+        return self._upper_bounds(job.name, (), image.dtype, shape[1:], spacing, stage, probabilities)
 
     def facts_of_image(
         self, name: str, case: PreprocessedCase, probabilities: bool, before: CaseFacts | None = None
@@ -289,7 +303,7 @@ class CasePlanning:
         wanted = plan.placement.weights is Place.DISK and plan.fits(Place.DISK)
         if wanted and self.planner.model.kept_place is None:
             self.move_weights()
-            self.planner = self.planner.with_weights_on_disk()
+            self.planner = self.planner.changed(kept_place=Place.DISK)
 
     def forget_weights(self) -> None:
         """Hold the weights no longer: whoever replaces them wants their memory back."""
@@ -335,6 +349,11 @@ class CasePlanning:
         self._place_weights(plan)
         return plan
 
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether nobody has seen yet what the network takes for a tile."""
+        return self.planner.model.unmeasured_bytes > 0
+
     def is_slowed(self, plan: Plan) -> bool:
         """Whether `plan`, the last one, places a thing elsewhere because files of the case before are being written."""
         assert self.exact is not None, "a case is planned before it is compared"
@@ -342,11 +361,12 @@ class CasePlanning:
 
     def after_pending(self) -> CasePlanner:
         """Return the planner for where the files of the case before are there when preprocessing is over."""
-        return self.planner.with_pending(self.planner.model.pending_bytes, Stage.PREPROCESSING)
+        return self.planner.changed(pending_until=Stage.PREPROCESSING)
 
     def recovery(self, plan: Plan) -> Recovery:
         """Return the ladder for the case that was planned last."""
         assert self.exact is not None, "a case is planned before it is predicted"
+        plan = self.planner.placed(plan.placement, self.exact, self.budget)
         ladder = Recovery(plan, self.planner.all(self.exact, self.budget))
         ladder.listeners.append(self._place_weights)
         return ladder

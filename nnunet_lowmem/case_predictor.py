@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,31 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter, stock_calls
-from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, CaseFacts, Place, writer_bytes
+from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, Place, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
-from nnunet_lowmem.cases import Job, job_of_item
+from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import StageClock
-from nnunet_lowmem.errors import BudgetError, UsageError
+from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule, SlabLimits
+from nnunet_lowmem.loading import CaseLoading
 from nnunet_lowmem.logits_predictor import LogitsPredictor
+from nnunet_lowmem.model_loading import uncompiled
+from nnunet_lowmem.network_memory import TileBytes, copy_of_zeros
 from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.overrides import replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.planner import Plan
-from nnunet_lowmem.preprocessing import check_headers, preprocess_array, preprocess_case
+from nnunet_lowmem.prefetching import Prefetcher
+from nnunet_lowmem.preprocessing import check_headers
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads
+from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.warming import warm_up
@@ -45,11 +51,11 @@ Segmentation = NDArray[Any]
 Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
 
 
-class CasePredictor(LogitsPredictor):
+class CasePredictor(CaseLoading, LogitsPredictor):
     """The part of the predictor that takes one case from its files to its outputs."""
 
-    _planning: CasePlanning | None = None
     _worker_bytes = 0
+    _prefetcher: Prefetcher | None = None
     _latest_write: PendingWrite | None = None
 
     @property
@@ -57,17 +63,11 @@ class CasePredictor(LogitsPredictor):
         """Files of the case before that are not there yet."""
         return None if self._latest_write is None or self._latest_write.is_over else self._latest_write
 
-    @property
-    def planning(self) -> CasePlanning:
-        """Of the case that is under way."""
-        assert self._planning is not None, "a case is planned before it is loaded"
-        return self._planning
-
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
         self._warm_up()
         budget = self._without_weights(machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir))
-        planner = CasePlanner(self._description(), self._model_facts(None))
+        planner = CasePlanner(self._description(), self._model_facts(self._tile_bytes_of_zeros(budget)))
         file_ending = self.dataset_json["file_ending"]
         cascades = self.configuration_manager.previous_stage_name is not None
         cases = (
@@ -75,6 +75,26 @@ class CasePredictor(LogitsPredictor):
             for files in model_files.list_cases(source_folder, file_ending)
         )
         return estimates(cases, planner, budget, probabilities)
+
+    def _tile_bytes_of_zeros(self, budget: Budget) -> TileBytes:
+        """Measure a tile of zeros in a copy of the network that nobody else sees, or tell what is expected."""
+        known, network = self._tile_bytes(), self.network
+        place = Place.VRAM if self.device.type == "cuda" else Place.RAM
+        room = (budget.limit(place) or 0) - budget.reserved(place) - known.certain
+        sample = copy_of_zeros(uncompiled(network), self.device, room) if known.uncertain else None
+        if sample is None:
+            return known.after(0)
+        patch = self.configuration_manager.patch_size
+        two_tiles = (2, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])
+        case = PreprocessedCase(np.zeros((self._input_channels(), *two_tiles), np.float32), None, {})
+        try:
+            self.network = sample
+            return self._measure(self._predicted(case, self._grid(case)), lambda run: run())
+        except (MemoryError, RuntimeError) as error:
+            logger.info("no tile could be run to measure the network: %s", error)
+            return known.after(0)
+        finally:
+            self.network = network
 
     def _begin(self, job: Job, folder: Path, probabilities: bool) -> CasePlanning:
         """Measure what is in use, and refuse a case that cannot fit by its header alone.
@@ -88,29 +108,18 @@ class CasePredictor(LogitsPredictor):
         if job.files is not None:
             check_headers(job.files[0], self.plans_manager, self.configuration_manager)
         self._warm_up()
-        budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir)
-        place = Place.VRAM if self.device.type == "cuda" else Place.RAM
-        limit = budget.limit(place)
-        room = None if limit is None else limit - budget.reserved(place)
-        facts = self._model_facts(room)
-        crowded = self._measured is None and place is Place.RAM and 0 < facts.kept_bytes <= (budget.disk_bytes or 0)
-        if room is not None and crowded:
-            # beside the weights a tile has no room to be measured: without them it may have
-            self._mover()()
-            facts = self._model_facts(room + facts.kept_bytes)
-        facts = replace(facts, worker_bytes=self._worker_bytes)
-        # running a tile may have left something behind
         budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir, self._worker_bytes == 0)
         budget = self._without_weights(budget)
+        facts = replace(self._model_facts(), worker_bytes=self._worker_bytes)
         planner = CasePlanner(self._description(), facts)
         pending = self._pending
         if pending is not None:
-            planner = planner.with_pending(pending.map_bytes + pending.writer_bytes)
+            planner = planner.changed(pending_bytes=pending.map_bytes + pending.writer_bytes)
             budget = replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - pending.resident_bytes)
         header = None
-        if job.files is not None and not replaced(self, Step.READING, Step.PREPROCESSING):
+        if not replaced(self, Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
-                header = planner.facts_of_files(job.name, *job.files, probabilities)
+                header = planner.facts_of_job(job, probabilities)
         self._planning = CasePlanning(planner, budget, folder, header, move_weights=self._mover())
         if pending is not None:
             if not self._planning.fits():  # more is in use than when the case before was planned
@@ -120,30 +129,26 @@ class CasePredictor(LogitsPredictor):
         self._planning.check()
         return self._planning
 
-    def _prefetch_fits(self, jobs: Sequence[Job], folder: Path, probabilities: bool) -> bool:
-        """Whether every case fits beside a process that preprocesses any other; remembered in its plans then."""
-        self._worker_bytes = 0
+    def _start_prefetching(self, planning: CasePlanning, probabilities: bool) -> None:
+        """Preprocess the next cases in a process from now on, if every case fits beside it; its plans count it then.
+
+        Decided once in a run, when it is known what the network takes.
+        """
+        prefetcher, self._prefetcher = self._prefetcher, None
+        if prefetcher is None or planning.header is None:
+            return
         facts: list[CaseFacts] = []
-        for job in jobs:
-            try:
-                planning = self._begin(job, folder, probabilities) if not facts else self._planning
-            except BudgetError:
-                return False
-            except UsageError:  # told of when its turn comes
-                continue
-            if planning is None or planning.header is None or job.files is None:
-                return False
-            with suppress(UsageError):
-                case = planning.planner.facts_of_files(job.name, *job.files, probabilities)
+        for job in prefetcher.all_jobs:
+            with suppress(UsageError):  # told of when its turn comes
+                case = planning.planner.facts_of_job(job, probabilities)
+                if case is None:
+                    return
                 facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
-        if not facts:
-            return False
-        assert planning is not None, "a case has been planned"
         largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
-        planner = CasePlanner(self._description(), replace(planning.planner.model, worker_bytes=WORKER_BYTES + largest))
-        fits = all(planner.closest(case, planning.budget).fits_everywhere() for case in facts)
-        self._worker_bytes = WORKER_BYTES + largest if fits else 0
-        return fits
+        planner = planning.planner.changed(worker_bytes=WORKER_BYTES + largest)
+        if all(planner.closest(case, planning.budget).fits_everywhere() for case in facts):
+            planning.planner, self._worker_bytes = planner, WORKER_BYTES + largest
+            prefetcher.release()
 
     def _warm_up(self) -> None:
         rule = nnunet_adapter.label_rule(self.label_manager)
@@ -160,6 +165,22 @@ class CasePredictor(LogitsPredictor):
             self.perform_everything_on_device,
             bool(replaced(self, Step.LOGITS, Step.WINDOW)),
         )
+
+    def _planned(
+        self, case: PreprocessedCase, job: Job, clock: StageClock, planning: CasePlanning, probabilities: bool
+    ) -> tuple[Plan, Iterator[PredictedTiles]]:
+        """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
+        grid = self._grid(case)
+        folds = self._folds(case, grid)
+        plan = planning.plan(job.name, case, probabilities)
+        if planning.is_unmeasured and not self._is_held(case):
+            with planning.recovery(plan) as recovery, clock.stage("prediction", self._tiles(grid)):
+                first = next(folds)
+                tile_bytes = self._measure(first, recovery.run)
+            folds = chain([first], folds)
+            planning.planner = planning.planner.changed(activation_bytes=tile_bytes.certain, unmeasured_bytes=0)
+        self._start_prefetching(planning, probabilities)
+        return self._plan(case, job.name, planning, probabilities), folds
 
     def _plan(self, case: PreprocessedCase, name: str, planning: CasePlanning, probabilities: bool) -> Plan:
         plan = planning.plan(name, case, probabilities)
@@ -193,7 +214,7 @@ class CasePredictor(LogitsPredictor):
             self.plans_manager, self.configuration_manager, geometry, case.properties
         )
         by_softmax = nnunet_adapter.takes_softmax(rule, probabilities)
-        plan = self._plan(case, job.name, planning, probabilities)
+        plan, folds = self._planned(case, job, clock, planning, probabilities)
         grid, folder = self._grid(case), planning.folder
         map_folder = folder if plan.placement.label_map is Place.DISK else None
         with ExitStack() as stack:
@@ -203,7 +224,7 @@ class CasePredictor(LogitsPredictor):
             stack.enter_context(clock.stage("prediction", self._tiles(grid)))
             held = self._held_logits(case)
             if held is None:
-                slabs = stack.enter_context(self._final_slabs(case, grid, plan, threads, folder, clock, recovery))
+                slabs = stack.enter_context(self._final_slabs(folds, grid, plan, threads, folder, clock, recovery))
             elif self._are_plain(held, grid):
                 slabs = iter([export.whole_slab(held.contiguous())])
             else:
@@ -271,10 +292,14 @@ class CasePredictor(LogitsPredictor):
         """How logits become labels; None where nnU-Net's, or somebody's, functions have to be asked."""
         return None if replaced(self, Step.EXPORT) else nnunet_adapter.label_rule(self._label_manager(job))
 
+    def _is_held(self, case: PreprocessedCase) -> bool:
+        """Whether somebody else takes part in making the logits, or the image is not what our tiles are."""
+        is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"
+        return not is_single or bool(replaced(self, Step.LOGITS, Step.WINDOW))
+
     def _held_logits(self, case: PreprocessedCase) -> Any:
         """All logits of a case, as nnU-Net's method returns them, where somebody else takes part in making them."""
-        is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"  # what our tiles are
-        if is_single and not replaced(self, Step.LOGITS, Step.WINDOW):
+        if not self._is_held(case):
             return None
         data = stock_calls.network_input(case, self.label_manager)
         with torch_threads(self._threads_of_network()):
@@ -313,43 +338,6 @@ class CasePredictor(LogitsPredictor):
                 case.properties,
                 return_probabilities=probabilities,
             )
-
-    def _preprocess_files(self, files: list[str], previous_stage: str | None) -> PreprocessedCase:
-        return preprocess_case(
-            files,
-            previous_stage,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-            threads=1 if self._planning is None else self._planning.threads,
-            allocate=np.empty if self._planning is None else self._planning.allocate,
-            verbose=self.verbose_preprocessing,
-            accept_nan=self.accept_nan,
-        )
-
-    def _preprocess_array(
-        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
-    ) -> PreprocessedCase:
-        return preprocess_array(
-            image,
-            previous_stage,
-            properties,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-            threads=1 if self._planning is None else self._planning.threads,
-            verbose=self.verbose_preprocessing,
-            accept_nan=self.accept_nan,
-        )
-
-    def _preprocess_by_adapter(
-        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
-    ) -> PreprocessedCase:
-        item = stock_calls.item_of_adapter(
-            image, previous_stage, properties, self.plans_manager, self.dataset_json, self.configuration_manager,
-            self.verbose,
-        )  # fmt: skip
-        return job_of_item(item).load()
 
     def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
         """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""

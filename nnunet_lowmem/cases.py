@@ -33,6 +33,8 @@ class Job:
         What `load` reads, if it reads files: a worker can do it instead.
     recipe : Recipe or None
         What a done-record of the case is about; None where nothing is recorded.
+    array : (image, labels of the previous stage or None, properties), or None
+        What `load` preprocesses, if it is given arrays.
     following : (image files, file of the previous stage or None), or None
         Files of the case after it, where these are known and `load` of that case waits for nobody.
     """
@@ -42,6 +44,7 @@ class Job:
     load: Callable[[], PreprocessedCase]
     files: tuple[list[str], str | None] | None = None
     recipe: Recipe | None = None
+    array: tuple[Any, Any, dict[str, Any]] | None = None
     following: tuple[list[str], str | None] | None = None
 
 

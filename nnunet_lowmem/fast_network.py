@@ -139,7 +139,7 @@ def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) 
         network.to(memory_format=last)
         body = _rearranged(network, name, row_threads)
         with torch.inference_mode():
-            made = meta_copy(body)(torch.empty(tile_shape, device="meta", memory_format=last))
+            made = meta_copy(body, with_hooks=True)(torch.empty(tile_shape, device="meta", memory_format=last))
     except Exception as error:  # whatever a stranger's network meets there
         network.to(memory_format=torch.contiguous_format)
         logger.warning("fast: the network runs as it does without, since it cannot be rearranged: %s", error)
@@ -183,7 +183,7 @@ def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
     made: dict[str, list[tuple[torch.Tensor, int]]] = {}
     # outside of inference mode, where tensors count how often they are changed in place
     with torch.inference_mode(False), torch.no_grad():
-        shadow = meta_copy(network)
+        shadow = meta_copy(network, with_hooks=True)
         for name, module in shadow.named_modules():
             if isinstance(module, _CONVOLUTIONS) and _sees_one_voxel(module):
                 outputs = made.setdefault(name, [])

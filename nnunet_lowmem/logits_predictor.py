@@ -27,7 +27,7 @@ from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
-from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
+from nnunet_lowmem.network_memory import TileBytes, measure_ahead, weight_bytes
 from nnunet_lowmem.overrides import found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
@@ -36,7 +36,7 @@ from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads, usable_cores
-from nnunet_lowmem.tiles import TileSource
+from nnunet_lowmem.tiles import PredictedTiles, TileSource
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.trust import Trust
 from nnunet_lowmem.types import PreprocessedCase
@@ -81,7 +81,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     report : bool
         Write ``lowmem_report.html`` into the output folder of `predict_from_files`: what the run took and made.
     on_plan : callable, optional
-        Called with the `Plan` of each case before it is predicted.
+        Called with the `Plan` of each case once that is final: of the first case when its first tile has been measured.
     on_case : callable, optional
         Called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`.
     on_progress : callable, optional
@@ -92,6 +92,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     network: Any
     #: At most; None takes stock's number, which it sets for predictions and not for validations.
     network_threads: int | None = None
+    _known_tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
 
     def __init__(
         self,
@@ -148,7 +149,6 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         self._fast_network: tuple[Any, FastNetwork | None] = (None, None)
         self.report = report
         self._html_report: HtmlReport | None = None
-        self._measured: tuple[Any, ModelFacts] | None = None
         self.on_plan = on_plan
         self.on_case = on_case
         self.on_progress = on_progress
@@ -232,6 +232,11 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     def _fast_threads(self) -> AbstractContextManager[object]:
         return nullcontext() if (fast := self._fast()) is None else fast.threads
 
+    @contextmanager
+    def _threads_for_tiles(self) -> Iterator[None]:
+        with torch_threads(self._threads_of_network()), self._fast_threads():
+            yield
+
     def _threads_of_network(self) -> int:
         most = stock_calls.network_threads() if self.network_threads is None else self.network_threads
         return most if self._fast() is None else usable_cores()
@@ -258,7 +263,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
             def logits(place: Place) -> torch.Tensor:
                 with clock.stage("prediction", grid.tile_count):
-                    slabs = self._roll(case, grid, self._window(grid, threads, place), clock)
+                    slabs = self._roll(self._predicted(case, grid), grid, self._window(grid, threads, place), clock)
                     return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
 
             return near_device_or_in_ram(logits) if self.perform_everything_on_device else logits(Place.RAM)
@@ -274,21 +279,35 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         spill = folder if place is Place.DISK else None
         return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill)
 
-    def _roll(
-        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, clock: StageClock
-    ) -> Iterator[LogitsSlab]:
-        """Slabs of the final logits of the current weights."""
+    def _predicted(self, case: PreprocessedCase, grid: TileGrid) -> PredictedTiles:
+        """Return what the network, with its current weights, makes of the tiles of a case."""
         self.network = self.network.to(self.device)
         self.network.eval()
         empty_cache(self.device)
-        window.head = None if (fast := self._fast()) is None else fast.head()
         source = TileSource(case, grid, self.label_manager.foreground_labels)
-        return roll(self._network_tile, source, grid, window, self.device, clock.advance)
+        return PredictedTiles(self._network_tile, source, grid, self.device)
+
+    def _roll(
+        self, tiles: PredictedTiles, grid: TileGrid, window: RollingWindow, clock: StageClock
+    ) -> Iterator[LogitsSlab]:
+        """Slabs of the final logits of one fold."""
+        window.head = None if (fast := self._fast()) is None else fast.head()
+        return roll(tiles, grid, window, clock.advance)
+
+    def _folds(self, case: PreprocessedCase, grid: TileGrid) -> Iterator[PredictedTiles]:
+        """Yield the tiles of each fold; its weights are loaded when it is asked for."""
+        if self.list_of_parameters is None:
+            yield self._predicted(case, grid)
+            return
+        for number, weights in enumerate(self.list_of_parameters):
+            self._load_weights(weights, number)
+            del weights
+            yield self._predicted(case, grid)
 
     @contextmanager
     def _final_slabs(
         self,
-        case: PreprocessedCase,
+        fold_tiles: Iterator[PredictedTiles],
         grid: TileGrid,
         plan: Plan,
         threads: RowThreads,
@@ -305,9 +324,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
                 place = folder if plan.placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(heads, grid.image_shape, grid.roll_axis, place))
             # nothing here holds the window but the recovery, which forgets it after the last slab
-            passes = self._fold_passes(case, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
-            stack.enter_context(torch_threads(self._threads_of_network()))
-            stack.enter_context(self._fast_threads())
+            passes = self._passes(fold_tiles, grid, self._watched_window(grid, plan, threads, folder, recovery), clock)
+            stack.enter_context(self._threads_for_tiles())
             yield stack.enter_context(closing(average_folds(passes, folds, store)))
 
     def _watched_window(
@@ -319,16 +337,12 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
             recovery.listeners.append(partial(window.follow, folder=folder))
         return window
 
-    def _fold_passes(
-        self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, clock: StageClock
+    def _passes(
+        self, fold_tiles: Iterator[PredictedTiles], grid: TileGrid, window: RollingWindow, clock: StageClock
     ) -> Iterator[Iterator[LogitsSlab]]:
-        if self.list_of_parameters is None:
-            yield self._roll(case, grid, window, clock)
-            return
-        for number, weights in enumerate(self.list_of_parameters):
-            self._load_weights(weights, number)
-            del weights
-            yield self._naming_fold(self._roll(case, grid, window, clock), number)
+        for number, tiles in enumerate(fold_tiles):
+            slabs = self._roll(tiles, grid, window, clock)
+            yield slabs if self.list_of_parameters is None else self._naming_fold(slabs, number)
 
     def _naming_fold(self, slabs: Iterator[LogitsSlab], number: int) -> Iterator[LogitsSlab]:
         try:
@@ -346,55 +360,40 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         asked = self.on_case is not None or self.on_progress is not None
         return observed(clock, self.allow_tqdm, asked, self.on_progress, page)
 
-    def _model_facts(self, measure_below: int | None) -> ModelFacts:
-        """Tell the planner of the model; one tile is run to measure it, if it may take less than given."""
-        return self._with_weights(self._network_facts(measure_below))
-
-    def _network_facts(self, measure_below: int | None) -> ModelFacts:
-        if self._measured is not None and self._measured[0] is self.network:
-            return self._measured[1]
-        tile_bytes = self._estimated_tile_bytes(CPU_SCRATCH_FACTOR if self.device.type == "cpu" else 1.0)
-        measures = measure_below is not None and self._estimated_tile_bytes(1.0) < measure_below
-        if measures:
-            self.network = self.network.to(self.device)
-            tile_bytes = self._measured_tile_bytes() or tile_bytes
+    def _model_facts(self, tile: TileBytes | None = None) -> ModelFacts:
+        """Tell the planner of the model; of the network's memory what is known by now."""
+        tile = self._tile_bytes() if tile is None else tile
         facts = ModelFacts(
             heads=self.label_manager.num_segmentation_heads,
             channels=self._input_channels(),
             folds=1,
-            weight_bytes=0 if measures or self._has_weights_in_place() else weight_bytes(self.network),
-            activation_bytes=tile_bytes,
+            weight_bytes=weight_bytes(self.network, unless_on=self.device),
+            activation_bytes=tile.certain,
+            unmeasured_bytes=tile.uncertain,
             label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
             threads=self.kernel_threads,
         )
-        self._measured = (self.network, facts) if measures else None
-        return facts
-
-    def _has_weights_in_place(self) -> bool:
-        """Whether the weights are in RAM and are used there: they count as reserved then."""
-        return self.device.type == "cpu" and not any(weight.is_meta for weight in self.network.parameters())
+        return self._with_weights(facts)
 
     def _input_channels(self) -> int:
         return stock_calls.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
 
-    def _estimated_tile_bytes(self, scratch_factor: float) -> int:
-        """Bytes of the network's tensors on one tile, and of the copies that mirroring keeps."""
-        mirrored = 2 if self._mirrored_axes() else 0
-        network, channels = uncompiled(self.network), self.label_manager.num_segmentation_heads
-        if (fast := self._fast()) is not None:
-            network, channels = fast.body, fast.channels
-        output: int = channels * int(math.prod(self.configuration_manager.patch_size)) * 4
-        return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
+    def _tile_bytes(self) -> TileBytes:
+        """Tell what the network takes for a tile: what was measured, or what its tensors tell."""
+        key = (self._tile_shape(), bool(self._mirrored_axes()), str(self.device), self.fast)
+        if self._known_tile is None or self._known_tile[0] is not self.network or self._known_tile[1] != key:
+            network, channels = uncompiled(self.network), self.label_manager.num_segmentation_heads
+            if (fast := self._fast()) is not None:
+                network, channels = fast.body, fast.channels
+            copies = 2 * channels if self._mirrored_axes() else 0
+            self._known_tile = self.network, key, TileBytes.bounded(network, self._tile_shape(), copies)
+        return self._known_tile[2]
 
-    def _measured_tile_bytes(self) -> int:
-        """Peak of a run on one tile. Mirroring along one axis holds as much as along all of them."""
-        tile = torch.zeros(self._tile_shape(), device=self.device)
-        axes: Any = self.allowed_mirroring_axes
-        self.network.eval()
-        try:
-            self.allowed_mirroring_axes = self._mirrored_axes()[:1] or None
-            with torch.inference_mode(), torch_threads(self._threads_of_network()), self._fast_threads():
-                measured = measured_bytes(lambda: self._network_tile(tile), self.device)
-        finally:
-            self.allowed_mirroring_axes = axes
-        return max(measured, self._estimated_tile_bytes(1.0)) if measured else 0
+    def _measure(self, tiles: PredictedTiles, attempt: Callable[[Callable[[], Any]], Any]) -> TileBytes:
+        """Predict the first tile ahead, and remember what the network took for it."""
+        with self._threads_for_tiles():
+            taken = measure_ahead(tiles, attempt, self.device)
+        before = self._tile_bytes()
+        assert self._known_tile is not None, "it has just been asked for"
+        self._known_tile = (*self._known_tile[:2], before.after(taken and taken + 4 * math.prod(self._tile_shape())))
+        return self._known_tile[2]

@@ -89,15 +89,17 @@ def load_model(folder: Path, checkpoint_file: Path, trust: Trust, device: str = 
     )
 
 
-def check_finite(weights: Mapping[str, Any], name: object) -> None:
+def check_finite(weights: Any, name: object) -> None:
     """Refuse weights that are NaN or infinite: every label they made would be background.
+
+    What is no dict of tensors is for the network of a client to judge.
 
     Raises
     ------
     ModelError
         With the checkpoint and the first such tensor.
     """
-    for key, value in weights.items():
+    for key, value in weights.items() if isinstance(weights, Mapping) else ():
         if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
             wrong = value.numel() - int(torch.isfinite(value).sum())
             raise ModelError(f"{name}: {wrong} of the {value.numel()} weights {key!r} are NaN or infinite")

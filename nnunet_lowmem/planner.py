@@ -12,7 +12,7 @@ allocations of the fullest stage; *budget* is the limit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from nnunet_lowmem.allocations import (
@@ -104,9 +104,21 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, w
 def closest_plan(
     model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
 ) -> Plan:
-    """As `plan_case`; where nothing fits, the plan that comes closest to fitting."""
+    """As `plan_case`; where nothing fits, the plan that comes closest to fitting.
+
+    For what the network may take beyond what is certain, as long as none of its tiles is measured, room is left where
+    there is any. Where there is none, the placement is the one that leaves most, and the plan counts what is certain.
+    """
+    plan = _closest(all_plans(model, case, budget, device, window_on_device))
+    if plan.fits_everywhere() or not model.unmeasured_bytes:
+        return plan
+    plan = placed(certain(model), case, budget, device, plan.placement)
+    return plan if plan.fits_everywhere() else closest_plan(certain(model), case, budget, device, window_on_device)
+
+
+def _closest(plans: Iterable[Plan]) -> Plan:
     closest: Plan | None = None
-    for plan in all_plans(model, case, budget, device, window_on_device):
+    for plan in plans:
         if plan.fits_everywhere():
             return plan
         if closest is None or plan.excess_bytes() < closest.excess_bytes():
@@ -115,12 +127,22 @@ def closest_plan(
     return closest
 
 
+def certain(model: ModelFacts) -> ModelFacts:
+    """Return what is certain of a model, whose network may take more."""
+    return replace(model, unmeasured_bytes=0)
+
+
+def placed(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, placement: Placement) -> Plan:
+    """Return the plan of a placement, whether it fits or not."""
+    return Plan(case.name, placement, tuple(allocations(model, case, placement, device)), budget)
+
+
 def all_plans(
     model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
 ) -> Iterator[Plan]:
     """Yield the plan of every placement, fastest first."""
     for placement in placements(model, case, device, window_on_device):
-        yield Plan(case.name, placement, tuple(allocations(model, case, placement, device)), budget)
+        yield placed(model, case, budget, device, placement)
 
 
 def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = Stage.PREDICTION) -> Plan | None:
@@ -147,11 +169,7 @@ def smallest_ram_bytes(
     frugal = [chosen for chosen in frugal if spill or _spills(chosen) == fewest]
     # in RAM no place is better than disk, so with spilling only what is on disk altogether has to be looked at
     most = max(map(_spills, frugal))
-    plans = [
-        Plan(case.name, chosen, tuple(allocations(model, case, chosen, device)), budget)
-        for chosen in frugal
-        if _spills(chosen) >= most - 1
-    ]
+    plans = [placed(model, case, budget, device, chosen) for chosen in frugal if _spills(chosen) >= most - 1]
     return min(plan.projected_bytes(Place.RAM) for plan in plans)
 
 

@@ -149,10 +149,11 @@ class LowMemPredictor(CasePredictor):
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = in_a_row(jobs)
-            self._worker_bytes = 0
-            prefetches = self._prefetches(len(jobs), processes)
-            if prefetches and self._prefetch_fits(jobs, folder, save_probabilities):
-                waiting = stack.enter_context(self._prefetcher(folder)).jobs(in_a_row(jobs))
+            self._worker_bytes, self._prefetcher = 0, None
+            if self._prefetches(len(jobs), processes):
+                self._prefetcher = stack.enter_context(self._new_prefetcher(folder))
+                stack.callback(setattr, self, "_prefetcher", None)
+                waiting = self._prefetcher.jobs(in_a_row(jobs))
             try:
                 return self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
             finally:
@@ -201,16 +202,16 @@ class LowMemPredictor(CasePredictor):
             "fast": self.fast,
         }
         weights = self.list_of_parameters
-        return fingerprint(
-            description, digests([uncompiled(self.network).state_dict()] if weights is None else weights)
-        )
+        if weights is None:  # the network is used as it is, whatever a client has made of it
+            weights = [getattr(uncompiled(self.network), "state_dict", dict)()]
+        return fingerprint(description, digests(weights))
 
     def _prefetches(self, cases: int, processes: int) -> bool:
         """Prefetch beside a GPU; on the CPU a worker would take the cores that the network needs."""
         wanted = self.device.type != "cpu" if self.prefetch is None else self.prefetch
         return wanted and cases > 1 and processes > 0
 
-    def _prefetcher(self, folder: Path) -> Prefetcher:
+    def _new_prefetcher(self, folder: Path) -> Prefetcher:
         model = (self.plans_manager, self.configuration_manager, self.dataset_json)
         return Prefetcher(model, folder, self.worker_timeout_s, max(1, self.kernel_threads // 2), self.accept_nan)
 
@@ -259,7 +260,7 @@ class LowMemPredictor(CasePredictor):
         stage_list = [None] * len(images) if stages is None else _as_list(stages)
         properties = _as_list(properties_or_list_of_properties)
         jobs = [
-            Job(f"array {number}", output, partial(self._preprocess_array, image, stage, entry))
+            self._job_of_array(f"array {number}", image, stage, entry, output)
             for number, (image, stage, entry, output) in enumerate(
                 zip(images, stage_list, properties, outputs, strict=True)
             )
@@ -285,9 +286,8 @@ class LowMemPredictor(CasePredictor):
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
         tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
-        preprocess = self._preprocess_by_adapter if replaced(self, Step.ADAPTER) else self._preprocess_array
-        load = partial(preprocess, input_image, segmentation_previous_stage, image_properties)
-        job = Job("array", output_file_truncated, load)
+        given = (input_image, segmentation_previous_stage, image_properties, output_file_truncated)
+        job = self._job_of_array("array", *given, by_adapter=bool(replaced(self, Step.ADAPTER)))
         return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
 
     @classmethod

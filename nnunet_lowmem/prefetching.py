@@ -37,7 +37,7 @@ VOXELS_PER_HOUR = 2**28
 
 
 class Prefetcher:
-    """At most one worker, one case ahead; a context manager.
+    """At most one worker, one case ahead, once it has been released; a context manager.
 
     Parameters
     ----------
@@ -51,6 +51,11 @@ class Prefetcher:
         Threads of the compiled kernels in the worker.
     accept_nan : bool
         Set NaN and infinite voxels to 0 instead of refusing the case.
+
+    Attributes
+    ----------
+    all_jobs : sequence of Job
+        What is to be predicted; the worker preprocesses any of it but the first.
     """
 
     def __init__(
@@ -62,6 +67,9 @@ class Prefetcher:
         self._stall_s = stall_s
         self._threads = threads
         self._accept_nan = accept_nan
+        self.all_jobs: Sequence[Job] = ()
+        self._is_released = False
+        self._following: Job | None = None
         self._job: Job | None = None
         self._worker: Worker[dict[str, Any], dict[str, str]] | None = None
 
@@ -75,22 +83,29 @@ class Prefetcher:
 
     def jobs(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """Yield each job with a `load` that uses the worker; the one after it is started when it has been loaded."""
+        self.all_jobs = jobs
         for number, job in enumerate(jobs):
             following = jobs[number + 1] if number + 1 < len(jobs) else None
             yield replace(job, load=partial(self._load, job, following))
 
+    def release(self) -> None:
+        """Let the worker begin, with the case after the one that was loaded last."""
+        self._is_released = True
+        self._start_following()
+
     def _load(self, job: Job, following: Job | None) -> PreprocessedCase:
+        self._following = following
         try:
             case = self.take(job)
         except Exception:
-            self._start_if_any(following)  # a case that fails costs the next one nothing
+            self._start_following()  # a case that fails costs the next one nothing
             raise
-        self._start_if_any(following)
+        self._start_following()
         return case
 
-    def _start_if_any(self, job: Job | None) -> None:
-        if job is not None:
-            self.start(job)
+    def _start_following(self) -> None:
+        if self._following is not None and self._is_released:
+            self.start(self._following)
 
     def start(self, job: Job) -> None:
         """Begin with `job` in the background, if it is one of files and a process can be started."""

@@ -21,17 +21,16 @@ from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.fast_network import Head
 from nnunet_lowmem.labelling import LogitsSlab
+from nnunet_lowmem.network_memory import storage_users
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiles import TileFeed, TileSource
+from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.transfers import HostBuffer
 from nnunet_lowmem.types import Shape3
 
 logger = logging.getLogger(__name__)
-
-TileNetwork = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RollingWindow:
@@ -127,6 +126,9 @@ class RollingWindow:
     def add(self, logits: torch.Tensor, start: Shape3) -> None:
         """Add one tile's logits, shape (heads, *patch_size), or with a `head` its features; may change them.
 
+        Logits that somebody else holds (a hook that collects them, a network that keeps its output) are multiplied by
+        their weights in place: stock does that to all.
+
         Logits that come from another device are on their way while the next tile is computed, and are added then.
 
         Raises
@@ -134,10 +136,11 @@ class RollingWindow:
         NetworkOutputError
             If they are of another shape, or no floating-point numbers: a kernel would read or write beside them.
         """
+        is_held = isinstance(logits, torch.Tensor) and (logits._base is not None or storage_users(logits) != 1)
         logits = self._checked(logits, start)
         self._add_arrived()
         if logits.device == self.device:
-            self._add_here(logits, start)
+            self._add_here(logits, start, is_held)
             return
         inbox = self._inbox = self._inbox or HostBuffer(logits.device)
         self._arriving = self.attempt(lambda: inbox.receive(logits)), start
@@ -175,7 +178,7 @@ class RollingWindow:
             self._add_here(*self._arriving)
             self._arriving = None
 
-    def _add_here(self, logits: torch.Tensor, start: Shape3) -> None:
+    def _add_here(self, logits: torch.Tensor, start: Shape3, is_held: bool = False) -> None:
         """Add logits that are where the sums are.
 
         The dtype of the tile decides the rounding, as in stock: float32 tiles are multiplied and added in float32 and
@@ -187,7 +190,7 @@ class RollingWindow:
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
         if self.head is not None:
             self._add_features(logits, self.head, (origin[0], origin[1], origin[2]))
-        elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous():
+        elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous() and not is_held:
             planes = logits.shape[0] * logits.shape[1]
             bits = self._buffer.numpy().view(np.uint16)
             self._threads.run(kernels.accumulate, planes, bits, logits.numpy(), self._importance_single, tuple(origin))
@@ -290,35 +293,21 @@ def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> st
 
 
 def roll(
-    network: TileNetwork,
-    source: TileSource,
-    grid: TileGrid,
-    window: RollingWindow,
-    device: torch.device,
-    on_tile: Callable[[], object],
+    tiles: PredictedTiles, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
 ) -> Generator[LogitsSlab, None, None]:
-    """Run the network over all tiles and yield slabs of final logits.
+    """Add all tiles of a pass and yield slabs of final logits.
 
     A slab is valid until the next one is asked for; its planes may be changed in place.
     """
     window.restart()
-    feed = TileFeed(source, device)
     for row_start, final in grid.rows():
         with torch.inference_mode():
             for start in grid.row_tiles(row_start):
-                logits = window.attempt(partial(_tile_logits, network, feed, start))
-                window.add(logits, start)
-                del logits
+                window.add(tiles.next(window.attempt), start)
                 on_tile()
         if final > row_start:
             yield window.finish(final)
             window.advance(final)
-
-
-def _tile_logits(network: TileNetwork, feed: TileFeed, start: Shape3) -> torch.Tensor:
-    with torch.inference_mode(False):  # as stock's thread makes it: an override may ask for gradients
-        tile = feed.tile(start)
-    return network(tile)[0]
 
 
 def average_folds(

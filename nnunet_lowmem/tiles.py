@@ -1,15 +1,20 @@
-"""Tiles of the network's input, cut out of a preprocessed case and brought to the network's device."""
+"""Tiles: cut out of a preprocessed case, brought to the network's device, and what the network makes of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
+from typing import Any
 
 import torch
 
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.transfers import HostBuffer
 from nnunet_lowmem.types import PreprocessedCase, Shape3
+
+TileNetwork = Callable[[torch.Tensor], torch.Tensor]
+Attempt = Callable[[Callable[[], Any]], Any]
 
 
 class TileSource:
@@ -82,3 +87,57 @@ class TileFeed:
             return self._source.tile(start).to(self._device)
         buffer = next(self._buffers)
         return buffer.send(self._source.tile(start, buffer))
+
+
+class PredictedTiles:
+    """Logits of the tiles of one pass over a case: the network sees each tile once, in stock's order.
+
+    Parameters
+    ----------
+    network : callable
+        Makes logits, shape (1, heads, *patch_size), of a tile.
+    source : TileSource
+    grid : TileGrid
+    device : torch.device
+        The network's.
+
+    Attributes
+    ----------
+    count : int
+        Of all tiles.
+    """
+
+    def __init__(self, network: TileNetwork, source: TileSource, grid: TileGrid, device: torch.device) -> None:
+        self.count = grid.tile_count
+        self._network = network
+        self._feed = TileFeed(source, device)
+        self._starts: Iterator[Shape3] = (start for row, _ in grid.rows() for start in grid.row_tiles(row))
+        self._ahead: deque[torch.Tensor] = deque()
+
+    def next(self, attempt: Attempt) -> torch.Tensor:
+        """Return the logits of the next tile, shape (heads, *patch_size); nobody here holds them afterwards.
+
+        `attempt` calls what it is given, perhaps more than once: the network on a tile, which may run out of memory.
+        """
+        if self._ahead:
+            return self._ahead.popleft()
+        return self._predict(next(self._starts), attempt, _call)
+
+    def look_ahead(self, attempt: Attempt, watch: Attempt) -> None:
+        """Predict a tile before it is asked for; `watch` calls the network alone."""
+        self._ahead.append(self._predict(next(self._starts), attempt, watch))
+
+    def _predict(self, start: Shape3, attempt: Attempt, watch: Attempt) -> torch.Tensor:
+        def predict() -> torch.Tensor:
+            with torch.inference_mode(False):  # as stock's thread makes it: an override may ask for gradients
+                tile = self._feed.tile(start)
+            logits: torch.Tensor = watch(lambda: self._network(tile)[0])
+            return logits
+
+        with torch.inference_mode():
+            logits: torch.Tensor = attempt(predict)
+            return logits
+
+
+def _call(run: Callable[[], Any]) -> Any:
+    return run()

@@ -25,6 +25,7 @@ from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.model_loading import check_finite, uncompiled, why_not_loaded
+from nnunet_lowmem.network_memory import storage_users
 from nnunet_lowmem.spill import spilled_array
 
 Parameters = Sequence[Mapping[str, Any]]
@@ -195,20 +196,14 @@ def _is_ours(tensors: Sequence[torch.Tensor]) -> bool:
     if tensors[0].device.type != "cpu" or any(tensor.is_inference() for tensor in tensors):
         return False
     storage = tensors[0].untyped_storage()
-    return storage.nbytes() >= _LEAST_BYTES and _users(storage) == len(tensors)
-
-
-def _users(storage: torch.UntypedStorage) -> int:
-    """Count the tensors that use the memory, arrays of numpy among them; `storage` itself counts as one more."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return 0 if count is None else count(storage._cdata) - 1
+    return storage.nbytes() >= _LEAST_BYTES and storage_users(tensors[0]) == len(tensors)
 
 
 def digests(parameters: Parameters) -> Iterator[bytes]:
     """Yield what tells weights apart: names, types, shapes and a checksum of the bytes; shared memory is read once."""
     known: dict[tuple[Any, ...], bytes] = {}
     for number, fold in enumerate(parameters):
-        for name, value in fold.items():
+        for name, value in fold.items() if isinstance(fold, Mapping) else [("", fold)]:
             if not isinstance(value, torch.Tensor):
                 yield repr((number, name, value)).encode()
                 continue

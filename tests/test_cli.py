@@ -417,7 +417,7 @@ def test_estimate_reads_no_weights(real, root, tmp_path, capsys):
         assert cli.predict_entry_point([*arguments, "--estimate", "--json"]) == 0
         (case,) = json.loads(capsys.readouterr().out)
         found.append(case["projected_bytes"]["RAM"] - case["reserved_bytes"]["RAM"])
-    assert found[0] == found[1]
+    assert abs(found[0] - found[1]) < 4 << 20  # a tile of zeros is measured
     assert run(root, {**real, "-m": str(spoilt), "-o": f"{tmp_path}/out"}) != 0
 
 

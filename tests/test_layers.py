@@ -28,7 +28,7 @@ validation
 iterating
 case_predictor case_loop
 next_stages
-probabilities logits_predictor prefetching
+probabilities logits_predictor prefetching loading
 html_report
 export warming console training_data
 estimating

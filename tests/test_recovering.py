@@ -20,7 +20,7 @@ from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.resampling import resampling_tables
 from nnunet_lowmem.sliding_window import RollingWindow, roll
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiles import TileSource
+from nnunet_lowmem.tiles import PredictedTiles, TileSource
 from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -76,8 +76,8 @@ class Task:
             labeller = SlabLabeller(self.tables, self.rule, labels, threads, limits)
             labeller.attempt = recovery.run
             recovery.listeners += [partial(window.follow, folder=folder), labeller.follow]
-            source = TileSource(self.case, self.grid)
-            for slab in roll(self.network, source, self.grid, window, CUDA, lambda: None):
+            tiles = PredictedTiles(self.network, TileSource(self.case, self.grid), self.grid, CUDA)
+            for slab in roll(tiles, self.grid, window, lambda: None):
                 labeller.add(slab)
             labeller.finish()
         return labels, device.peak_bytes

@@ -27,7 +27,7 @@ from nnunet_lowmem.network_memory import LiveTensorBytes
 from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiles import TileSource
+from nnunet_lowmem.tiles import PredictedTiles, TileSource
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -156,7 +156,7 @@ def rolling(
 
 
 def slabs_of(network: Callable, case: PreprocessedCase, grid: TileGrid, window: RollingWindow) -> Iterator[LogitsSlab]:
-    return roll(network, TileSource(case, grid), grid, window, CPU, lambda: None)
+    return roll(PredictedTiles(network, TileSource(case, grid), grid, CPU), grid, window, lambda: None)
 
 
 def case_of(shape: tuple[int, ...]) -> PreprocessedCase:
