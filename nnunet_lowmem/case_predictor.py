@@ -67,7 +67,7 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
         self._warm_up()
         budget = self._without_weights(machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir))
-        planner = CasePlanner(self._description(), self._model_facts(self._tile_bytes_of_zeros(budget)))
+        planner = CasePlanner(self._description(), self._model_facts(self._tile_bytes_of_zeros(budget).with_margin()))
         file_ending = self.dataset_json["file_ending"]
         cascades = self.configuration_manager.previous_stage_name is not None
         cases = (

@@ -29,6 +29,8 @@ from nnunet_lowmem.tiles import Attempt, PredictedTiles
 
 # oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
 _SCRATCH_FACTOR = 2.0
+# between runs of one tile and between processes, at most 3 MiB were seen
+_MARGIN_BYTES = 8 * 2**20
 # more than any machine has
 _ANYTHING = 2**50
 # whose layers do nothing but compute
@@ -68,6 +70,10 @@ class TileBytes:
         if measured_bytes:
             return TileBytes(max(self.certain, measured_bytes))
         return TileBytes(self.certain if self.uncertain == _ANYTHING else self.certain + self.uncertain)
+
+    def with_margin(self) -> TileBytes:
+        """For a number that is told and has to hold in another process, with other voxels: runs differ by a few MiB."""
+        return TileBytes(self.certain + self.certain // 10 + _MARGIN_BYTES, self.uncertain)
 
 
 class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's

@@ -402,6 +402,28 @@ def test_estimate_as_json(real, root, tmp_path, capsys):
     assert case["reserved_bytes"]["RAM"] < least
 
 
+@pytest.mark.parametrize(
+    ("features", "flags"),
+    [((3, 5), ())]
+    + [pytest.param(wide, ("--disable_tta",), marks=pytest.mark.slow) for wide in ((6, 12), (16, 32), (64, 64))],
+)
+def test_smallest_budget_that_is_told_is_enough(features, flags, models, images, root, tmp_path):
+    """Also for widths that oneDNN has to reorder, which takes several times their tensors."""
+    files = images("head")
+    model = models(ModelSpec(features=features, patch_size=(36, 36, 32), mirror_axes=(0,)), files)
+    wanted = {"-m": model, "-i": str(Path(files[0]).parent), "-o": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from nnunet_lowmem.cli import predict_entry_point as p; sys.exit(p())",
+    ]
+    arguments = [*command_line(root, wanted), *flags]
+    told = subprocess.run([*command, *arguments, "--estimate", "--json"], capture_output=True, text=True, check=True)
+    (case,) = json.loads(told.stdout)
+    limited = [*command, *arguments, f"--max_ram={case['least_ram_bytes']}"]
+    assert subprocess.run(limited, capture_output=True, text=True).stderr == ""
+
+
 def test_estimate_reads_no_weights(real, root, tmp_path, capsys):
     """The same numbers where every weight is overwritten, which prediction would not stand."""
     spoilt = shutil.copytree(real["-m"], tmp_path / "spoilt")
