@@ -19,7 +19,7 @@ PACKAGE = Path(nnunet_lowmem.__file__).parent
 ROOMS = """
 __main__ one_side
 cli
-demo ensembling shell startup compare_command
+demo ensembling shell startup compare_command flags
 comparison_table
 comparing
 switching training
@@ -135,6 +135,7 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
         "cli",
         "__main__",
         "compare_command",
+        "flags",
         "comparing",
         "model_files",
         "memory",
