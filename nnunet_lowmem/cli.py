@@ -8,14 +8,17 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_lowmem import __version__, allocator, compare_command
+from nnunet_lowmem import __version__, allocator, compare_command, flags
 from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.flags import predict_parser
 from nnunet_lowmem.shell import guarded
+
+__all__ = ["main", "predict_entry_point", "predict_parser"]
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +47,13 @@ LIMIT_FLAGS = {
 
 def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
     """Run ``nnUNetv2_predict_lowmem``."""
-    parser = predict_parser()
-    options = parser.parse_args(arguments)
+    options = flags.predict_options(sys.argv[1:] if arguments is None else arguments)
     return guarded(lambda: _predict(options), options.verbose)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``nnunet-lowmem``."""
-    parser = argparse.ArgumentParser(prog="nnunet-lowmem", description="nnU-Net v2 prediction in bounded memory.")
+    parser = flags.Flags(prog="nnunet-lowmem", description="nnU-Net v2 prediction in bounded memory.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="predict the bundled CT with the bundled 118-class model")
@@ -74,104 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
     run.set_defaults(run=_run)
     compare = commands.add_parser("compare", help="stock nnU-Net and this package side by side, on your own images")
-    _add_model_flags(compare.add_argument)
+    flags.add_model_flags(compare.add_argument)
     compare_command.add_flags(compare.add_argument)
     compare.set_defaults(run=lambda options: compare_command.run(options, _checked_model))
     options = parser.parse_args(arguments)
     return guarded(lambda: int(options.run(options)), options.verbose)
-
-
-def predict_parser() -> argparse.ArgumentParser:
-    """Build the parser of ``nnUNetv2_predict`` 2.8.1 with a few flags more.
-
-    Prefixes of long flags are used in scripts, so none of the additional ones may begin like one of stock's.
-    """
-    parser = argparse.ArgumentParser(
-        prog="nnUNetv2_predict_lowmem",
-        description="nnUNetv2_predict in bounded memory: the same flags and the same labels.",
-    )
-    add = parser.add_argument
-    _add_model_flags(add)
-    add("-o", required=True, metavar="FOLDER", help="output folder; made if it does not exist")
-    add("--verbose", action="store_true", help="print the plan, the measured peak, and tracebacks")
-    add("--save_probabilities", action="store_true", help="write the probabilities of all classes, too")
-    add("--continue_prediction", action="store_true", help="skip cases that have been predicted")
-    add("-num_parts", type=int, default=1, metavar="N", help="number of calls that share the work (default: 1)")
-    add("-part_id", type=int, default=0, metavar="K", help="which of them this one is, from 0 (default: 0)")
-    add("--disable_progress_bar", action="store_true", help="no progress bar")
-    more = parser.add_argument_group("bounded memory")
-    more.add_argument("--max_ram", metavar="SIZE", help="RAM budget: 6G or 6GiB (2**30 bytes), 6GB (10**9), 80%%")
-    more.add_argument("--max_vram", metavar="SIZE", help="VRAM budget, likewise")
-    more.add_argument("--tmp_dir", metavar="DIR", help="where to spill (default: the system's temporary folder)")
-    more.add_argument(
-        "--worker_timeout",
-        type=float,
-        metavar="SECONDS",
-        help="time without progress after which a worker counts as stalled; 0: never (default: 600)",
-    )
-    more.add_argument(
-        "--probabilities_dtype",
-        choices=("float32", "float16"),
-        help="of the .npz files; float16 halves them but is not stock's file (default: float32)",
-    )
-    more.add_argument(
-        "--accept_nan", action="store_true", default=None, help="set NaN and infinite voxels to 0 instead of failing"
-    )
-    more.add_argument(
-        "--trust",
-        action="append",
-        metavar="PACKAGE",
-        help="a package whose code this model may use, beside nnU-Net's and torch's; may be given several times",
-    )
-    more.add_argument(
-        "--trust_model",
-        action="store_true",
-        default=None,
-        help="run whatever code this model's files hold or name",
-    )
-    more.add_argument(
-        "--fast",
-        action="store_true",
-        default=None,
-        help="on the CPU: less time, sums in another order than stock's, so that a label here and there may differ",
-    )
-    more.add_argument(
-        "--report", action="store_true", default=None, help="write lowmem_report.html: memory, times, slices, failures"
-    )
-    more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
-    more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")
-    return parser
-
-
-def _add_model_flags(add: Callable[..., object]) -> None:
-    """Add the flags that say what is predicted, and how; stock's, but for -m and the default of -device."""
-    add("-i", required=True, metavar="FOLDER", help="input folder; files end in _0000 etc. as in training")
-    add("-m", metavar="FOLDER", help="trained model folder (holds fold_X); instead of -d, -p, -tr and -c")
-    add("-d", metavar="DATASET", help="dataset name or id of the model")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-tr", default="nnUNetTrainer", metavar="TRAINER", help="trainer class (default: %(default)s)")
-    add("-c", metavar="CONFIG", help="nnU-Net configuration, such as 3d_fullres")
-    add("-f", nargs="+", default=[0, 1, 2, 3, 4], type=_fold, metavar="FOLD", help="folds (default: 0 1 2 3 4)")
-    add("-step_size", type=float, default=0.5, help="tile step over patch size, in (0, 1] (default: %(default)s)")
-    add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
-    add("-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint name (default: %(default)s)")
-    for flag, variable, what in (("-npp", "nnUNet_npp", "preprocessing"), ("-nps", "nnUNet_nps", "export")):
-        add(flag, type=int, default=_from_environment(variable, 3), metavar="N", help=f"at most N {what} processes")
-    add("-prev_stage_predictions", metavar="FOLDER", help="predictions of the previous stage of a cascade")
-    add("-device", metavar="DEVICE", help="cuda, cuda:N, mps or cpu (default: the first of these there is)")
-    add("--not_on_device", action="store_true", help="keep the logits in RAM instead of on the device")
-
-
-def _fold(text: str) -> int | str:
-    return text if text == "all" else int(text)
-
-
-def _from_environment(variable: str, default: int) -> int:
-    """Read a number as nnU-Net does: whatever is no number gives the default."""
-    try:
-        return int(os.environ.get(variable) or default)
-    except ValueError:
-        return default
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -262,7 +171,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
     """Check a command before it runs; return its model folder and the ending of its files."""
-    options = predict_parser().parse_args(arguments)
+    options = flags.predict_options(arguments)
     model_folder = _check(options)
     return model_folder, _check_cases(options.i, Path(model_folder))
 

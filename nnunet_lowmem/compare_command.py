@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnunet_lowmem.errors import UsageError
 
-_MODEL_FLAGS = ("m", "d", "p", "tr", "c", "device")
+_DATASET_FLAGS = ("d", "p", "tr", "c")
 _SWITCHES = ("disable_tta", "not_on_device")
 
 
@@ -23,6 +23,7 @@ def add_flags(add: Callable[..., object]) -> None:
     add("--repeat", type=int, default=1, metavar="N", help="run both so often, in turn, and show medians")
     add("--deterministic", action="store_true", help="keep CUDA from choosing other algorithms from run to run")
     add("--json", action="store_true", help="print JSON with sizes in bytes instead of a table")
+    add("--disable_progress_bar", action="store_true", help="accepted; none is shown")
     add("--verbose", action="store_true", help="show tracebacks")
     add("ours", nargs="*", metavar="-- FLAG", help="more flags for nnUNetv2_predict_lowmem alone")
 
@@ -87,7 +88,8 @@ def _our_flags(options: argparse.Namespace) -> list[str]:
 
 
 def _model_words(options: argparse.Namespace) -> list[str]:
-    given = {f"-{name}": getattr(options, name) for name in _MODEL_FLAGS}
+    model = _DATASET_FLAGS if options.m is None else ("m",)
+    given = {f"-{name}": getattr(options, name) for name in (*model, "device")}
     return [word for flag, value in given.items() if value is not None for word in (flag, value)]
 
 

@@ -1,7 +1,7 @@
 """What a model folder may name and hold: a stranger's model runs no code.
 
 A model names code in two ways. Its checkpoints are pickles; they are read by torch's restricted unpickler, which makes
-nothing but tensors, plain containers and the numpy scalars that nnU-Net's trainer logs. Its plans hold names of classes
+nothing but tensors and plain containers; what may lie beside them is in `harmless`. Its plans hold names of classes
 and functions; each is looked up where nnU-Net looks, and then the object that was found is judged, not its name: a
 dotted path can walk through a good module into another (``torch.nn.init.torch.os.system``).
 """
@@ -19,7 +19,6 @@ from typing import Any
 
 import dynamic_network_architectures
 import nnunetv2
-import numpy as np
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -29,6 +28,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
+from nnunet_lowmem import harmless, unpickling
 from nnunet_lowmem.bypassed import NAMES_IN_PLANS
 from nnunet_lowmem.errors import ModelError
 
@@ -41,6 +41,8 @@ except ImportError:  # new in nnU-Net 2.8
 TRUSTED = ("torch.nn", "dynamic_network_architectures", "nnunetv2")
 _ARCHITECTURES = "dynamic_network_architectures.architectures"
 _TRAINERS = "nnunetv2.training.nnUNetTrainer"
+#: Names that one refusal lists.
+_SHOWN = 4
 
 #: Entry of the plans, where nnU-Net looks for the name, and what it must be there.
 _NAMES: tuple[tuple[str, str, type], ...] = (
@@ -51,15 +53,6 @@ _NAMES: tuple[tuple[str, str, type], ...] = (
     ("resampling_fn_data", "nnunetv2.preprocessing.resampling", FunctionType),
     ("resampling_fn_seg", "nnunetv2.preprocessing.resampling", FunctionType),
     ("resampling_fn_probabilities", "nnunetv2.preprocessing.resampling", FunctionType),
-)
-
-# numpy moved the function that rebuilds a scalar; checkpoints hold the name of the numpy that wrote them
-_SCALAR = np.float64(0).__reduce__()[0]
-_CHECKPOINT_OBJECTS: tuple[Any, ...] = (
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bhilqBHILQefdg"},
 )
 
 
@@ -90,6 +83,8 @@ class Trust:
             checkpoint = self._load(path, device)
         except ModelError:
             raise
+        except unpickling.RefusedError as error:
+            raise ModelError(_holds(path, error.names)) from error
         except Exception as error:
             raise ModelError(_why_unreadable(path, error)) from error
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
@@ -99,8 +94,8 @@ class Trust:
         return checkpoint
 
     def _load(self, path: Path, device: str) -> Any:
-        # as an attribute of torch, and with stock's types: tools put loaders of their own in its place
         if self.everything:
+            # as an attribute of torch, and with stock's types: tools put loaders of their own in its place
             return torch.load(str(path), map_location=torch.device(device), weights_only=False)
         # CVE-2025-32434: before 2.6 a prepared file runs code in spite of weights_only
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
@@ -108,9 +103,13 @@ class Trust:
                 f"torch {torch.__version__} cannot read a stranger's checkpoint safely, 2.6 is needed: install a newer "
                 "torch, or give --trust_model if you know who made this model"
             )
-        already = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([entry for entry in _CHECKPOINT_OBJECTS if entry not in already]):
-            return torch.load(str(path), map_location=torch.device(device), weights_only=True)
+        return unpickling.load(path, device, self._find_trusted)
+
+    def _find_trusted(self, name: str) -> Any:
+        """Import what a checkpoint names, if the user named its package and it was made there."""
+        module, _, attribute = name.rpartition(".")
+        found = getattr(_import(module), attribute, None) if self._trusts(module) else None
+        return found if self._trusts(getattr(found, "__module__", None) or "") else None
 
     def check_plans(self, plans: dict[str, Any], configuration: dict[str, Any]) -> None:
         """Look every name up that `plans` and its `configuration` hold, and judge what it leads to.
@@ -260,13 +259,33 @@ def _refusal(where: str, name: Any, found: str | None, module: str) -> str:
     return f"{where} is {name!r}{leads}, outside of {', '.join(TRUSTED)}: it is not run{cure}"
 
 
+def _holds(path: Path, names: dict[str, str]) -> str:
+    """One line; names the packages that are not Python's own, whose objects the user may ask for."""
+    words = {name: name if re.fullmatch(r"[\w.]+", name) else repr(name) for name in names}
+    found = [f"{words[name]} at {where}" if where else words[name] for name, where in names.items()]
+    shown = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+    foreign = {word.partition(".")[0] for name, word in words.items() if name not in harmless.BUILT}
+    packages = sorted(foreign - {*sys.stdlib_module_names, "__main__"})
+    cure = (
+        f"if you trust that code, give {' '.join(f'--trust {package}' for package in packages)}; " if packages else ""
+    )
+    return (
+        f"checkpoint {path} holds {shown}, which may run code when it is built and which no trainer of nnU-Net stores: "
+        f"it is not loaded; {cure}if you know who made this model, give --trust_model"
+    )
+
+
 def _why_unreadable(path: Path, error: Exception) -> str:
     """Name what the restricted unpickler refused; torch's own text is a page on how to switch it off."""
-    refused = re.search(r"GLOBAL (\S+)|(?:Unsupported|Can only) .*", str(error))
-    if refused is None:
-        reason = " ".join(str(error).split()) or "no reason given"
-        return f"checkpoint {path} cannot be read: {type(error).__name__}: {reason[:300]}"
-    return (
-        f"checkpoint {path} holds {refused[1] or 'an unusual pickle'}, which no trainer of nnU-Net stores: it is not "
-        "loaded; if you know who made this model, give --trust_model"
-    )
+    text = " ".join(str(error).split()) or "no reason given"
+    refused = re.search(r"(?:GLOBAL |got <class '|unrecognized function )(\w+(?:\.\w+)+)", text)
+    if refused is not None:
+        return _holds(path, {refused[1]: ""})
+    if opcode := re.search(r"Unsupported operand (\d+)", text):
+        return (
+            f"checkpoint {path} is stored in a way that is not read without running code: opcode {opcode[1]} of pickle "
+            "is none that torch.save uses by itself (protocol 2). Store it again with torch.save, or, if you know who "
+            "made this model, give --trust_model"
+        )
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation of torch.load")[0]
+    return f"checkpoint {path} cannot be read: {type(error).__name__}: {reason[:300]}"

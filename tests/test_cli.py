@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import torch
 from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
 
-from nnunet_lowmem import cli
+from nnunet_lowmem import cli, flags
 
 # -- flags
 
@@ -30,9 +32,8 @@ class _ParserFoundError(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def stock_parser() -> argparse.ArgumentParser:
-    """The parser that nnUNetv2_predict builds, taken where it would parse."""
+def built_by(entry_point: Callable[[], None]) -> argparse.ArgumentParser:
+    """The parser that a command of nnU-Net builds, taken where it would parse."""
     found = []
 
     def keep(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
@@ -44,8 +45,13 @@ def stock_parser() -> argparse.ArgumentParser:
             patch.delenv(variable, raising=False)
         patch.setattr(argparse.ArgumentParser, "parse_args", keep)
         with pytest.raises(_ParserFoundError):
-            predict_from_raw_data.predict_entry_point()
+            entry_point()
     return found[0]
+
+
+@pytest.fixture(scope="module")
+def stock_parser() -> argparse.ArgumentParser:
+    return built_by(predict_from_raw_data.predict_entry_point)
 
 
 @pytest.fixture
@@ -80,25 +86,94 @@ def test_flags_of_stock_store_the_same_by_default(stock_parser, our_parser):
             assert ours[flag].required == action.required, flag
 
 
-def test_prefixes_of_stock_still_mean_the_same(stock_parser, our_parser):
-    tried = 0
-    for flag in actions(stock_parser):
-        for length in range(2, len(flag) + 1):
-            prefix = flag[:length]
-            meant = resolve(stock_parser, prefix)
-            if meant is not None:
-                assert resolve(our_parser, prefix) == meant, prefix
-                tried += 1
-    assert tried > 100
+FORMS = {
+    "by_dataset": (predict_from_raw_data.predict_entry_point, "-i in -o out -d 4 -c 2d"),
+    "by_folder": (predict_from_raw_data.predict_entry_point_modelfolder, "-i in -o out -m model"),
+}
 
 
-def resolve(parser: argparse.ArgumentParser, text: str) -> str | None:
-    """The destination that a flag or an unambiguous prefix of it has."""
-    known = actions(parser)
-    if text in known:
-        return known[text].dest
-    found = {entry[0].dest for entry in parser._get_option_tuples(text)}
-    return found.pop() if len(found) == 1 else None
+def parsed(parse: Callable[[list[str]], argparse.Namespace], arguments: list[str]) -> dict[str, Any] | str:
+    """What a parser makes of arguments, or why it does not."""
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+            options = vars(parse(arguments))
+    except SystemExit as end:
+        return heard.getvalue().partition("error: ")[2] if end.code else "help"
+    # stock makes numbers of the folds right after
+    return {**options, "f": [fold if fold == "all" else int(fold) for fold in options["f"]]}
+
+
+def ways_to_give(flag: str, action: argparse.Action) -> list[list[str]]:
+    """Every prefix of a flag, with its value behind it or joined to it."""
+    value = {int: "7", float: "0.25"}.get(action.type, "3")
+    prefixes = [flag[:length] for length in range(2, len(flag) + 1) if flag[:length] != "--"]
+    if action.nargs == 0:
+        return [[prefix] for prefix in prefixes] + [[f"{prefix}=1"] for prefix in prefixes]
+    return [
+        given for prefix in prefixes for given in ([prefix, value], [f"{prefix}={value}"], [prefix + value], [prefix])
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_prefix_of_stocks_flags_means_what_it_means_to_stock(form, monkeypatch):
+    """Whatever names our own flags have, now or later."""
+    entry_point, command = FORMS[form]
+    stock, build = built_by(entry_point), flags.predict_parser
+
+    def with_more(by_folder: bool) -> argparse.ArgumentParser:
+        parser = build(by_folder)
+        for flag in ("--spacing", "--scheduler", "--cache", "--dry", "--nothing", "--visible", "--disk", "--hold"):
+            parser.add_argument(flag)
+        return parser
+
+    for variable in ("nnUNet_npp", "nnUNet_nps"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(flags, "predict_parser", with_more)
+    meant = []
+    for flag, action in actions(stock).items():
+        for given in ways_to_give(flag, action):
+            theirs = parsed(lambda words: argparse.ArgumentParser.parse_args(stock, words), [*command.split(), *given])
+            ours = parsed(flags.predict_options, [*command.split(), *given])
+            if isinstance(theirs, dict):
+                ours = {name: ours[name] for name in theirs} if isinstance(ours, dict) else ours
+                if ours["device"] is None:  # what is not given is found, where stock takes CUDA
+                    ours["device"] = theirs["device"]
+            assert ours == theirs, given
+            meant += [given] * isinstance(theirs, dict)
+    assert len(meant) > 100
+
+
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        ("--max_v 6G", "--max_v is not a flag; did you mean --max_vram?"),
+        ("--max=6G", "--max is not a flag; did you mean --max_ram or --max_vram?"),
+        ("--rep", "did you mean --report?"),
+        ("--trust_m", "did you mean --trust_model?"),
+        ("-m model -num 2", "-num is not a flag; did you mean -num_parts?"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_shortened_flags_of_ours_are_named(given, hint):
+    assert hint in parsed(flags.predict_options, ["-i", "in", "-o", "out", *given.split()])
+
+
+@pytest.mark.parametrize(
+    "command, hint",
+    [
+        ("compare -i in --stock 6G", "did you mean --stock-limit?"),
+        ("compare -i in --rep=2", "did you mean --repeat?"),
+        ("compare -i in --d", "ambiguous option: --d could match --disable_tta, --disable_progress_bar"),
+        ("run --pred plans", "did you mean --predictor?"),
+        ("--vers demo", "did you mean --version?"),
+    ],
+)
+def test_shortened_flags_of_the_other_command(command, hint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split())
+    assert ended.value.code == 2
+    assert hint in capsys.readouterr().err
 
 
 STOCK_COMMANDS = [
@@ -184,7 +259,7 @@ REFUSALS: dict[str, Refusal] = {
 
 _RUN_ALL = """
 import contextlib, io, json, sys
-from nnunet_lowmem import cli
+from nnunet_lowmem import cli, flags
 
 for name, arguments in json.load(sys.stdin).items():
     out, err = io.StringIO(), io.StringIO()

@@ -19,7 +19,7 @@ PACKAGE = Path(nnunet_lowmem.__file__).parent
 ROOMS = """
 __main__ one_side
 cli
-demo ensembling shell startup compare_command
+demo ensembling shell startup compare_command flags
 comparison_table
 comparing
 switching training
@@ -37,7 +37,7 @@ preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
 input_checks
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
-records label_comparison measured_command tiles stock_calls
+records label_comparison measured_command tiles stock_calls unpickling
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
@@ -46,7 +46,7 @@ formats
 meta_image nrrd_files tiff_pages
 stored_parts
 plugin rebinding running measuring allocator pending_write
-types interruption bypassed
+types interruption bypassed harmless
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
@@ -135,6 +135,7 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
         "cli",
         "__main__",
         "compare_command",
+        "flags",
         "comparing",
         "model_files",
         "memory",

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import platform
+import random
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
+from argparse import Namespace
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
-from pathlib import Path
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as clock_time
+from decimal import Decimal
+from fractions import Fraction
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
 import torch
 from factory import ModelSpec
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from oracle import make_predictor
 from test_cli import assert_one_line
@@ -120,24 +137,24 @@ def test_bundled_checkpoint_loads():
     assert checkpoint["network_weights"]
 
 
-SCALARS = [np.float64(0.5), np.float32(0.25), np.float16(2), np.int64(7), np.int32(-3), np.uint8(9), np.bool_(True)]
-
-
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_scalars_that_the_trainer_logs_load_whichever_numpy_wrote_them(module, tmp_path):
+    scalars = [kind(value) for kind, value in SCALARS]
+    arrays = [np.asfortranarray(np.arange(6, dtype=">i2").reshape(2, 3))]
     file = tmp_path / "checkpoint.pth"
-    torch.save({"network_weights": {}, "logging": SCALARS, "device": torch.device("cpu")}, file)
-    written = file.read_bytes()
-    own = trust._SCALAR.__module__.encode()
-    assert own in written
-    if own.decode() != module:  # a longer name moves what follows, so the pickle is written again
-        rewrite_pickle(file, own, module.encode())
-    assert Trust().load_checkpoint(file)["logging"] == SCALARS
+    torch.save({"network_weights": {}, "logging": [*scalars, *arrays], "device": torch.device("cpu")}, file)
+    own = np.float64(0).__reduce__()[0].__module__.encode()
+    assert own in file.read_bytes()
+    rewrite_pickle(file, own, module.encode())
+    assert is_same(Trust().load_checkpoint(file)["logging"], [*scalars, *arrays])
+
+
+SCALARS = [(np.float64, 0.5), (np.float32, 0.25), (np.float16, 2), (np.int64, 7), (np.uint8, 9), (np.bool_, True),
+           (np.complex64, 1j), (np.str_, "x"), (np.str_, ""), (np.bytes_, b""), (np.datetime64, "NaT")]  # fmt: skip
 
 
 def rewrite_pickle(file: Path, old: bytes, new: bytes) -> None:
-    import zipfile
-
+    """Replace a part of the pickle; a longer one moves what follows, so the archive is written again."""
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -145,10 +162,212 @@ def rewrite_pickle(file: Path, old: bytes, new: bytes) -> None:
             archive.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
 
 
+STRUCTURE = [("a", "<i4"), ("b", ">f8", (2,)), ("c", "O")]
+HARMLESS: dict[str, Any] = {
+    "arrays": [np.zeros(3), np.zeros((2, 0, 3), "u1"), np.array(5.0), np.array(["ab", "c"]), np.ones(2, bool)],
+    "arrays_of_objects": np.array([1, "a", None, [2, (3,)], np.zeros(2)], dtype=object),
+    "arrays_of_dates": np.array(["2020-01-01T00:00", "NaT"], "M8[10s]") - np.datetime64(0, "s"),
+    "arrays_of_records": np.array([(1, (2, 3), "x"), (4, (5, 6), None)], STRUCTURE),
+    "aligned_records": np.zeros(2, np.dtype([("a", "u1"), ("b", "f8")], align=True)),
+    "dtypes": [np.dtype(">f4"), np.dtype("U7"), np.dtype("m8[ns]"), np.dtype("V3"), np.dtype(STRUCTURE), np.float32],
+    "states_of_generators": [np.random.get_state(), random.getstate(), torch.get_rng_state()],
+    "version": torch.__version__,
+    "paths": [PosixPath("/data/x"), PurePosixPath("a/b"), PureWindowsPath("c:/x")],
+    "keys": {PosixPath("/x"): 1, np.float32(2): 2, (np.int64(3), "a"): 3},
+    "default_dicts": [defaultdict(int, a=1), defaultdict(list, {"a": [np.float64(1)]}), defaultdict(None)],
+    "containers": [deque([1, np.int64(2)], 3), OrderedDict(a=np.zeros(2)), Counter("aab"), UserDict(a=1)],
+    "sets": [{1, 2}, frozenset([np.float64(1), "a"]), set()],
+    "namespaces": [Namespace(a=1, b=Namespace(c=PosixPath("/x"))), SimpleNamespace(a=np.zeros(1))],
+    "dates": [date(2020, 1, 2), datetime(2020, 1, 2, tzinfo=timezone(timedelta(hours=1))), timedelta(1), clock_time(1)],
+    "numbers": [Decimal("1.50"), Fraction(1, 3), 1j, 2**70, UUID(int=5), True],
+    "bytes": [b"", b"\x00\xff", bytearray(b"x"), range(3), slice(1, None), ..., NotImplemented, type(None)],
+    "enumerations": [HTTPStatus.OK, re.IGNORECASE, platform.uname(), time.gmtime(0)],
+    "partial": partial(int, base=2),
+    "classes": [int, dict, torch.nn.LeakyReLU, np.float64],
+    "of_torch": [torch.Size([1, 2]), torch.device("cpu"), torch.float16, torch.strided, torch.ones(2).bfloat16(),
+                 torch.nn.Parameter(torch.ones(2)), torch.eye(3).to_sparse()],
+    "an_exception": ValueError("x"),
+}  # fmt: skip
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values are alike down to their types and layouts."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        layouts = {(a.dtype, a.shape, a.flags.f_contiguous, a.flags.writeable) for a in (one, other)}
+        return len(layouts) == 1 and is_same(one.tolist(), other.tolist())
+    if isinstance(one, list | tuple | deque):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, dict):
+        return is_same(list(one.items()), list(other.items())) and repr(one) == repr(other)
+    return repr(one) == repr(other)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_runs_no_code_when_it_is_built_survives(name, legacy, tmp_path):
+    if legacy and name == "classes":
+        pytest.skip("torch's old format stores classes of modules with their source")
+    value = HARMLESS[name]
+    checkpoint = {"network_weights": {"w": torch.ones(2)}, "extra": [value]}
+    torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    (read,) = Trust().load_checkpoint(tmp_path / "c.pth")["extra"]
+    assert is_same(read, value), read
+
+
+WHOLE = {
+    "generators": [np.random.default_rng(1), np.random.RandomState(1), torch.Generator()],
+    "modules": [torch.nn.Sequential(torch.nn.Conv3d(1, 1, 1))],
+    "optimizer": [torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1, 0.9)],
+    "scheduler": [PolyLRScheduler(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), 0.1, 10)],
+    "masked": [np.ma.array([1, 2], mask=[0, 1])],
+    "pattern": [re.compile("a+")],
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_no_prediction_needs_is_not_built_and_costs_nothing(name, tmp_path):
+    torch.save({"network_weights": {}, "extra": WHOLE[name], "epoch": 3}, tmp_path / "c.pth")
+    read = Trust().load_checkpoint(tmp_path / "c.pth")
+    assert read["epoch"] == 3
+    assert all(type(one) is not type(other) for one, other in zip(read["extra"], WHOLE[name], strict=True))
+
+
+def test_path_of_another_system_is_a_name(tmp_path):
+    torch.save({"network_weights": {}, "extra": PureWindowsPath("c:/x")}, tmp_path / "c.pth")
+    rewrite_pickle(tmp_path / "c.pth", b"PureWindowsPath", b"WindowsPath")
+    assert Trust().load_checkpoint(tmp_path / "c.pth")["extra"] == PureWindowsPath("c:/x")
+
+
+def test_prediction_with_such_a_checkpoint(model, images, tmp_path):
+    def fill(checkpoint: dict[str, Any]) -> None:
+        checkpoint["network_weights"] = defaultdict(None, checkpoint["network_weights"])
+        checkpoint["init_args"]["args"] = Namespace(out=PosixPath("/x"))
+        checkpoint["extra"] = {**HARMLESS, **WHOLE}
+
+    assert predict(model, images("head")[0], tmp_path / "plain") == 0
+    spoil_checkpoint(model, fill)
+    assert predict(model, images("head")[0], tmp_path / "out") == 0
+    first, second = ((tmp_path / out / "head.nii.gz").read_bytes() for out in ("plain", "out"))
+    assert first == second
+
+
+class Called:
+    """Pickled as a call of what may not be looked up here."""
+
+    def __init__(self, *arguments: Any, state: Any = None) -> None:
+        self.reduced = (call_me, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def call_me(*_: Any) -> Any:
+    raise AssertionError("it was called")
+
+
+def called(name: str, *arguments: Any, state: Any = None) -> tuple[str, Any]:
+    return name, Called(*arguments, state=state)
+
+
+def array_of(dtype: Any, content: Any, shape: Any = (1,)) -> tuple[str, Any]:
+    return called("numpy.core.multiarray._reconstruct", np.ndarray, (0,), b"b", state=(1, shape, dtype, False, content))
+
+
+def dtype_of(state: Any, code: str = "V8") -> tuple[str, Any]:
+    return called("numpy.dtype", code, False, True, state=state)
+
+
+BYTES = b"A" * 8
+FORGED = np.dtype([("a", object)])
+DANGEROUS: dict[str, tuple[str, Any]] = {
+    **{
+        name: called(name, "x")
+        for name in (
+            *("builtins.eval", "builtins.exec", "builtins.getattr", "builtins.__import__", "builtins.open"),
+            *("os.system", "posix.system", "nt.system", "sys.exit", "subprocess.Popen", "importlib.import_module"),
+            *("operator.attrgetter", "functools.reduce", "types.FunctionType", "pickle.loads", "io.open"),
+            *("torch.load", "torch.hub.load", "torch.nn.init.normal_", "numpy.load", "numpy.memmap", "ctypes.CDLL"),
+            *("nnunetv2.paths.os", "collections.Counter.__init__.__globals__", "argparse._os.system", "antigravity.x"),
+            *("easydict.EasyDict", "__main__.Config"),
+        )
+    },
+    "factory": called("collections.defaultdict", os.getcwd),
+    "factory_of_torch": called("collections.defaultdict", torch.nn.ReLU),
+    "partial": called("functools.partial", os.getcwd, state=(os.getcwd, (), {}, None)),
+    "pointers": array_of(np.dtype(object), BYTES),
+    "pointers_in_records": array_of(FORGED, BYTES),
+    "fewer_objects_than_the_shape": array_of(np.dtype(object), [1], (1000,)),
+    "fewer_bytes_than_the_shape": array_of(np.dtype("f8"), BYTES, (1000,)),
+    "more_bytes_than_the_shape": array_of(np.dtype("f8"), BYTES * 9),
+    "shape_that_overflows": array_of(np.dtype("f8"), BYTES, (2**40, 2**40)),
+    "scalar_pointer": called("numpy.core.multiarray.scalar", np.dtype(object), BYTES),
+    "field_beyond_the_end": dtype_of((3, "|", None, ("a",), {"a": (np.dtype("f8"), 4)}, 8, 1, 16)),
+    "code_of_no_dtype": dtype_of((3, "|", None, None, None, -1, -1, 0), "os.system"),
+    "fraction_without_end": called("fractions.Fraction", "1e999999999"),
+    "bytes_without_end": called("builtins.bytes", 2**40),
+}
+
+
+@pytest.mark.parametrize("name", DANGEROUS)
+def test_what_may_run_code_or_lies_about_its_memory_is_refused_by_its_name(name, tmp_path, monkeypatch):
+    named, value = DANGEROUS[name]
+    torch.save({"network_weights": {}, "logging": {"x": [value]}}, tmp_path / "c.pth")
+    module, _, attribute = named.rpartition(".")
+    rewrite_pickle(tmp_path / "c.pth", f"{__name__}\ncall_me\n".encode(), f"{module}\n{attribute}\n".encode())
+    blocked = module in ("os", "posix", "nt", "sys")  # torch refuses these before it knows where they are
+    shown = "getcwd" if value.reduced[1][:1] == (os.getcwd,) else named
+    with pytest.raises(ModelError) as refused:
+        Trust().load_checkpoint(tmp_path / "c.pth")
+    for word in (shown, "c.pth", "--trust_model", "" if blocked or shown == "getcwd" else "['logging']['x'][0]"):
+        assert word in str(refused.value), refused.value
+    foreign = module.partition(".")[0] in ("torch", "numpy", "easydict", "nnunetv2") and named == name
+    assert ("--trust " in str(refused.value)) == foreign
+
+
+def test_array_whose_type_lies_is_that_of_its_bytes(tmp_path):
+    """A void type that claims to be longer than its code, and to hold objects."""
+    lying = Called("V1", False, True, state=(3, "|", None, None, None, 10**6, 1, 63))
+    torch.save({"network_weights": {}, "extra": lying}, tmp_path / "c.pth")
+    rewrite_pickle(tmp_path / "c.pth", f"{__name__}\ncall_me\n".encode(), b"numpy\ndtype\n")
+    read = Trust().load_checkpoint(tmp_path / "c.pth")["extra"]
+    assert (read.itemsize, read.hasobject) == (1, False)
+
+
+def test_objects_of_a_trusted_package_are_built(tmp_path, monkeypatch):
+    (tmp_path / "my_tools.py").write_text(
+        "import os\n"
+        "class Config:\n"
+        "    def __init__(self, path): self.path, self.more = path, {}\n"
+        "    def __reduce__(self): return Config, (self.path,), {'more': self.more}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    my_tools = importlib.import_module("my_tools")
+    config = my_tools.Config(PosixPath("/x"))
+    config.more = {"a": np.zeros(2)}
+    torch.save({"network_weights": {}, "config": config}, tmp_path / "c.pth")
+    with pytest.raises(ModelError, match=r"my_tools\.Config at \['config'\].*give --trust my_tools"):
+        Trust().load_checkpoint(tmp_path / "c.pth")
+    read = Trust(("my_tools",)).load_checkpoint(tmp_path / "c.pth")["config"]
+    assert (type(read), read.path, read.more["a"].shape) == (my_tools.Config, PosixPath("/x"), (2,))
+    rewrite_pickle(tmp_path / "c.pth", b"my_tools\nConfig\n", b"my_tools\n_exit\n")  # what the package has imported
+    with pytest.raises(ModelError, match=r"my_tools\._exit"):
+        Trust(("my_tools",)).load_checkpoint(tmp_path / "c.pth")
+
+
+def test_newer_pickle_is_refused_with_the_cure(tmp_path):
+    torch.save({"network_weights": {}}, tmp_path / "c.pth", pickle_protocol=4)
+    with pytest.raises(ModelError, match=r"c\.pth.*opcode 149.*torch\.save.*--trust_model"):
+        Trust().load_checkpoint(tmp_path / "c.pth")
+
+
 def test_loading_leaves_torchs_own_list_as_it_was(model):
-    torch.serialization.add_safe_globals([np.dtype])
+    torch.serialization.add_safe_globals([np.dtype, (dict, "argparse.Namespace")])
     before = set(torch.serialization.get_safe_globals())
-    Trust().load_checkpoint(model / "fold_0/checkpoint_final.pth")
+    spoil_checkpoint(model, lambda c: c.update(extra=[np.dtype("f4"), Namespace(a=1)]))
+    read = Trust().load_checkpoint(model / "fold_0/checkpoint_final.pth")
+    assert read["extra"] == [np.dtype("f4"), Namespace(a=1)]
     assert set(torch.serialization.get_safe_globals()) == before
 
 
