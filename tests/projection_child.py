@@ -78,6 +78,14 @@ def slow_writer() -> None:
     nnunet_adapter.write_segmentation = write_slowly
 
 
+def predict_arrays(predictor: LowMemPredictor, images: str, output: str) -> None:
+    """Read the case as a client does, and give its array, in memory order of its own."""
+    reader = predictor.plans_manager.image_reader_writer_class()
+    array, properties = reader.read_images(sorted(map(str, Path(images).iterdir())))
+    Path(output).mkdir()
+    predictor.predict_from_list_of_npy_arrays([np.asfortranarray(array)], None, [properties], [f"{output}/case0"])
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     told = []
@@ -122,7 +130,8 @@ def main() -> None:
     logging.getLogger("nnunet_lowmem").addHandler(log := Log(logging.WARNING))
     error = None
     try:
-        predictor.predict_from_files(options["images"], options["output"])
+        predict = predict_arrays if options.get("arrays") else LowMemPredictor.predict_from_files
+        predict(predictor, options["images"], options["output"])
     except CasesFailedError as failure:
         error = str(failure)
     outputs = sorted(Path(options["output"]).glob("*.nii.gz"))

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.errors import BudgetError
+from nnunet_lowmem.network_memory import tensor_bytes
 
 Change = Callable[[nnUNetPredictor, list[str]], Any]
 
@@ -243,3 +245,26 @@ def test_network_of_a_client_is_used_as_by_stock(name, model, array, mirrors):
     labels, seen_by_ours = outcome(LowMemPredictor, model, array, NETWORKS[name], mirrors)
     assert_same_array(expected, labels)
     assert seen_by_ours == seen_by_stock
+
+
+@pytest.mark.parametrize("array_of", [np.asarray, np.asfortranarray], ids=["C order", "Fortran order"])
+def test_array_that_cannot_fit_is_refused_before_it_is_preprocessed(array_of, model, array, monkeypatch):
+    monkeypatch.setattr("nnunet_lowmem.loading.preprocess_array", None)
+    predictor = make_predictor(LowMemPredictor, model, max_ram="1M")
+    with pytest.raises(BudgetError, match="case array does not fit: RAM projected"):
+        predictor.predict_single_npy_array(array_of(array[0]), dict(array[1]))
+
+
+def test_what_the_tensors_take_is_found_unseen():
+    """A lower bound where all code is known, and none where running the network could be noticed."""
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.LeakyReLU(inplace=True))
+    shape, calls = (1, 1, 16, 16, 16), []
+    network.register_forward_hook(lambda *_: calls.append("run"))
+    assert tensor_bytes(network, shape) == 4 * 16**3 * (1 + 4)
+    with FlopCounterMode(display=False) as counted:
+        tensor_bytes(network, shape)
+    assert counted.get_total_flops() == 0
+    assert tensor_bytes(Wrapped(network, lambda n, x, call: calls.append("run")), shape) is None
+    network.forward = lambda tile: calls.append("run")
+    assert tensor_bytes(network, shape) is None
+    assert calls == []

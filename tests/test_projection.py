@@ -143,11 +143,11 @@ def test_measured_is_within_projected_and_projected_is_no_exaggeration(predict, 
     assert_promise_kept(predict(name))
 
 
-def predict_within(predict, name: str, free: dict[str, Any], share: float) -> dict[str, Any]:
+def predict_within(predict, name: str, free: dict[str, Any], share: float, **options: Any) -> dict[str, Any]:
     """Predict once more under a hard limit between the least there is a plan for and what was projected without one."""
     reserved_varies_bytes = 12 * MIB
     most, least = free["cases"][0]["projected"], free["least"]
-    told = predict(name, max_ram=int(least + share * (most - least)) + reserved_varies_bytes, limit=True)
+    told = predict(name, max_ram=int(least + share * (most - least)) + reserved_varies_bytes, limit=True, **options)
     assert_promise_kept(told)
     assert told["outputs"] == free["outputs"]
     return told
@@ -178,6 +178,16 @@ def test_preprocessing_goes_on_with_less_where_memory_is_gone(predict):
     assert re.match(r"case case0: RAM ran out \(no room.*\): from .* projected to .*, with the image on disk", told), (
         told
     )
+
+
+@pytest.mark.slow
+def test_arrays_are_planned_as_files_are(predict):
+    """Spilled before they are preprocessed; beside the array, which the caller holds."""
+    free = predict("three channels", arrays=True)
+    assert free["outputs"] == predict("three channels")["outputs"]
+    assert free["cases"][0]["placement"]["image"] == "RAM"
+    told = predict_within(predict, "three channels", free, 0, arrays=True)
+    assert told["cases"][0]["placement"]["image"] == "disk"
 
 
 def some(lowest: float, highest: float) -> st.SearchStrategy[float]:
