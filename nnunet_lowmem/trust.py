@@ -233,7 +233,7 @@ def _find(package: str, name: Any) -> Any:
 
 
 def _trainer_base() -> type:
-    """Return nnU-Net's trainer, which imports the predictor: by name only when a model is read, so either may be first."""
+    """Return nnU-Net's trainer. Its module imports the predictor, so this one cannot import it for itself."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     return nnUNetTrainer  # type: ignore[no-any-return]  # nnU-Net ships no types

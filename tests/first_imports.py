@@ -1,4 +1,4 @@
-"""Imports one module after the other as the first of nnU-Net, with the predictor switched on; one line each says how it went.
+"""Imports modules as the first of nnU-Net, each in a process of its own, with the predictor switched on.
 
 Each is imported in a process of its own, forked from one that has all of the other packages: starting Python with torch
 takes seconds. Called with the text of `Choice.name` and the modules; ``name:function`` is called with ``-h``.

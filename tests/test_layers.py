@@ -48,7 +48,7 @@ formats
 meta_image nrrd_files tiff_pages
 stored_parts
 plugin rebinding running measuring allocator pending_write
-types interruption bypassed
+types interruption bypassed signatures installed
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
