@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ from jinja2 import Environment, StrictUndefined
 from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.installed import version_of
 from nnunet_lowmem.measuring import PeakSampler, Timeline
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
@@ -211,4 +211,4 @@ def facts_of(predictor: Any) -> dict[str, str]:
         "budget asked for": f"RAM {predictor.max_ram or 'not limited'}, VRAM {predictor.max_vram or 'not limited'}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
-    return facts | {name: version(name) for name in ("nnunetv2", "torch", "numpy")}
+    return facts | {name: version_of(name) for name in ("nnunetv2", "torch", "numpy")}

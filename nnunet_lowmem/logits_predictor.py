@@ -28,7 +28,7 @@ from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import TileBytes, measure_ahead, weight_bytes
-from nnunet_lowmem.overrides import found, replaced, unless_replaced
+from nnunet_lowmem.overrides import as_installed, found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
@@ -94,6 +94,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     network_threads: int | None = None
     _known_tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
 
+    @as_installed
     def __init__(
         self,
         tile_step_size: float = 0.5,
@@ -121,20 +122,16 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         on_plan: Callable[[Plan], None] | None = None,
         on_case: Callable[[CaseReport], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        **others: Any,
     ) -> None:
         on_device = perform_everything_on_device and device.type == "cuda"
         # nnU-Net says of every other device that CUDA alone keeps logits, whatever it was asked for
         with logging_prints(logging.DEBUG):
             super().__init__(
-                tile_step_size,
-                use_gaussian,
-                use_mirroring,
-                on_device,
-                device,
-                verbose,
-                verbose_preprocessing,
-                allow_tqdm,
-            )
+                tile_step_size=tile_step_size, use_gaussian=use_gaussian, use_mirroring=use_mirroring,
+                perform_everything_on_device=on_device, device=device, verbose=verbose,
+                verbose_preprocessing=verbose_preprocessing, allow_tqdm=allow_tqdm, **others,
+            )  # fmt: skip
         self.max_ram = max_ram
         self.max_vram = max_vram
         self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
@@ -149,9 +146,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         self._fast_network: tuple[Any, FastNetwork | None] = (None, None)
         self.report = report
         self._html_report: HtmlReport | None = None
-        self.on_plan = on_plan
-        self.on_case = on_case
-        self.on_progress = on_progress
+        self.on_plan, self.on_case, self.on_progress = on_plan, on_case, on_progress
 
     @unless_replaced
     def initialize_from_trained_model_folder(
@@ -159,6 +154,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         model_training_output_dir: str,
         use_folds: Folds,
         checkpoint_name: str = "checkpoint_final.pth",
+        trainer_class: Any = None,  # in nnunetv2-neuropoly: in the place of the trainer that the checkpoint names
     ) -> None:
         """Build the network from a model folder, and read the weights of all folds; no file of it is read later.
 
@@ -168,7 +164,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
             If a file is missing or unreadable, or the weights do not fit the network of the plans.
         """
         limit, in_use = ram_limit(self.max_ram)
-        self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu", max(0, limit - in_use))
+        free_bytes = max(0, limit - in_use)
+        self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu", free_bytes, trainer_class)
         self._load_weights(self.list_of_parameters[0], 0)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
             self.network = torch.compile(self.network)
@@ -188,14 +185,16 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         """
         self._describe(model_training_output_dir, use_folds, checkpoint_name, "meta")
 
-    def _describe(self, folder: str, folds: Folds, checkpoint_name: str, device: str, free_bytes: int = 0) -> None:
+    def _describe(
+        self, folder: str, folds: Folds, checkpoint_name: str, device: str, free_bytes: int = 0, trainer: Any = None
+    ) -> None:
         """Set the attributes that describe the model, once all of it is read; its network has no weights yet."""
         folds = stock_calls.find_folds(folder, checkpoint_name) if folds is None else folds
         checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name, stock_calls.reads_files())
         if self.trust.everything:
             logger.warning("%s is trusted: the code it holds or names is run", folder)
         try:
-            model = load_model(Path(folder), checkpoints[0], self.trust, device)
+            model = load_model(Path(folder), checkpoints[0], self.trust, device, trainer)
         except LowMemError:
             raise
         except Exception as error:

@@ -17,13 +17,13 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from nnunet_lowmem.clock import TRACE_VARIABLE
+from nnunet_lowmem.installed import version_of
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.process_tree import ProcessTree
@@ -210,5 +210,5 @@ def machine_facts() -> dict[str, Any]:
         "ram_bytes": psutil.virtual_memory().total,
         "free_ram_bytes": psutil.virtual_memory().available,
         "python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
     }

@@ -45,7 +45,9 @@ class Model:
     weights: Mapping[str, Any]
 
 
-def load_model(folder: Path, checkpoint_file: Path, trust: Trust, device: str = "cpu") -> Model:
+def load_model(
+    folder: Path, checkpoint_file: Path, trust: Trust, device: str = "cpu", trainer_class: Any = None
+) -> Model:
     """Read a model folder and build its network, as ``initialize_from_trained_model_folder`` does.
 
     On the device "meta" no weights are read and the network takes no memory: enough to tell what it would take.
@@ -64,7 +66,8 @@ def load_model(folder: Path, checkpoint_file: Path, trust: Trust, device: str = 
     plans_manager = stock_calls.plans_manager(plans)
     configuration = plans_manager.get_configuration(checkpoint["init_args"]["configuration"])
     trust.check_plans(plans, configuration.configuration)
-    trainer = stock_calls.find_trainer(checkpoint["trainer_name"]) or trust.trainer_class(checkpoint["trainer_name"])
+    name = checkpoint["trainer_name"]
+    trainer = trainer_class or stock_calls.find_trainer(name) or trust.trainer_class(name)
     label_manager = plans_manager.get_label_manager(dataset_json)
     channels = stock_calls.input_channels(plans_manager, configuration, dataset_json)
     heads = label_manager.num_segmentation_heads
@@ -82,7 +85,7 @@ def load_model(folder: Path, checkpoint_file: Path, trust: Trust, device: str = 
         configuration_manager=configuration,
         label_manager=label_manager,
         dataset_json=dataset_json,
-        trainer_name=checkpoint["trainer_name"],
+        trainer_name=name,
         mirroring_axes=_mirroring_axes(checkpoint, checkpoint_file),
         network=(_built_without_weights(build) if device == "meta" else None) or build(),
         weights=checkpoint["network_weights"],

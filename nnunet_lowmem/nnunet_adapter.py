@@ -11,8 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,6 @@ try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 except ImportError:  # new in nnU-Net 2.6
     no_resampling_hack = None
-
-#: nnU-Net 2.5 always takes the argmax of the softmax; rounding can make it differ from that of the logits.
-TAKES_ARGMAX_OF_SOFTMAX = tuple(map(int, version("nnunetv2").split(".")[:2])) < (2, 6)
 
 #: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
 HEADS_PER_CALL = 8
@@ -118,7 +114,17 @@ def label_rule(label_manager: LabelManager) -> LabelRule | None:
 
 def takes_softmax(rule: LabelRule | None, probabilities: bool = False) -> bool:
     """Whether stock decides by probabilities where this does."""
-    return probabilities or (TAKES_ARGMAX_OF_SOFTMAX and rule is not None and rule.ranked)
+    return probabilities or (rule is not None and rule.ranked and _always_takes_softmax())
+
+
+@cache
+def _always_takes_softmax() -> bool:
+    """Whether nnU-Net takes the softmax for labels alone, as 2.5 does: rounding can make its argmax another.
+
+    It is asked with two logits that differ by less than their softmax can tell.
+    """
+    labels = LabelManager({"background": 0, "foreground": 1}, None)
+    return not labels.convert_logits_to_segmentation(torch.tensor([0.0, 2.0**-30]).reshape(2, 1, 1, 1)).any()
 
 
 def streams(resampling: LogitsResampling, rule: LabelRule | None, probabilities: bool = False) -> bool:

@@ -21,7 +21,9 @@ from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.normalization import default_normalization_schemes
 
+from nnunet_lowmem import signatures
 from nnunet_lowmem.bypassed import HOMES, PREDICTOR, ROWS, Row, Step
+from nnunet_lowmem.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -85,22 +87,61 @@ def of_prediction(fast: bool) -> tuple[Step, ...]:
 
 
 def unless_replaced(method: Method) -> Method:
-    """Let a method of ours give way to what stands under its name in nnU-Net's class, if that is not nnU-Net's own."""
+    """Let a method of ours give way to what stands under its name in nnU-Net's class, if that is not nnU-Net's own.
+
+    So it does for a call that says something which only the installed method understands.
+    """
     name = method.__name__
     row = next(row for row in ROWS if row.step is Step.ENTRY and name in row.names)
     is_told_of = any(name in other.names for other in ROWS if other.step is Step.LOGITS)  # once per run, not per fold
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        standing = vars(nnUNetPredictor).get(name)
         if not _is_replaced([vars(nnUNetPredictor)], name, row):
-            return method(self, *arguments, **keywords)
-        if not is_told_of:
+            known, foreign = _sorted_out(standing, method, (self, *arguments), keywords)
+            if not foreign:
+                return method(**known)
+            _tell_of_foreign(self, name, foreign)
+        elif not is_told_of:
             logger.warning("nnUNetPredictor.%s: not nnU-Net's own; %s", name, Step.ENTRY.value)
-        replacement = vars(nnUNetPredictor)[name]
-        bound = replacement.__get__(self, type(self)) if hasattr(type(replacement), "__get__") else replacement
+        bound: Any = standing.__get__(self, type(self)) if hasattr(type(standing), "__get__") else standing
         return bound(*arguments, **keywords)
 
+    call.__signature__ = signatures.merged(vars(nnUNetPredictor).get(name), method)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]  # of the same signature
+
+
+def as_installed(constructor: Method) -> Method:
+    """Let a constructor be called as that of the installed nnU-Net; what only that knows comes as keywords."""
+
+    @functools.wraps(constructor)
+    def call(self: Any, *arguments: Any, **keywords: Any) -> None:
+        known, foreign = _sorted_out(vars(nnUNetPredictor)["__init__"], constructor, (self, *arguments), keywords)
+        constructor(**known, **foreign)
+
+    call.__signature__ = signatures.merged(vars(nnUNetPredictor)["__init__"], constructor)  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+def _sorted_out(
+    standing: Any, method: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        return signatures.sort_out(standing, method, arguments, keywords)
+    except TypeError as error:
+        raise TypeError(f"{type(arguments[0]).__name__}.{method.__name__}(): {error}") from None
+
+
+def _tell_of_foreign(predictor: Any, name: str, foreign: Mapping[str, Any]) -> None:
+    """Say that nnU-Net's own method is called; one that loads a model runs what is in it, which a user must ask for."""
+    told = ", ".join(f"{keyword}={value!r:.60}" for keyword, value in foreign.items())
+    if name == "initialize_from_trained_model_folder" and not predictor.trust.everything:
+        raise UsageError(
+            f"{name}({told}): only nnU-Net's own loading knows this, and that runs whatever code the checkpoint holds; "
+            "leave it out, or give trust_model=True if you know who made the model"
+        )
+    logger.warning("%s(%s): known to the installed nnU-Net alone; %s", name, told, Step.ENTRY.value)
 
 
 def _places(owner: str, holders: tuple[object, ...]) -> Iterator[list[Mapping[str, Any]]]:

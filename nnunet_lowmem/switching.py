@@ -111,14 +111,12 @@ def want(choice: Choice | None) -> Choice | None:
 
 
 def _apply() -> None:
-    """Bring what is in place in line with what is wanted; both modules that this needs may still be loading."""
+    """Bring what is in place in line with what is wanted, unless what this needs is still loading."""
     choice = _wanted
     module = sys.modules.get(MODULE)
-    if module is None or _finder.is_loading(MODULE):
+    if module is None or _finder.is_busy():
         return
     if choice is not None and choice.name != BY_PLANS:
-        if _finder.is_loading(plugin.find(choice.name).module):
-            return
         plugin.load(choice.name)  # outside the lock: importing waits for other threads' imports
     with _lock:
         # if it changed meanwhile, who changed it brings it in line
@@ -241,32 +239,38 @@ def _announce(name: str, predictor: type, options: Mapping[str, Any]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the ordinary finders find modules, and has `_apply` called when one of those watched has been executed."""
+    """Lets the ordinary finders find modules, and has `_apply` called when one of those watched has been executed.
+
+    Watched are nnU-Net's module and the package of the predictor: whichever of its modules a process imports first (a
+    worker begins with the function that it is given) may import nnU-Net's, and the predictor needs them all.
+    """
 
     def __init__(self) -> None:
-        self._watched: set[str] = set()
+        self._package: str | None = None
         self._loading: set[str] = set()
         self._finding = threading.local()
 
     def watch(self, choice: Choice | None) -> None:
         if choice is None:
-            self._watched = set()
+            self._package = None
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
             return
-        self._watched = {MODULE}
         # an unknown name is told when nnU-Net is imported: at a start-up it would be lost
-        if (entry := plugin.entry_of(choice.name)) is not None:
-            self._watched.add(entry.module)
+        entry = plugin.entry_of(choice.name)
+        self._package = None if entry is None else entry.module.partition(".")[0]
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
-    def is_loading(self, name: str) -> bool:
-        return name in self._loading
+    def is_busy(self) -> bool:
+        return any(map(self._is_watched, tuple(self._loading)))
+
+    def _is_watched(self, name: str) -> bool:
+        return name == MODULE or name.partition(".")[0] == self._package
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self._watched or getattr(self._finding, "name", None) == fullname:
+        if not self._is_watched(fullname) or getattr(self._finding, "name", None) == fullname:
             return None
         self._finding.name = fullname
         try:

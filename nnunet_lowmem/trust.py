@@ -23,7 +23,6 @@ import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
@@ -152,7 +151,7 @@ class Trust:
         if found is None and nnUNet_extTrainer is not None and _is_identifier(name):
             found = self._external_trainer(where, name)
         if not self.everything:
-            self._judge(where, name, found, _TRAINERS, nnUNetTrainer)
+            self._judge(where, name, found, _TRAINERS, _trainer_base())
         elif found is None:
             raise ModelError(f"{where} is {name!r}, which the installed nnU-Net does not have")
         return found
@@ -232,9 +231,16 @@ def _find(package: str, name: Any) -> Any:
     return recursive_find_python_class(str(Path(top.__path__[0], *parts)), name, package)
 
 
+def _trainer_base() -> type:
+    """Return nnU-Net's trainer. Its module imports the predictor, so this one cannot import it for itself."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    return nnUNetTrainer  # type: ignore[no-any-return]  # nnU-Net ships no types
+
+
 def _imported_trainer(name: Any) -> type | None:
     """Look among the trainers that exist in this process; nothing is imported."""
-    waiting: list[type] = [nnUNetTrainer]
+    waiting: list[type] = [_trainer_base()]
     while waiting:
         waiting += (found := waiting.pop()).__subclasses__()
         if found.__name__ == name:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage import io
 
+from nnunet_lowmem.installed import version_of
+
 PROBABILITY_TOLERANCE = 2.0**-21  # stock's own softmax varies by as much with its number of threads
-INSTALLED = tuple(map(int, version("nnunetv2").split(".")[:2]))
+INSTALLED = tuple(map(int, version_of("nnunetv2").split(".")[:2]))
 OLD = INSTALLED < (2, 8)
 ARGS = "predict_from_raw_data_args.json"  # names its function's parameters, so it differs between the two
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import nnunetv2
 import pytest
 
 import nnunet_lowmem
+from nnunet_lowmem.bypassed import RAW
 
 PACKAGE = Path(nnunet_lowmem.__file__).parent
 
@@ -46,7 +48,7 @@ formats
 meta_image nrrd_files tiff_pages
 stored_parts
 plugin rebinding running measuring allocator pending_write
-types interruption bypassed harmless
+types interruption bypassed harmless signatures installed
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
@@ -85,9 +87,18 @@ def imported_names(node: ast.AST) -> list[str]:
     return [f"{node.module}.{alias.name}" for alias in node.names]
 
 
+def executed(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """What runs when a module is imported: all but the bodies of functions and what is for type checkers."""
+    for node in nodes:
+        only_checked = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not only_checked and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from executed(ast.iter_child_nodes(node))
+
+
 def imports(module: str, anywhere: bool = True) -> Iterator[str]:
     """Dotted names, those inside functions included unless only those at import time are asked for."""
-    nodes = ast.walk(tree(module)) if anywhere else iter(tree(module).body)
+    nodes = ast.walk(tree(module)) if anywhere else executed(tree(module).body)
     for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from imported_names(node)
@@ -152,13 +163,44 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
 )
 def test_light_rooms_import_neither_torch_nor_nnunet(module):
     """Nor does anything that they import when they are imported."""
-    seen, waiting = set(), {module}
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
+    for name in reached(module):
         assert not packages(name, anywhere=False) & {"torch", "nnunetv2", "numba", "scipy"}, name
-        at_import = {n.split(".")[1] for n in imports(name, anywhere=False) if n.startswith("nnunet_lowmem.")}
-        waiting |= (at_import & set(MODULES)) - seen
+
+
+def closure(start: str, step: Callable[[str], Iterable[str]]) -> set[str]:
+    seen, waiting = set(), {start}
+    while waiting:
+        seen.add(name := waiting.pop())
+        waiting |= set(step(name)) - seen
+    return seen
+
+
+def reached(module: str) -> set[str]:
+    """Modules of this package that are imported with one of them, itself included."""
+
+    def step(name: str) -> set[str]:
+        return {n.split(".")[1] for n in imports(name, anywhere=False) if n.startswith("nnunet_lowmem.")} & set(MODULES)
+
+    return closure(module, step)
+
+
+@cache
+def stocks_imports(name: str) -> list[str]:
+    """What of nnU-Net is imported with a module of its own, or with a name of one."""
+    parts = name.split(".")
+    paths = [Path(*nnunetv2.__path__, *parts[1:end]) for end in range(len(parts), 0, -1)]
+    files = (file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists())
+    nodes = executed(ast.parse(next(files).read_text()).body)
+    names = [n for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for n in imported_names(node)]
+    return [n for n in names if n.startswith("nnunetv2.")]
+
+
+def test_what_imports_nnunets_predictor_is_imported_where_it_is_used():
+    """Else no program could import it before the predictor: ours takes nnU-Net's place as soon as that is there."""
+    found = {name for module in reached("predictor") for name in imports(module, anywhere=False)}
+    before = {name for name in found if name.startswith("nnunetv2.") and not name.startswith(RAW)}
+    leading = {name for name in before if any(n.startswith(RAW) for n in closure(name, stocks_imports))}
+    assert not leading
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""Versions of what is installed, for a reader to see: nothing here is decided by them.
+
+nnU-Net may come from a distribution of another name, and there is no metadata in a source tree or a frozen program.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import packages_distributions, version
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package: that of its distribution, whatever its name, or its own word, or "unknown"."""
+    module = package.replace("-", "_")
+    own = getattr(sys.modules.get(module), "__version__", "unknown")
+    return _of_distribution(package) or _of_another_distribution(module) or str(own)
+
+
+def _of_distribution(name: str) -> str | None:
+    try:
+        found: object = version(name)
+    except Exception:  # whatever half-removed metadata leads to
+        return None
+    return None if found is None else str(found)
+
+
+def _of_another_distribution(module: str) -> str | None:
+    names = packages_distributions().get(module, ())
+    return next((f"{found} ({name})" for name in names if (found := _of_distribution(name))), None)
