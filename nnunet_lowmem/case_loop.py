@@ -18,6 +18,7 @@ from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
 from nnunet_lowmem.pending_write import PendingWrite
+from nnunet_lowmem.records import Records
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
 from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, read_raw_header
 
@@ -174,10 +175,10 @@ def raise_failures(report: RunReport, results: list[Any]) -> None:
 
 def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
     """Leave out the cases whose output is there, whole, and made from the same input; note them as skipped."""
-    remaining = []
+    remaining, records = [], Records()
     for job in jobs:
         assert job.recipe is not None, "a job with files and an output has a recipe"
-        standing = job.recipe.standing()
+        standing = job.recipe.standing(records)
         if standing.keeps:
             report.skipped.append(SkippedCase(job.name, standing.value))
             logger.info("case %s is skipped: %s", job.name, standing.value)

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from factory import ModelSpec
-from oracle import make_predictor, read_voxels
+from oracle import make_predictor, read_voxels, recorded_names
 
 from nnunet_lowmem import LowMemPredictor, cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
-from nnunet_lowmem.records import RECORD_FOLDER
 from nnunet_lowmem.reporting import FAILURES_FILE
 from nnunet_lowmem.verifying import verify_whole
 
@@ -238,7 +237,7 @@ def test_disk_that_fills_while_a_run_goes_on(models, images, small_disk):
     ):
         predictor.predict_from_files(cases, targets)
     assert sorted(path.name for path in folder.glob("*.nii")) == ["small.nii", "zeros.nii"]
-    assert sorted(path.name for path in (folder / RECORD_FOLDER).iterdir()) == ["small.nii.json", "zeros.nii.json"]
+    assert recorded_names(folder) == ["small.nii", "zeros.nii"]
     ballast.unlink()
     assert predictor.predict_from_files(cases, targets, overwrite=False) == [None]
     for target in targets:
