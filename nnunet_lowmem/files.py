@@ -24,6 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -35,10 +36,12 @@ from nnunet_lowmem.placing import flush, place_of, put
 #: Age after which a folder is taken for abandoned although its owner cannot be asked.
 UNKNOWN_OWNER_S = 24 * 3600
 
-_PARTIAL = ".partial"
+# the second where names that begin with a dot are forbidden
+_PARTIAL = (".partial", "lowmem_partial")
 _TEMPORARY = "nnunet_lowmem"
 _OWNED = re.compile(r"(.+)-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
+_NO_FOLDER = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EINVAL)
 _ALMOST_FULL_BYTES = 2**20
 
 # names of folders this process has made and not yet removed
@@ -210,7 +213,7 @@ def is_left_over(path: Path, name: str, kinds: Collection[str]) -> bool:
 
 
 def _is_stale(path: Path) -> bool:
-    return path.name not in _live and path.is_dir() and is_left_over(path, path.name, (_PARTIAL, _TEMPORARY))
+    return path.name not in _live and path.is_dir() and is_left_over(path, path.name, (*_PARTIAL, _TEMPORARY))
 
 
 def _is_own(path: Path) -> bool:
@@ -239,15 +242,20 @@ def _is_running(pid: int) -> bool:
 
 
 def _partial_folder(final: Path, place: Path) -> Path:
-    try:
-        folder = _make_owned_folder(place.parent, _PARTIAL)
-    except OSError as error:
-        if place.parent == final.parent:
-            raise _write_error(final, error) from error
-        return _partial_folder(final, final)  # a file may be written to where no other may be made
-    if place.parent != final.parent:  # which no run looks through when it begins
-        remove_stale(place.parent)
-    return folder
+    """Make a folder on the disk of `place`, or beside `final`: a file may be written to where no other may be made."""
+    parents = list(dict.fromkeys((place.parent, final.parent)))
+    for parent, kind in product(parents, _PARTIAL):
+        try:
+            folder = _make_owned_folder(parent, kind)
+        except OSError as error:
+            failed = error
+            if error.errno in _NO_FOLDER:
+                continue
+            break
+        if parent != final.parent:  # which no run looks through when it begins
+            remove_stale(parent)
+        return folder
+    raise _write_error(final, failed) from failed
 
 
 def _publish(folder: Path, final: Path, place: Path, verify: Callable[[Path], object] | None) -> None:

@@ -195,6 +195,29 @@ def test_link_into_a_folder_where_no_file_may_be_made(open_folder):
     assert os.listdir(final.parent) == ["case"]
 
 
+@needs_root
+def test_folder_that_may_be_written_to_and_not_read(open_folder):
+    (open_folder / "out").mkdir()
+    (open_folder / "out").chmod(0o333)
+    assert as_nobody(lambda: write(open_folder / "out" / "case")) == ""
+    assert (open_folder / "out" / "case").read_bytes() == NEW
+    assert os.listdir(open_folder / "out") == ["case"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
+def test_file_systems_without_names_that_begin_with_a_dot(number, tmp_path, monkeypatch):
+    make = os.mkdir
+
+    def refuse(path, *args):
+        if os.path.basename(path).startswith("."):
+            raise OSError(number, os.strerror(number))
+        make(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    write(tmp_path / "case")
+    assert os.listdir(tmp_path) == ["case"]
+
+
 @pytest.mark.parametrize(
     "prepare, told",
     [
@@ -210,10 +233,11 @@ def test_link_into_a_folder_where_no_file_may_be_made(open_folder):
 )
 def test_what_is_no_file_is_refused_before_it_is_written(prepare, told, tmp_path):
     prepare(tmp_path / "case")
-    before = (tmp_path / "case").lstat()
+    before = (tmp_path / "case").lstat().st_ino
     with pytest.raises(WriteError, match=told), atomic_output(tmp_path / "case"):
         raise AssertionError("must not be entered")
-    assert (tmp_path / "case").lstat() == before
+    assert (tmp_path / "case").lstat().st_ino == before
+    assert os.listdir(tmp_path) == ["case"]
 
 
 # -- copies in place ---------------------------------------------------------------------------------------------------

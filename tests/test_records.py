@@ -330,6 +330,28 @@ def test_continued_run_predicts_what_is_missing_or_damaged(images, models, tmp_p
         os.remove(path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs links and modes")
+def test_outputs_that_are_links_are_recorded_and_continued(images, models, tmp_path):
+    """All three files of a case, by their own names and from where these lead."""
+    (tmp_path / "out").mkdir()
+    case, target = images("small"), str(tmp_path / "out" / "small")
+    (tmp_path / "out" / "small.nii.gz").symlink_to("../elsewhere.nii.gz")
+    (tmp_path / "shared.npz").write_bytes(b"old")
+    os.link(tmp_path / "shared.npz", tmp_path / "out" / "small.npz")
+    (tmp_path / "out" / "small.pkl").touch(0o600)
+    predictor = make_predictor(LowMemPredictor, models(ModelSpec(), case), (0,))
+    arguments = {"save_probabilities": True, "num_processes_preprocessing": 0}
+    predictor.predict_from_files([case], [target], **arguments)
+    verify_whole(tmp_path / "elsewhere.nii.gz")
+    verify_whole(tmp_path / "shared.npz")
+    assert (tmp_path / "out" / "small.pkl").stat().st_mode & 0o777 == 0o600
+    assert recorded_names(tmp_path / "out") == ["small.nii.gz", "small.npz", "small.pkl"]
+    assert predictor.predict_from_files([case], [target], overwrite=False, **arguments) is None
+    cut(tmp_path / "shared.npz", 0.5)
+    assert predictor.predict_from_files([case], [target], overwrite=False, **arguments) == [None]
+    assert [len(file.read_bytes().splitlines()) for file in record_files(tmp_path / "out")] == [2]
+
+
 def test_output_of_other_options_is_named_and_kept_unless_overwritten(images, models, tmp_path, caplog):
     caplog.set_level("INFO", "nnunet_lowmem")
     cases, targets = [images("head")], [str(tmp_path / "head")]
