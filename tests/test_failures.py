@@ -55,6 +55,16 @@ def broken(folder: Path, name: str = "broken") -> list[str]:
     return [str(path)]
 
 
+def test_output_that_cannot_be_written_costs_its_case_before_it_is_computed(images, models, tmp_path):
+    seen = []
+    case, target = images("small"), tmp_path / "small"
+    Path(f"{target}.nii.gz").symlink_to(tmp_path / "gone" / "x.nii.gz")
+    predictor = make_predictor(LowMemPredictor, models(ModelSpec(), case), (0,), on_progress=seen.append)
+    with pytest.raises(CasesFailedError, match=r"case small, preprocessing: .*small\.nii\.gz: is a symbolic link to"):
+        predictor.predict_from_files([case], [str(target)])
+    assert {progress.stage for progress in seen} == {"preprocessing"}
+
+
 def test_the_others_are_predicted_and_one_error_tells(model, cases, expected, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     with pytest.raises(
