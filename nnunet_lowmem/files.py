@@ -166,7 +166,7 @@ def remove_stale(folder: Path) -> list[Path]:
 
 
 def _make_owned_folder(parent: Path, kind: str) -> Path:
-    folder = parent / owned_name(kind)
+    folder = parent / owned_name(kind, secrets.token_hex(4))
     # registered first: another thread may be removing stale folders right now
     _live.add(folder.name)
     try:
@@ -195,9 +195,9 @@ def _host() -> str:
     return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
 
 
-def owned_name(kind: str) -> str:
-    """Return a name that nobody else has, and that tells which process it belongs to."""
-    return f"{kind}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+def owned_name(kind: str, unique: str) -> str:
+    """Return a name that no other process has, and that tells which one it belongs to."""
+    return f"{kind}-{_host()}-{os.getpid()}-{unique}"
 
 
 def is_left_over(path: Path, name: str, kinds: Collection[str]) -> bool:

@@ -15,11 +15,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from nnunet_lowmem.verifying import DamagedFileError, verify_whole
 logger = logging.getLogger(__name__)
 
 _KIND, _ENDING = "lowmem_run", ".jsonl"
+# with the process id, which a restarted container gives again and a forked process does not share
+_UNIQUE = secrets.token_hex(4)
 #: Where versions before this one kept a file per output; read, never written.
 FORMER_FOLDER = ".nnunet_lowmem"
 _CHUNK_BYTES = 2**20
@@ -94,7 +96,7 @@ class Recipe:
         """Note that the outputs are done, once they have their names; where that cannot be noted, a warning says so."""
         folder = self.outputs[0].parent
         try:
-            _append(folder / f"{_run_name(os.getpid())}{_ENDING}", {
+            _append(folder / f"{owned_name(_KIND, _UNIQUE)}{_ENDING}", {
                 "outputs": {path.name: _content(path) for path in self.outputs},
                 "inputs": _input_states(self.inputs),
                 "made_with": self.made_with,
@@ -135,12 +137,6 @@ def fingerprint(description: Any, weights: Iterable[bytes]) -> str:
 
 
 # -- files of records --------------------------------------------------------------------------------------------------
-
-
-@cache
-def _run_name(pid: int) -> str:
-    """Return the name of this process; a process that was forked from it asks with another id."""
-    return owned_name(_KIND)
 
 
 def _append(file: Path, record: dict[str, Any]) -> None:
