@@ -13,11 +13,13 @@ from typing import Any
 from nnunet_lowmem import interruption
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import Progress, StageClock
-from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError
+from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
 from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
 from nnunet_lowmem.pending_write import PendingWrite
+from nnunet_lowmem.placing import place_of
+from nnunet_lowmem.records import Records
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
 from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, read_raw_header
 
@@ -174,10 +176,10 @@ def raise_failures(report: RunReport, results: list[Any]) -> None:
 
 def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
     """Leave out the cases whose output is there, whole, and made from the same input; note them as skipped."""
-    remaining = []
+    remaining, records = [], Records()
     for job in jobs:
         assert job.recipe is not None, "a job with files and an output has a recipe"
-        standing = job.recipe.standing()
+        standing = job.recipe.standing(records)
         if standing.keeps:
             report.skipped.append(SkippedCase(job.name, standing.value))
             logger.info("case %s is skipped: %s", job.name, standing.value)
@@ -216,14 +218,14 @@ def _voxels_by_folder(jobs: Sequence[Job]) -> dict[Path, int]:
     """Voxels that will be written to each folder, by headers."""
     voxels: dict[Path, int] = {}
     for job in jobs:
-        if job.output is None or job.files is None:
+        if job.recipe is None or job.files is None:
             continue
-        with suppress(UsageError):  # a header that cannot be read is told of when its turn comes
+        with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
             file = job.files[0][0]
             if file.lower().endswith(KNOWN_ENDINGS):
                 read_raw_header(file)  # one that promises more than its file can hold needs no space
             shape, _ = read_header(file)
-            folder = Path(job.output).parent
+            folder = place_of(job.recipe.outputs[0]).parent
             voxels[folder] = voxels.get(folder, 0) + math.prod(shape)
     return voxels
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import model_files
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import LowMemError, UsageError, WriteError
+from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.records import Recipe
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -77,10 +78,24 @@ def unless_misnumbered(job: Job, file_ending: str) -> Job:
     try:
         model_files.check_numbers(job.files[0], file_ending)
     except UsageError as error:
-        text = str(error)
-
-        def refuse() -> NoReturn:
-            raise UsageError(text)
-
-        return replace(job, load=refuse, files=None)
+        return _refused(job, error)
     return job
+
+
+def unless_unwritable(job: Job) -> Job:
+    """Let a case fail when its turn comes, before it is computed, if one of its outputs cannot be written."""
+    try:
+        for output in () if job.recipe is None else job.recipe.outputs:
+            place_of(output)
+    except WriteError as error:
+        return _refused(job, error)
+    return job
+
+
+def _refused(job: Job, error: LowMemError) -> Job:
+    kind, text = type(error), str(error)
+
+    def refuse() -> NoReturn:
+        raise kind(text)
+
+    return replace(job, load=refuse, files=None)

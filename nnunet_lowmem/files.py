@@ -1,8 +1,9 @@
 """Files that appear whole or not at all, and folders that do not outlive their process.
 
 An output is written under its own name into a hidden folder beside its target, verified, flushed to the disk and only
-then renamed: whoever looks, at any moment, sees nothing, the old file, or the new one. The folder keeps the name (and
-so every ending a writer may ask for) intact, and keeps the unfinished file out of listings of cases.
+then renamed: whoever looks, at any moment, sees nothing, the old file, or the new one (`placing` has the exceptions).
+The folder keeps the name (and so every ending a writer may ask for) intact, and keeps the unfinished file out of
+listings of cases. Where the output is a symbolic link, the folder is beside the file that it leads to.
 
 The name of such a folder tells who owns it. Folders of processes that have ended are removed by the next run; where
 the owner is on another machine or in another container, which cannot be asked, once nothing in them changed for a day.
@@ -21,23 +22,26 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import psutil
 
 from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError
 from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.placing import flush, place_of, put
 
 #: Age after which a folder is taken for abandoned although its owner cannot be asked.
 UNKNOWN_OWNER_S = 24 * 3600
 
-_PARTIAL = ".partial"
+# the second where names that begin with a dot are forbidden
+_PARTIAL = (".partial", "lowmem_partial")
 _TEMPORARY = "nnunet_lowmem"
-_OWNED_FOLDER = re.compile(rf"(?:{re.escape(_PARTIAL)}|{_TEMPORARY})-([0-9a-f]{{8}})-([0-9]+)-[0-9a-f]{{8}}")
+_OWNED = re.compile(r"(.+)-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
-_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+_NO_FOLDER = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EINVAL)
 _ALMOST_FULL_BYTES = 2**20
 
 # names of folders this process has made and not yet removed
@@ -48,7 +52,7 @@ _live: set[str] = set()
 def atomic_output(
     final: Path, verify: Callable[[Path], object] | None = None, needed_bytes: int | None = None
 ) -> Iterator[Path]:
-    """Give a path to write to; what is there at the end of the block becomes `final`.
+    """Give a path to write to; what is there at the end of the block becomes `final`, or the file that it links to.
 
     What the writer leaves beside that path (a header, a sidecar) is moved along, before the file itself.
 
@@ -69,16 +73,14 @@ def atomic_output(
     Raises
     ------
     WriteError
-        If the disk is full, the file cannot be written, is missing or damaged, or cannot be flushed or renamed. Errors
-        of the block that concern neither the disk nor that file pass through. In every case, KeyboardInterrupt
-        included, what was written is removed.
+        If the disk is full, the file cannot be written, is missing or damaged, or cannot be flushed or renamed; or if
+        what is there is no file or write-protected. Errors of the block that concern neither the disk nor that file
+        pass through. In every case, KeyboardInterrupt included, what was written is removed.
     """
+    place = place_of(final)
     if needed_bytes is not None:
-        require_free_bytes(final, needed_bytes)
-    try:
-        folder = _make_owned_folder(final.parent, _PARTIAL)
-    except OSError as error:
-        raise _write_error(final, error) from error
+        require_free_bytes(place, needed_bytes)
+    folder = _partial_folder(final, place)
     try:
         try:
             yield folder / final.name
@@ -87,7 +89,7 @@ def atomic_output(
                 raise
             raise _write_error(final, error, folder, needed_bytes) from error
         try:
-            _publish(folder, final, verify)
+            _publish(folder, final, place, verify)
         except WriteError:
             raise
         except (OSError, DamagedFileError) as error:
@@ -164,7 +166,7 @@ def remove_stale(folder: Path) -> list[Path]:
 
 
 def _make_owned_folder(parent: Path, kind: str) -> Path:
-    folder = parent / f"{kind}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    folder = parent / owned_name(kind, secrets.token_hex(4))
     # registered first: another thread may be removing stale folders right now
     _live.add(folder.name)
     try:
@@ -193,28 +195,38 @@ def _host() -> str:
     return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
 
 
-def _is_stale(path: Path) -> bool:
-    match = _OWNED_FOLDER.fullmatch(path.name)
-    if match is None or path.name in _live or not _is_own_directory(path):
+def owned_name(kind: str, unique: str) -> str:
+    """Return a name that no other process has, and that tells which one it belongs to."""
+    return f"{kind}-{_host()}-{os.getpid()}-{unique}"
+
+
+def is_left_over(path: Path, name: str, kinds: Collection[str]) -> bool:
+    """Whether `path`, a file or folder of this user, has an `owned_name` of one of `kinds`, and its owner has ended."""
+    match = _OWNED.fullmatch(name)
+    if match is None or match[1] not in kinds or not _is_own(path):
         return False
-    host, pid = match[1], int(match[2])
+    host, pid = match[2], int(match[3])
     if host != _host():
         return _age_s(path) > UNKNOWN_OWNER_S
     # in a container that was started again the predecessor had the same process id
     return pid == os.getpid() or not _is_running(pid)
 
 
-def _is_own_directory(path: Path) -> bool:
+def _is_stale(path: Path) -> bool:
+    return path.name not in _live and path.is_dir() and is_left_over(path, path.name, (*_PARTIAL, _TEMPORARY))
+
+
+def _is_own(path: Path) -> bool:
     try:
         status = path.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
+    return not stat.S_ISLNK(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
 
 
-def _age_s(folder: Path) -> float:
+def _age_s(owned: Path) -> float:
     try:
-        newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        newest: float = max(path.stat().st_mtime for path in (owned, *(owned.iterdir() if owned.is_dir() else ())))
     except OSError:  # somebody works in it
         return 0.0
     return time.time() - newest
@@ -229,45 +241,41 @@ def _is_running(pid: int) -> bool:
         return True
 
 
-def _publish(folder: Path, final: Path, verify: Callable[[Path], object] | None) -> None:
+def _partial_folder(final: Path, place: Path) -> Path:
+    """Make a folder on the disk of `place`, or beside `final`: a file may be written to where no other may be made."""
+    parents = list(dict.fromkeys((place.parent, final.parent)))
+    for parent, kind in product(parents, _PARTIAL):
+        try:
+            folder = _make_owned_folder(parent, kind)
+        except OSError as error:
+            failed = error
+            if error.errno in _NO_FOLDER:
+                continue
+            break
+        if parent != final.parent:  # which no run looks through when it begins
+            remove_stale(parent)
+        return folder
+    raise _write_error(final, failed) from failed
+
+
+def _publish(folder: Path, final: Path, place: Path, verify: Callable[[Path], object] | None) -> None:
     partial = folder / final.name
     if not partial.is_file():
         raise DamagedFileError("the writer left no such file")
     if verify is not None:
         verify(partial)
     # the file itself last: who sees it finds what belongs to it
-    written = sorted(folder.iterdir(), key=lambda path: path == partial)
-    for path in written:
-        _flush_file(path)
-    for path in written:
-        os.replace(path, final.parent / path.name)
+    sidecars = sorted(path for path in folder.iterdir() if path != partial)
+    places = {path: place_of(final.parent / path.name) for path in sidecars} | {partial: place}
+    for path in places:
+        flush(path)
+    for path, its_place in places.items():
+        put(path, its_place)
     try:
-        _flush_folder(final.parent)
+        for parent in {its_place.parent for its_place in places.values()}:
+            flush(parent)
     except OSError as error:
         raise WriteError(f"{final}: is complete, but its name may not survive a power cut: {error}") from error
-
-
-def _flush_file(path: Path) -> None:
-    # Windows flushes only what is open for writing
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network file systems cannot, and keep their folders safe in their own way
-        if error.errno not in _NO_FSYNC:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _is_about_writing(error: Exception, folder: Path) -> bool:
@@ -285,11 +293,12 @@ def _write_error(
 ) -> WriteError:
     # ITK tells its errors in many lines
     reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-    free_bytes, written_bytes = _free_bytes(final.parent), 0 if folder is None else _size_bytes(folder)
+    disk, written_bytes = (final.parent, 0) if folder is None else (folder.parent, _size_bytes(folder))
+    free_bytes = _free_bytes(disk)
     of_needed = "" if needed_bytes is None else f" of {format_gib(needed_bytes)}"
     told = f"{final}: could not be written whole: {reason}; {format_gib(written_bytes)}{of_needed} written"
     if free_bytes is not None:
-        told += f", {format_gib(free_bytes)} free in {final.parent}"
+        told += f", {format_gib(free_bytes)} free in {disk}"
     result = WriteError(f"{told}; the unfinished file is removed")
     result.errno = getattr(error, "errno", None)
     return result

@@ -24,7 +24,7 @@ from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
-from nnunet_lowmem.cases import Job, in_a_row, job_of_item, unless_misnumbered
+from nnunet_lowmem.cases import Job, in_a_row, job_of_item, unless_misnumbered, unless_unwritable
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import temporary_folder
@@ -146,13 +146,12 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result]:
         """Predict cases of files; what failed is told in the output folder."""
         tell(self, Step.READING, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
+        jobs = jobs if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in jobs]
         self._require_space(jobs, save_probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = in_a_row(jobs)
-            self._worker_bytes, self._prefetcher = 0, None
             if self._prefetches(len(jobs), processes):
                 self._prefetcher = stack.enter_context(self._new_prefetcher(folder))
-                stack.callback(setattr, self, "_prefetcher", None)
                 waiting = self._prefetcher.jobs(in_a_row(jobs))
             try:
                 return self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
@@ -355,6 +354,7 @@ class LowMemPredictor(CasePredictor):
             with vram_limit(self.max_vram, self.device), temporary_folder(self.tmp_dir) as folder:
                 yield folder
         finally:
+            self._worker_bytes, self._prefetcher = 0, None
             stock_calls.forget_importance()
             empty_cache(self.device)
 

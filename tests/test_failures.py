@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from factory import ModelSpec
-from oracle import make_predictor, read_voxels
+from oracle import make_predictor, read_voxels, recorded_names
 
 from nnunet_lowmem import LowMemPredictor, cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
-from nnunet_lowmem.records import RECORD_FOLDER
 from nnunet_lowmem.reporting import FAILURES_FILE
 from nnunet_lowmem.verifying import verify_whole
 
@@ -54,6 +53,16 @@ def broken(folder: Path, name: str = "broken") -> list[str]:
     path = folder / f"{name}_0000.nii.gz"
     path.write_bytes(b"this is no image")
     return [str(path)]
+
+
+def test_output_that_cannot_be_written_costs_its_case_before_it_is_computed(images, models, tmp_path):
+    seen = []
+    case, target = images("small"), tmp_path / "small"
+    Path(f"{target}.nii.gz").symlink_to(tmp_path / "gone" / "x.nii.gz")
+    predictor = make_predictor(LowMemPredictor, models(ModelSpec(), case), (0,), on_progress=seen.append)
+    with pytest.raises(CasesFailedError, match=r"case small, preprocessing: .*small\.nii\.gz: is a symbolic link to"):
+        predictor.predict_from_files([case], [str(target)])
+    assert {progress.stage for progress in seen} == {"preprocessing"}
 
 
 def test_the_others_are_predicted_and_one_error_tells(model, cases, expected, tmp_path, caplog):
@@ -238,7 +247,7 @@ def test_disk_that_fills_while_a_run_goes_on(models, images, small_disk):
     ):
         predictor.predict_from_files(cases, targets)
     assert sorted(path.name for path in folder.glob("*.nii")) == ["small.nii", "zeros.nii"]
-    assert sorted(path.name for path in (folder / RECORD_FOLDER).iterdir()) == ["small.nii.json", "zeros.nii.json"]
+    assert recorded_names(folder) == ["small.nii", "zeros.nii"]
     ballast.unlink()
     assert predictor.predict_from_files(cases, targets, overwrite=False) == [None]
     for target in targets:

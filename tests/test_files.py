@@ -624,7 +624,7 @@ class TestRemoveStale:
             os.utime(each, (time.time() - age_s,) * 2)
         return path
 
-    @pytest.mark.parametrize("kind", [".partial", "nnunet_lowmem"])
+    @pytest.mark.parametrize("kind", [".partial", "lowmem_partial", "nnunet_lowmem"])
     def test_of_an_ended_process_is_removed(self, tmp_path, kind):
         path = self.leftover(tmp_path, f"{kind}-{files._host()}-{ended_pid()}-0123abcd")
         assert remove_stale(tmp_path) == [path]

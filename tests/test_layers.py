@@ -47,7 +47,7 @@ resampling tiling halves headers threads transfers nonzero overlays overrides mo
 formats
 meta_image nrrd_files tiff_pages
 stored_parts
-plugin rebinding running measuring allocator pending_write
+plugin rebinding running measuring allocator pending_write placing
 types interruption bypassed harmless signatures installed
 errors
 """

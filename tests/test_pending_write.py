@@ -12,7 +12,7 @@ import pytest
 from factory import ModelSpec
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from oracle import make_predictor, read_voxels
+from oracle import make_predictor, read_voxels, recorded, recorded_names
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError, WriteError
@@ -87,9 +87,9 @@ def test_next_case_runs_while_the_first_is_written(model, cases, tmp_path, monke
     assert watched.events.index((NAMES[0], "writing", 1)) < watched.events.index((NAMES[1], "writing", 1))
     assert all(events in watched.events for events in [(name, "writing", 1) for name in NAMES])
     assert watched.writers[-1] is threading.main_thread(), "after the last case there is nothing to do meanwhile"
-    for record in (tmp_path / "one_by_one" / ".nnunet_lowmem").iterdir():
-        theirs = json.loads((tmp_path / "in_a_row" / ".nnunet_lowmem" / record.name).read_text())
-        assert theirs["outputs"] == json.loads(record.read_text())["outputs"]
+    records = [[record["outputs"] for record in recorded(tmp_path / name)] for name in ("one_by_one", "in_a_row")]
+    assert records[0] == records[1]
+    assert len(records[0]) == len(NAMES)
     names = [allocation.name for allocation in watched.told[1].plan.allocations]
     assert "label map of the case before, being written" in names
     assert len(names) == len(set(names))
@@ -106,7 +106,7 @@ def test_failed_write_costs_its_own_case(model, cases, tmp_path, monkeypatch):
     assert [case.case for case in report.done] == ["small"] == [case.case for case in watched.told]
     assert [case["case"] for case in json.loads((tmp_path / FAILURES_FILE).read_text())["failed"]] == ["head", "broken"]
     assert sorted(path.name for path in tmp_path.glob("*.nii.gz")) == ["broken_0000.nii.gz", "small.nii.gz"]
-    assert [path.name for path in (tmp_path / ".nnunet_lowmem").iterdir()] == ["small.nii.gz.json"]
+    assert recorded_names(tmp_path) == ["small.nii.gz"]
 
 
 def test_failed_write_ends_the_run_on_request(model, cases, tmp_path, monkeypatch):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from factory import ModelSpec
-from oracle import make_predictor
+from oracle import make_predictor, record_files, recorded, recorded_names
 from skimage import io
 
-from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.records import Recipe, Standing, fingerprint
+from nnunet_lowmem import LowMemPredictor, files
+from nnunet_lowmem.records import Recipe, Records, Standing, fingerprint
 from nnunet_lowmem.verifying import DamagedFileError, verify_whole
 
 
@@ -31,12 +38,22 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+def forget(recipe: Recipe) -> None:
+    """Remove the records beside an output."""
+    for file in record_files(recipe.outputs[0].parent):
+        file.unlink()
+
+
 def test_done_with_a_record(done):
     assert done.standing() is Standing.DONE
 
 
-def test_record_is_hidden_and_beside_the_output(done):
-    assert done.record_file.parent == done.outputs[0].parent / ".nnunet_lowmem"
+def test_a_record_is_a_line_in_a_file_of_the_process_beside_the_output(done, tmp_path):
+    second = Recipe((tmp_path / "in.nii.gz",), (), "model")
+    second.write_record()
+    (file,) = record_files(tmp_path)
+    assert file.read_bytes().count(b"\n") == len(recorded(tmp_path)) == 2
+    assert recorded_names(tmp_path) == ["in.nii.gz", "out.nii.gz"]
 
 
 def test_output_that_is_gone(done):
@@ -79,7 +96,7 @@ def test_inputs_of_one_name_in_two_folders(done, tmp_path):
 
 
 def test_whole_file_without_a_record(done):
-    done.record_file.unlink()
+    forget(done)
     assert done.standing() is Standing.UNRECORDED
 
 
@@ -88,7 +105,7 @@ def test_whole_file_without_a_record(done):
 def test_truncated_file(share, recorded, done):
     """A record of a file that was whole says nothing for one that no longer is."""
     if not recorded:
-        done.record_file.unlink()
+        forget(done)
     cut(done.outputs[0], share)
     assert done.standing() is Standing.DAMAGED
 
@@ -100,9 +117,165 @@ def test_flipped_bit(done):
     assert done.standing() is Standing.DAMAGED
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"outputs": 3}', '{"outputs": {}}'])
-def test_record_that_is_none(text, done):
-    done.record_file.write_text(text)
+NONE = [
+    "",
+    "{",
+    "[]",
+    "3",
+    '{"outputs": 3}',
+    '{"outputs": {}}',
+    '{"outputs": {"out.nii.gz": 1}, "time_ns": "x"}',
+    "\0\0",
+    "\xff",
+]
+
+
+@pytest.mark.parametrize("text", NONE)
+@pytest.mark.parametrize("place", ["lowmem_run-x.jsonl", ".nnunet_lowmem/out.nii.gz.json"])
+def test_record_that_is_none(text, place, done, tmp_path):
+    forget(done)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_bytes(text.encode("latin-1"))
+    assert done.standing() is Standing.UNRECORDED
+
+
+# -- many lines, many files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", [1, 20, 100])
+def test_torn_line_costs_itself_only(missing, done, tmp_path):
+    """After a power cut, or on a disk that was full; the line after it is not glued to it."""
+    (file,) = record_files(tmp_path)
+    source = Recipe((tmp_path / "in.nii.gz",), (), "model")
+    source.write_record()
+    os.truncate(file, file.stat().st_size - missing)
+    # without its last byte it still says all
+    assert (source.standing(), done.standing()) == (
+        Standing.DONE if missing == 1 else Standing.UNRECORDED,
+        Standing.DONE,
+    )
+    source.write_record()
+    assert (source.standing(), done.standing()) == (Standing.DONE, Standing.DONE)
+
+
+def edited(done: Recipe, **changes: Any) -> bytes:
+    (record,) = recorded(done.outputs[0].parent)
+    return json.dumps({**record, **changes}).encode() + b"\n"
+
+
+LATER, EARLIER = 2**62, 1
+
+
+@pytest.mark.parametrize(
+    "place, changes, standing",
+    [
+        ("same", {}, Standing.OTHER_MODEL),
+        ("same", {"time_ns": EARLIER}, Standing.OTHER_MODEL),
+        ("another", {"time_ns": LATER}, Standing.OTHER_MODEL),
+        ("another", {"time_ns": EARLIER}, Standing.DONE),
+        # of a file that was there once, or is no longer
+        ("same", {"outputs": {"out.nii.gz": [1, "00"]}}, Standing.DONE),
+        ("another", {"outputs": {"out.nii.gz": [1, "00"]}, "time_ns": LATER}, Standing.DONE),
+    ],
+)
+def test_last_line_about_what_is_there_wins(place, changes, standing, done, tmp_path):
+    file = record_files(tmp_path)[0] if place == "same" else tmp_path / "lowmem_run-0.jsonl"
+    line = edited(done, made_with="another", **changes)
+    with file.open("ab") as stream:
+        stream.write(line)
+    assert done.standing() is standing
+
+
+@pytest.mark.parametrize("made_with, standing", [("model", Standing.DONE), ("another", Standing.OTHER_MODEL)])
+def test_records_of_former_versions_are_read(made_with, standing, done, tmp_path):
+    line = edited(done, made_with=made_with)
+    forget(done)
+    (tmp_path / ".nnunet_lowmem").mkdir()
+    (tmp_path / ".nnunet_lowmem" / "out.nii.gz.json").write_bytes(line)
+    assert done.standing() is standing
+    done.write_record()
+    assert done.standing() is Standing.DONE
+    assert [path.name for path in (tmp_path / ".nnunet_lowmem").iterdir()] == ["out.nii.gz.json"]
+
+
+def test_a_folder_is_read_once(done, tmp_path):
+    known = Records()
+    assert done.standing(known) is Standing.DONE
+    forget(done)
+    assert done.standing(known) is Standing.DONE
+    assert done.standing() is Standing.UNRECORDED
+
+
+def record_all(folder: Path, number: int) -> None:
+    """Record 40 outputs from four threads."""
+    outputs = [folder / f"{number}-{output}" for output in range(40)]
+    for output in outputs:
+        output.write_bytes(b"x")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda output: Recipe((output,), (), "model").write_record(), outputs))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_and_threads_that_record_at_once(done, tmp_path):
+    """Forked ones, too, have files of their own."""
+    processes = [multiprocessing.get_context("fork").Process(target=record_all, args=(tmp_path, n)) for n in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(len(file.read_bytes().splitlines()) for file in record_files(tmp_path)) == [1, 40, 40, 40]
+    assert len(recorded_names(tmp_path)) == 1 + 3 * 40
+
+
+def ended_name() -> str:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return f"lowmem_run-{files._host()}-{process.pid}-0123abcd.jsonl"
+
+
+@pytest.mark.parametrize(
+    "name, outputs, age_s, stays",
+    [
+        (ended_name, ["out.nii.gz"], 0, False),
+        (ended_name, ["out.nii.gz", "gone.nii.gz"], 0, False),
+        (ended_name, ["out.nii.gz", "in.nii.gz"], 0, True),
+        (ended_name, [], 0, False),
+        (lambda: f"lowmem_run-{files._host()}-{os.getppid()}-0123abcd.jsonl", ["out.nii.gz"], 0, True),
+        ("lowmem_run-00000000-1-0123abcd.jsonl", ["out.nii.gz"], 3600, True),
+        ("lowmem_run-00000000-1-0123abcd.jsonl", ["out.nii.gz"], 25 * 3600, False),
+        ("lowmem_run-kept.jsonl", ["out.nii.gz"], 0, True),
+        (lambda: ended_name().replace("run", "else"), ["out.nii.gz"], 0, True),
+    ],
+)
+def test_files_that_say_nothing_new_are_removed_once_their_process_has_ended(
+    name, outputs, age_s, stays, done, tmp_path
+):
+    line = edited(done, outputs={output: [1, "00"] for output in outputs}, time_ns=EARLIER)
+    forget(done)
+    file = tmp_path / (name if isinstance(name, str) else name())
+    file.write_bytes(line if outputs else b'{"out')
+    os.utime(file, (time.time() - age_s,) * 2)
+    done.write_record()
+    assert file.exists() == stays
+    assert len(record_files(tmp_path)) == 1 + (stays and "run" in file.name)
+
+
+def test_own_file_stays_however_the_clocks_go(done, tmp_path):
+    (own,) = record_files(tmp_path)
+    other = tmp_path / "lowmem_run-other.jsonl"
+    other.write_bytes(edited(done, time_ns=LATER))
+    own.unlink()
+    done.write_record()
+    assert record_files(tmp_path) == sorted([own, other])
+
+
+def test_what_cannot_be_recorded_is_told_and_decoded(done, tmp_path, caplog):
+    (file,) = record_files(tmp_path)
+    file.unlink()
+    file.mkdir()
+    done.write_record()
+    assert "out.nii.gz is whole, but that could not be recorded" in caplog.text
     assert done.standing() is Standing.UNRECORDED
 
 
@@ -140,7 +313,9 @@ def test_continued_run_predicts_what_is_missing_or_damaged(images, models, tmp_p
     predictor.predict_from_files(cases, targets)
     whole = [Path(f"{target}.nii.gz").read_bytes() for target in targets]
     cut(tmp_path / "1.nii.gz", 0.7)
-    (tmp_path / ".nnunet_lowmem/2.nii.gz.json").unlink()
+    (file,) = record_files(tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(line for line in lines if b'"2.nii.gz"' not in line))
     (tmp_path / "3.nii.gz").unlink()
     caplog.clear()
     results = predictor.predict_from_files(cases, targets, overwrite=False)
@@ -150,6 +325,31 @@ def test_continued_run_predicts_what_is_missing_or_damaged(images, models, tmp_p
     assert [Path(f"{target}.nii.gz").read_bytes() for target in targets] == whole
     assert "case zeros is skipped: there is a whole file that this package has not recorded" in caplog.text
     assert predictor.predict_from_files(cases, targets, overwrite=False) is None
+    # the folder is the user's: there is nothing in it that cannot be removed
+    for path in tmp_path.iterdir():
+        os.remove(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and modes")
+def test_outputs_that_are_links_are_recorded_and_continued(images, models, tmp_path):
+    """All three files of a case, by their own names and from where these lead."""
+    (tmp_path / "out").mkdir()
+    case, target = images("small"), str(tmp_path / "out" / "small")
+    (tmp_path / "out" / "small.nii.gz").symlink_to("../elsewhere.nii.gz")
+    (tmp_path / "shared.npz").write_bytes(b"old")
+    os.link(tmp_path / "shared.npz", tmp_path / "out" / "small.npz")
+    (tmp_path / "out" / "small.pkl").touch(0o600)
+    predictor = make_predictor(LowMemPredictor, models(ModelSpec(), case), (0,))
+    arguments = {"save_probabilities": True, "num_processes_preprocessing": 0}
+    predictor.predict_from_files([case], [target], **arguments)
+    verify_whole(tmp_path / "elsewhere.nii.gz")
+    verify_whole(tmp_path / "shared.npz")
+    assert (tmp_path / "out" / "small.pkl").stat().st_mode & 0o777 == 0o600
+    assert recorded_names(tmp_path / "out") == ["small.nii.gz", "small.npz", "small.pkl"]
+    assert predictor.predict_from_files([case], [target], overwrite=False, **arguments) is None
+    cut(tmp_path / "shared.npz", 0.5)
+    assert predictor.predict_from_files([case], [target], overwrite=False, **arguments) == [None]
+    assert [len(file.read_bytes().splitlines()) for file in record_files(tmp_path / "out")] == [2]
 
 
 def test_output_of_other_options_is_named_and_kept_unless_overwritten(images, models, tmp_path, caplog):
