@@ -25,6 +25,7 @@ from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.labelling import LabelRule, SlabLimits
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.overlays import overlays
@@ -167,7 +168,8 @@ class CasePredictor(LogitsPredictor):
             planning.planner = planning.after_pending()
             plan = planning.plan(name, case, probabilities)
         if self.on_plan is not None:
-            self.on_plan(plan)
+            with foreign(self._clock):
+                self.on_plan(plan)
         if self._html_report is not None:
             self._html_report.plan(plan)
         return_freed_memory()
@@ -277,7 +279,7 @@ class CasePredictor(LogitsPredictor):
         if is_single and not replaced(self, Step.LOGITS, Step.WINDOW):
             return None
         data = stock_calls.network_input(case, self.label_manager)
-        with torch_threads(self._threads_of_network()):
+        with torch_threads(self._threads_of_network()), foreign(self._clock):
             logits = self.predict_logits_from_preprocessed_data(data)
         return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
 
@@ -297,7 +299,8 @@ class CasePredictor(LogitsPredictor):
         self, logits: Any, case: PreprocessedCase, job: Job, clock: StageClock, probabilities: bool
     ) -> Result:
         """Let nnU-Net's functions convert all logits at once, or what stands in their place; None where these wrote."""
-        with clock.stage("export"):
+        others = replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING)
+        with clock.stage("export"), foreign(clock if others else None):
             if job.output is not None and replaced(self, Step.EXPORT):
                 stock_calls.export_as_stock(
                     logits, case.properties, self.plans_manager, self.configuration_manager, self.dataset_json,
@@ -305,14 +308,8 @@ class CasePredictor(LogitsPredictor):
                 )  # fmt: skip
                 return None
             convert = stock_calls.conversion(writes=job.output is not None)
-            return convert(  # type: ignore[no-any-return]  # stock's
-                logits,
-                self.plans_manager,
-                self.configuration_manager,
-                self._label_manager(job),
-                case.properties,
-                return_probabilities=probabilities,
-            )
+            arguments = (self.plans_manager, self.configuration_manager, self._label_manager(job), case.properties)
+            return convert(logits, *arguments, return_probabilities=probabilities)  # type: ignore[no-any-return]  # stock's
 
     def _preprocess_files(self, files: list[str], previous_stage: str | None) -> PreprocessedCase:
         return preprocess_case(

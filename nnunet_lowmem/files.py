@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError
+from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError, because
 from nnunet_lowmem.memory import format_gib
 
 #: Age after which a folder is taken for abandoned although its owner cannot be asked.
@@ -138,7 +138,8 @@ def temporary_folder(tmp_dir: Path | None = None) -> Iterator[Path]:
         parent = Path(tempfile.gettempdir() if tmp_dir is None else tmp_dir)
         folder = _make_owned_folder(parent, _TEMPORARY)
     except OSError as error:
-        raise UsageError(f"--tmp_dir {tmp_dir or ''}: cannot make a folder there: {error.strerror or error}") from error
+        text = f"--tmp_dir {tmp_dir or ''}: cannot make a folder there: {error.strerror or error}"
+        raise because(UsageError, text, error) from error
     try:
         remove_stale(parent)
         yield folder
@@ -290,7 +291,7 @@ def _write_error(
     told = f"{final}: could not be written whole: {reason}; {format_gib(written_bytes)}{of_needed} written"
     if free_bytes is not None:
         told += f", {format_gib(free_bytes)} free in {final.parent}"
-    result = WriteError(f"{told}; the unfinished file is removed")
+    result = because(WriteError, f"{told}; the unfinished file is removed", error)
     result.errno = getattr(error, "errno", None)
     return result
 

@@ -21,8 +21,9 @@ from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.budget import ram_limit, spill_bytes
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.clock import Progress, StageClock
-from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError
+from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError, because
 from nnunet_lowmem.fast_network import FastNetwork, fast_network, parts_of
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
@@ -69,7 +70,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     prefetch : bool, optional
         Preprocess the next case in a process meanwhile; by default only beside a GPU.
     continue_on_error : bool
-        Predict the other cases when one fails, then raise one `CasesFailedError`; False raises at once, as stock.
+        Predict the others when a case fails, then raise one `CasesFailedError`; but see `foreign_ends_run`.
     accept_nan : bool
         Set NaN and infinite voxels to 0, and log how many, instead of refusing the case.
     trust : sequence of str
@@ -86,10 +87,12 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         Called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`.
     on_progress : callable, optional
         Called with the `Progress` (stage, case, done, total, memory_bytes) of each case, in the thread that called the
-        predictor. What it raises ends the run at once, whatever `continue_on_error` says, and reaches the caller.
+        predictor. What it raises ends the run at once and reaches the caller.
     """
 
     network: Any
+    #: What the network, an override or a callback raises ends a run at once. For commands it is a failure of the case.
+    foreign_ends_run = True
     #: At most; None takes stock's number, which it sets for predictions and not for validations.
     network_threads: int | None = None
 
@@ -124,16 +127,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         on_device = perform_everything_on_device and device.type == "cuda"
         # nnU-Net says of every other device that CUDA alone keeps logits, whatever it was asked for
         with logging_prints(logging.DEBUG):
-            super().__init__(
-                tile_step_size,
-                use_gaussian,
-                use_mirroring,
-                on_device,
-                device,
-                verbose,
-                verbose_preprocessing,
-                allow_tqdm,
-            )
+            of_tiles = (tile_step_size, use_gaussian, use_mirroring, on_device, device)
+            super().__init__(*of_tiles, verbose, verbose_preprocessing, allow_tqdm)
         self.max_ram = max_ram
         self.max_vram = max_vram
         self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
@@ -199,7 +194,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         except LowMemError:
             raise
         except Exception as error:
-            raise ModelError(why_not_loaded(checkpoints[0], error)) from error
+            raise because(ModelError, why_not_loaded(checkpoints[0], error), error) from error
         nnunet_adapter.check_reader(model.plans_manager)
         others = (self.trust.load_checkpoint(path, device)["network_weights"] for path in checkpoints[1:])
         self._keep_weights(chain([model.weights], others), free_bytes, spill_bytes(self.tmp_dir))
@@ -211,9 +206,9 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile, or features where the window has a head; autocast only on CUDA, as in stock."""
-        if (fast := self._fast()) is not None:
-            return fast.features(tile, self._mirrored_axes())
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+        with foreign(self._clock), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            if (fast := self._fast()) is not None:
+                return fast.features(tile, self._mirrored_axes())
             return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
 
     def _mirrored_axes(self) -> tuple[int, ...]:
@@ -278,8 +273,9 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         self, case: PreprocessedCase, grid: TileGrid, window: RollingWindow, clock: StageClock
     ) -> Iterator[LogitsSlab]:
         """Slabs of the final logits of the current weights."""
-        self.network = self.network.to(self.device)
-        self.network.eval()
+        with foreign(self._clock):
+            self.network = self.network.to(self.device)
+            self.network.eval()
         empty_cache(self.device)
         window.head = None if (fast := self._fast()) is None else fast.head()
         source = TileSource(case, grid, self.label_manager.foreground_labels)
@@ -384,7 +380,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         if (fast := self._fast()) is not None:
             network, channels = fast.body, fast.channels
         output: int = channels * int(math.prod(self.configuration_manager.patch_size)) * 4
-        return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
+        with foreign(self._clock):
+            return int(activation_bytes(network, self._tile_shape()) * scratch_factor) + mirrored * output
 
     def _measured_tile_bytes(self) -> int:
         """Peak of a run on one tile. Mirroring along one axis holds as much as along all of them."""
