@@ -62,7 +62,7 @@ def job_of_item(item: dict[str, Any]) -> Job:
         if isinstance(data, str):
             path, data = Path(data), np.load(data)
             path.unlink()
-        image = data.cpu().numpy() if isinstance(data, torch.Tensor) else data
+        image = data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else data
         return PreprocessedCase(image, None, item["data_properties"])
 
     output = item["ofile"]

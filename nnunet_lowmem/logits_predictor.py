@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -24,11 +24,11 @@ from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError, because
 from nnunet_lowmem.fast_network import FastNetwork, fast_network, parts_of
 from nnunet_lowmem.foreign import foreign
-from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import CPU_SCRATCH_FACTOR, activation_bytes, measured_bytes, weight_bytes
+from nnunet_lowmem.options import Options
 from nnunet_lowmem.overrides import found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 Folds = Sequence[int | str] | int | str | None
 
 
-class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
+class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
     """nnU-Net's predictor up to the final logits, which come as slabs and never as a whole.
 
     Parameters
@@ -70,7 +70,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     prefetch : bool, optional
         Preprocess the next case in a process meanwhile; by default only beside a GPU.
     continue_on_error : bool
-        Predict the others when a case fails, then raise one `CasesFailedError`; but see `foreign_ends_run`.
+        Predict the others when a case fails, then raise one `CasesFailedError`; but see `Options.foreign_ends_run`.
     accept_nan : bool
         Set NaN and infinite voxels to 0, and log how many, instead of refusing the case.
     trust : sequence of str
@@ -91,10 +91,6 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     """
 
     network: Any
-    #: What the network, an override or a callback raises ends a run at once. For commands it is a failure of the case.
-    foreign_ends_run = True
-    #: At most; None takes stock's number, which it sets for predictions and not for validations.
-    network_threads: int | None = None
 
     def __init__(
         self,
@@ -140,10 +136,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
         self.fast = fast and device.type == "cpu"
-        self._fast_network: tuple[Any, FastNetwork | None] = (None, None)
         self.report = report
-        self._html_report: HtmlReport | None = None
-        self._measured: tuple[Any, ModelFacts] | None = None
         self.on_plan = on_plan
         self.on_case = on_case
         self.on_progress = on_progress
@@ -212,8 +205,8 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
             return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
 
     def _mirrored_axes(self) -> tuple[int, ...]:
-        axes = self.allowed_mirroring_axes  # or an array of numpy
-        return () if axes is None or not self.use_mirroring else tuple(map(int, axes))
+        axes = self.allowed_mirroring_axes  # or an array of numpy; what is no collection is the network's to refuse
+        return tuple(map(int, axes)) if isinstance(axes, Iterable) and self.use_mirroring else ()
 
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
@@ -243,7 +236,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         if input_image.dtype != torch.float32 or replaced(self, Step.WINDOW):
             return super().predict_sliding_window_return_logits(input_image)  # type: ignore[no-any-return]  # stock's
         assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
-        case = PreprocessedCase(input_image.cpu().numpy(), None, {})
+        case = PreprocessedCase(input_image.detach().cpu().numpy(), None, {})
         grid = self._grid(case)
         clock = StageClock("image")
         with ExitStack() as stack:
@@ -385,7 +378,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _measured_tile_bytes(self) -> int:
         """Peak of a run on one tile. Mirroring along one axis holds as much as along all of them."""
-        tile = torch.zeros(self._tile_shape(), device=self.device)
+        tile = torch.zeros(self._tile_shape(), dtype=torch.float32, device=self.device)
         axes: Any = self.allowed_mirroring_axes
         self.network.eval()
         try:

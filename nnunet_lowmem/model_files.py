@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,11 @@ def check_file_ending(dataset_json: dict[str, Any], path: Path) -> str:
     if not re.fullmatch(r"(\.\w[\w+-]*){1,4}", ending, re.ASCII) or len(ending) > 32:
         raise ModelError(f"{path}: 'file_ending' {ending!r} is not the ending of a file name, such as .nii.gz")
     return ending
+
+
+def as_text(cases: Iterable[Iterable[str | os.PathLike[str]]]) -> list[list[str]]:
+    """Return the files of cases as stock takes them, which may be paths, as text."""
+    return [[os.fspath(file) for file in files] for files in cases]
 
 
 def case_name(files: Sequence[str], file_ending: str) -> str:

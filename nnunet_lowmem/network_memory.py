@@ -74,7 +74,7 @@ def activation_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     shadow = meta_copy(network)
     counter = LiveTensorBytes()
     with torch.inference_mode(), counter:
-        shadow(torch.empty(input_shape, device="meta"))
+        shadow(torch.empty(input_shape, dtype=torch.float32, device="meta"))
     return counter.peak_bytes
 
 
@@ -103,7 +103,10 @@ def measured_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 def warm_up(dimensions: int) -> None:
     """Let torch's convolutions take what they take once and for all, so that it counts as reserved."""
-    image, kernel = torch.zeros((1, 8, *[16] * dimensions)), torch.zeros((8, 8, *[3] * dimensions))
+    image, kernel = (
+        torch.zeros((batch, 8, *[size] * dimensions), dtype=torch.float32, device="cpu")
+        for batch, size in ((1, 16), (8, 3))
+    )
     with torch.inference_mode():
         (nn.functional.conv3d if dimensions == 3 else nn.functional.conv2d)(image, kernel)
 

@@ -7,6 +7,7 @@ package reproduces. Anything else is called as it is.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -42,6 +43,8 @@ try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 except ImportError:  # new in nnU-Net 2.6
     no_resampling_hack = None
+
+logger = logging.getLogger(__name__)
 
 #: nnU-Net 2.5 always takes the argmax of the softmax; rounding can make it differ from that of the logits.
 TAKES_ARGMAX_OF_SOFTMAX = tuple(map(int, version("nnunetv2").split(".")[:2])) < (2, 6)
@@ -151,6 +154,14 @@ def write_run_files(
     save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
     save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
     save_json(plans, str(folder / "plans.json"), sort_keys=False)
+
+
+def outputs(wanted: Any) -> str | list[str] | None:
+    """Return the folder or list of outputs as far as stock takes it for one: no path, tuple or array."""
+    if wanted is None or isinstance(wanted, str | list):
+        return wanted
+    logger.warning("nnU-Net writes to a folder given as str, or a list: for %r results are returned", wanted)
+    return None
 
 
 def output_folder(target: str | list[str]) -> Path:

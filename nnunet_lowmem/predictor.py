@@ -19,7 +19,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
-from nnunet_lowmem import model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
+from nnunet_lowmem import export, model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
 from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_loop import Failing, raise_failures, require_space, run_cases, without_those_done
@@ -107,7 +107,7 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result] | None:
         """Predict files; `in_workers` says whether stock preprocesses and exports them in processes of their own."""
         source = arguments["list_of_lists_or_source_folder"]
-        target = arguments["output_folder_or_list_of_truncated_output_files"]
+        target = nnunet_adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
         stage_folder = arguments["folder_with_segs_from_prev_stage"]
         previous_stage = self.configuration_manager.previous_stage_name
         if previous_stage is not None and stage_folder is None:
@@ -170,7 +170,7 @@ class LowMemPredictor(CasePredictor):
         made_with = "" if outputs is None else self._fingerprint(probabilities)
         targets: Sequence[str | None] = outputs or [None] * len(cases)
         jobs = []
-        for files, output, stage in zip(cases, targets, stages, strict=True):
+        for files, output, stage in zip(model_files.as_text(cases), targets, stages, strict=True):
             recipe = None
             if output is not None:
                 inputs = tuple(map(Path, files if stage is None else [*files, stage]))
@@ -387,7 +387,7 @@ class LowMemPredictor(CasePredictor):
                 self._draw(case, job, result, clock)
                 result = None
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})
-        return result, report, self._latest_write
+        return export.plain(result), report, self._latest_write
 
 
 def _stock_parameters(method: str) -> list[str]:

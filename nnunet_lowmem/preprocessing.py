@@ -182,7 +182,7 @@ def preprocess_array(
     UsageError
         If the arrays do not fit each other or the model.
     """
-    if not is_own(configuration_manager.preprocessor_class):
+    if not is_own(configuration_manager.preprocessor_class) or isinstance(image, np.ma.MaskedArray):
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case_npy(
             image, previous_stage, properties, plans_manager, configuration_manager, dataset_json

@@ -56,7 +56,7 @@ class FoldWeights:
     network: Any
     tmp_dir: Path | None
     _checkpoints: tuple[Path, ...] = ()
-    _clock: StageClock | None = None  # of the case under way
+    _clock: StageClock | None
 
     def _keep_weights(self, folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int) -> None:
         """Make `list_of_parameters` of the weights of folds, each read when it is asked for."""
@@ -167,7 +167,7 @@ def _make_movable(fold: Mapping[str, Any]) -> None:
     for tensors in _sharing([fold]):
         storage = tensors[0].untyped_storage()
         if _is_ours(tensors) and not storage.resizable():
-            _move(tensors, torch.empty(storage.nbytes(), dtype=torch.uint8))
+            _move(tensors, torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu"))
 
 
 def _move(tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:

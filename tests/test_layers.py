@@ -29,6 +29,7 @@ iterating
 case_predictor case_loop
 next_stages
 probabilities logits_predictor prefetching
+options
 html_report
 export warming console training_data
 estimating
