@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from nnunet_lowmem import interruption
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import Progress, StageClock
-from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
+from nnunet_lowmem.errors import CasesFailedError, LowMemError, ModelError, UsageError, WriteError, of_kinds, twin
 from nnunet_lowmem.files import require_free_bytes
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
 from nnunet_lowmem.pending_write import PendingWrite
@@ -33,8 +35,31 @@ _GREATEST_COMPRESSION = 1032
 _UNCOMPRESSED_ENDINGS = (".nii",)
 
 
+@dataclass(frozen=True)
+class Failing:
+    """What becomes of a run when something fails.
+
+    Attributes
+    ----------
+    keep_going : bool
+        Whether the other cases are predicted when one fails.
+    foreign_ends_run : bool
+        Whether what `foreign` code raises ends the run whatever `keep_going` says; else it fails the case.
+    in_workers : bool
+        Whether stock preprocesses in processes of its own: it raises a RuntimeError, whatever has ended them.
+    """
+
+    keep_going: bool = True
+    foreign_ends_run: bool = True
+    in_workers: bool = False
+
+    def kind(self, stage: str, error: Exception | None) -> type[Exception]:
+        """Return the class that stock raises where `error` has left a stage."""
+        return RuntimeError if self.in_workers and stage == "preprocessing" else type(error or Exception())
+
+
 def run_cases(
-    jobs: Iterable[Job], predict: Predict, report: RunReport, keep_going: bool, on_case: OnCase = None
+    jobs: Iterable[Job], predict: Predict, report: RunReport, failing: Failing, on_case: OnCase = None
 ) -> list[Any]:
     """Predict each job and note how it went.
 
@@ -45,8 +70,7 @@ def run_cases(
         (job, clock) -> (result, report of the case, its files if they are not written yet)
     report : RunReport
         Filled case by case.
-    keep_going : bool
-        Whether the other cases are predicted when one fails.
+    failing : Failing
     on_case : callable, optional
         Called with the report of each case once its files are there, in the order of the cases.
 
@@ -60,10 +84,11 @@ def run_cases(
     ModelError
         At once, since it would fail every case.
     Exception
-        At once, if a listener of the clock raised it; without `keep_going` that of the first case that fails.
+        At once, if somebody else's code raised it and that ends a run; without `keep_going` that of the first case that
+        fails.
     """
     results = []
-    with _Outcomes(report, keep_going, on_case) as outcomes:
+    with _Outcomes(report, failing, on_case) as outcomes:
         for job in jobs:
             interruption.check()
             clock = StageClock(job.name)
@@ -73,7 +98,7 @@ def run_cases(
             except ModelError:
                 raise
             except Exception as error:
-                if error is not clock.listener_error:
+                if not outcomes.ends_run(clock, error):
                     outcomes.settle()
                 outcomes.failed(clock, error)
                 result = None
@@ -90,8 +115,8 @@ class _Outcomes:
     However the block ends, nothing is being written after it.
     """
 
-    def __init__(self, report: RunReport, keep_going: bool, on_case: OnCase) -> None:
-        self._report, self._keep_going, self._on_case = report, keep_going, on_case
+    def __init__(self, report: RunReport, failing: Failing, on_case: OnCase) -> None:
+        self._report, self._failing, self._on_case = report, failing, on_case
         self._latest: tuple[StageClock, CaseReport, PendingWrite | None] | None = None
 
     def __enter__(self) -> _Outcomes:
@@ -131,22 +156,35 @@ class _Outcomes:
                     pending.result()
             self._latest = None
             if self._on_case is not None:
-                self._on_case(case_report)
+                with foreign(clock):
+                    self._on_case(case_report)
         except Exception as error:
             if pending is not None and self._latest is not None:
                 pending.wait()  # a listener may have raised earlier
                 self._latest, clock.failed_stage = None, "writing"
+            elif self.ends_run(clock, error):
+                self._report.done.append(case_report)  # its files are there, whatever the callback says
             self.failed(clock, error)
         else:
             self._report.done.append(case_report)
 
+    def ends_run(self, clock: StageClock, error: Exception) -> bool:
+        """Whether somebody else's code has raised it, or what led to it, and that ends the run."""
+        return self._failing.foreign_ends_run and clock.foreign_cause(error) is not None
+
     def failed(self, clock: StageClock, error: Exception) -> None:
         """Note a failure, or raise it."""
-        if error is clock.listener_error:
-            raise error
-        if not self._keep_going:
-            _name_case(error, clock.case, clock.failed_stage)
-            raise error
+        cause, clock.foreign_error = clock.foreign_cause(error), None  # its frames hold the clock
+        try:
+            if cause is not None and self._failing.foreign_ends_run:
+                raise cause
+            if not self._failing.keep_going:
+                if isinstance(error, LowMemError):
+                    error = of_kinds(error, self._failing.kind(clock.failed_stage, error))
+                    _name_case(error, clock.case, clock.failed_stage)
+                raise error
+        finally:
+            del cause
         failed = FailedCase.of(clock.case, clock.failed_stage or "start", error)
         self._report.failed.append(failed)
         logger.error("%s", failed.in_words())
@@ -159,17 +197,20 @@ def _name_case(error: Exception, case: str, stage: str) -> None:
         error.args = (f"case {case}, {stage}: {error}",)
 
 
-def raise_failures(report: RunReport, results: list[Any]) -> None:
+def raise_failures(report: RunReport, results: list[Any] | None, failing: Failing) -> None:
     """Raise one error for all cases that failed, if any.
 
     Raises
     ------
     CasesFailedError
-        With the report and the results of the others.
+        With the report and the results of the others; its cause is the first failure, at which stock stops, and it is
+        of the kind that stock raises there.
     """
     if not report.failed:
         return
-    error = CasesFailedError(report.failures_in_words())
+    first = report.failed[0]
+    error = twin(CasesFailedError, failing.kind(first.stage, first.error))(report.failures_in_words())
+    error.__cause__ = first.error
     error.exit_code, error.report, error.results = report.exit_code, report, results
     raise error
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from nnunet_lowmem import nnunet_adapter, preprocessing
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Placement, Stage
 from nnunet_lowmem.cases import Job
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
-from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.recovering import Recovery, error_of
 from nnunet_lowmem.spill import spilled_array
 from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
@@ -79,9 +79,12 @@ class CasePlanner:
         Raises
         ------
         BudgetError
-            If no placement fits.
+            If no placement fits; of the kind that running out of it has.
         """
-        return plan_case(self.model, facts, budget, self.description.device, self.description.window_on_device)
+        try:
+            return plan_case(self.model, facts, budget, self.description.device, self.description.window_on_device)
+        except BudgetError as error:
+            raise of_kinds(error, error_of(error.place)) from None
 
     def changed(self, **model_facts: Any) -> CasePlanner:
         """Return the planner for a model of which some facts are others."""

@@ -26,6 +26,7 @@ from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.labelling import LabelRule, SlabLimits
 from nnunet_lowmem.loading import CaseLoading
 from nnunet_lowmem.logits_predictor import LogitsPredictor
@@ -188,7 +189,8 @@ class CasePredictor(CaseLoading, LogitsPredictor):
             planning.planner = planning.after_pending()
             plan = planning.plan(name, case, probabilities)
         if self.on_plan is not None:
-            self.on_plan(plan)
+            with foreign(self._clock):
+                self.on_plan(plan)
         if self._html_report is not None:
             self._html_report.plan(plan)
         return_freed_memory()
@@ -302,7 +304,7 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         if not self._is_held(case):
             return None
         data = stock_calls.network_input(case, self.label_manager)
-        with torch_threads(self._threads_of_network()):
+        with torch_threads(self._threads_of_network()), foreign(self._clock):
             logits = self.predict_logits_from_preprocessed_data(data)
         return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
 
@@ -322,7 +324,8 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         self, logits: Any, case: PreprocessedCase, job: Job, clock: StageClock, probabilities: bool
     ) -> Result:
         """Let nnU-Net's functions convert all logits at once, or what stands in their place; None where these wrote."""
-        with clock.stage("export"):
+        others = replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING)
+        with clock.stage("export"), foreign(clock if others else None):
             if job.output is not None and replaced(self, Step.EXPORT):
                 stock_calls.export_as_stock(
                     logits, case.properties, self.plans_manager, self.configuration_manager, self.dataset_json,
@@ -330,14 +333,8 @@ class CasePredictor(CaseLoading, LogitsPredictor):
                 )  # fmt: skip
                 return None
             convert = stock_calls.conversion(writes=job.output is not None)
-            return convert(  # type: ignore[no-any-return]  # stock's
-                logits,
-                self.plans_manager,
-                self.configuration_manager,
-                self._label_manager(job),
-                case.properties,
-                return_probabilities=probabilities,
-            )
+            arguments = (self.plans_manager, self.configuration_manager, self._label_manager(job), case.properties)
+            return convert(logits, *arguments, return_probabilities=probabilities)  # type: ignore[no-any-return]  # stock's
 
     def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
         """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import model_files
-from nnunet_lowmem.errors import LowMemError, UsageError, WriteError
+from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
 from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.records import Recipe
 from nnunet_lowmem.types import PreprocessedCase
@@ -65,11 +66,53 @@ def job_of_item(item: dict[str, Any]) -> Job:
         if isinstance(data, str):
             path, data = Path(data), np.load(data)
             path.unlink()
-        image = data.cpu().numpy() if isinstance(data, torch.Tensor) else data
+        image = data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else data
         return PreprocessedCase(image, None, item["data_properties"])
 
     output = item["ofile"]
     return Job(os.path.basename(output) if output else "array", output, load)
+
+
+def jobs_of_arrays(
+    images: Any, stages: Any, properties: Any, outputs: Any, preprocess: Callable[..., PreprocessedCase]
+) -> list[Job]:
+    """Make jobs of arrays, each preprocessed by ``preprocess(image, stage, properties)``.
+
+    Parameters
+    ----------
+    images, properties : list, or the only one
+    stages, outputs : list, the only one, or None
+    preprocess : callable
+        Gets copies of the properties: stock sends them to other processes, so that the caller's stay as they are.
+
+    Raises
+    ------
+    UsageError
+        If there are not as many of each.
+    """
+    count = len(images) if isinstance(images, list) else 1
+    columns = [
+        value if isinstance(value, list) else [None] * count if value is None else [value]
+        for value in (images, stages, properties, outputs)
+    ]
+    if {*map(len, columns)} != {count}:
+        numbers = "images {}, segmentations of the previous stage {}, properties {}, outputs {}"
+        raise twin(UsageError, RuntimeError)(f"one of each is needed: {numbers.format(*map(len, columns))}")
+    return [
+        Job(
+            f"array {number}",
+            output,
+            partial(_with_a_copy, preprocess, image, stage, entry),
+            array=(image, stage, entry),
+        )
+        for number, (image, stage, entry, output) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+def _with_a_copy(
+    preprocess: Callable[..., PreprocessedCase], image: Any, stage: Any, properties: dict[str, Any]
+) -> PreprocessedCase:
+    return preprocess(image, stage, dict(properties))
 
 
 def unless_misnumbered(job: Job, file_ending: str) -> Job:

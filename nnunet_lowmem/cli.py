@@ -126,7 +126,7 @@ def _predictor(options: argparse.Namespace, device: torch.device, model_folder: 
 
     given = {name: getattr(options, flag) for name, flag in LIMIT_FLAGS.items() if getattr(options, flag) is not None}
     plans = model_files.read_json(Path(model_folder) / "plans.json")
-    return LowMemPredictor(
+    predictor = LowMemPredictor(
         tile_step_size=options.step_size,
         use_mirroring=not options.disable_tta,
         perform_everything_on_device=not options.not_on_device,
@@ -138,6 +138,8 @@ def _predictor(options: argparse.Namespace, device: torch.device, model_folder: 
         on_case=console.print_report if options.verbose else None,
         **{**plugin.options("lowmem", LowMemPredictor, plans), **given},
     )
+    predictor.foreign_ends_run = False
+    return predictor
 
 
 def _demo(options: argparse.Namespace) -> int:

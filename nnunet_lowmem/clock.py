@@ -54,8 +54,8 @@ class StageClock:
         Seconds per stage so far.
     failed_stage : str
         The innermost stage that an exception has left; empty if none has.
-    listener_error : Exception or None
-        What a listener has raised.
+    foreign_error : Exception or None
+        What a listener, or other code that is not ours, has raised.
     """
 
     case: str
@@ -63,7 +63,7 @@ class StageClock:
     held_bytes: Callable[[], int] = int
     seconds: dict[str, float] = field(default_factory=dict)
     failed_stage: str = ""
-    listener_error: Exception | None = None
+    foreign_error: Exception | None = None
     _done: dict[str, int] = field(default_factory=dict)
     _totals: dict[str, int] = field(default_factory=dict)
     _stack: list[str] = field(default_factory=list)
@@ -98,6 +98,13 @@ class StageClock:
         self._done[stage] = min(self._totals[stage], self._done.get(stage, 0) + steps)
         self._tell(stage)
 
+    def foreign_cause(self, error: Exception) -> Exception | None:
+        """Return what somebody else has raised, if that is the error or has led to it."""
+        link: BaseException | None = error
+        while link is not None and link is not self.foreign_error:
+            link = link.__cause__
+        return None if link is None else self.foreign_error
+
     def _switch(self) -> None:
         now = time.perf_counter()
         if self._stack:
@@ -118,7 +125,7 @@ class StageClock:
             try:
                 listener(progress)
             except Exception as error:
-                self.listener_error = error
+                self.foreign_error = error
                 raise
 
 

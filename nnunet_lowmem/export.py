@@ -97,6 +97,13 @@ def collect_slabs(slabs: Iterable[LogitsSlab], heads: int, shape: tuple[int, ...
     return result
 
 
+def plain(result: Any) -> Any:
+    """Return arrays as what clients expect of stock, numpy's own class, where they lie in mapped files."""
+    if isinstance(result, tuple):
+        return tuple(map(plain, result))
+    return np.asarray(result) if isinstance(result, np.memmap) else result
+
+
 def whole_slab(logits: torch.Tensor) -> LogitsSlab:
     """Take logits that exist as a whole, half and contiguous, shape (heads, z, y, x), for the only slab of a case."""
     z, y, x = logits.shape[1:]

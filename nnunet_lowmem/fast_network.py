@@ -139,7 +139,9 @@ def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) 
         network.to(memory_format=last)
         body = _rearranged(network, name, row_threads)
         with torch.inference_mode():
-            made = meta_copy(body, with_hooks=True)(torch.empty(tile_shape, device="meta", memory_format=last))
+            made = meta_copy(body, with_hooks=True)(
+                torch.empty(tile_shape, dtype=torch.float32, device="meta", memory_format=last)
+            )
     except Exception as error:  # whatever a stranger's network meets there
         network.to(memory_format=torch.contiguous_format)
         logger.warning("fast: the network runs as it does without, since it cannot be rearranged: %s", error)
@@ -188,7 +190,7 @@ def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
             if isinstance(module, _CONVOLUTIONS) and _sees_one_voxel(module):
                 outputs = made.setdefault(name, [])
                 module.register_forward_hook(lambda _module, _inputs, out, to=outputs: to.append((out, out._version)))
-        result = shadow(torch.empty(tile_shape, device="meta"))
+        result = shadow(torch.empty(tile_shape, dtype=torch.float32, device="meta"))
     for name, outputs in made.items():
         # an output that was changed in place afterwards is not the last layer's any more
         if len(outputs) == 1 and outputs[0][0] is result and result._version == outputs[0][1]:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError
+from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError, because
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.placing import flush, place_of, put
 
@@ -140,7 +140,8 @@ def temporary_folder(tmp_dir: Path | None = None) -> Iterator[Path]:
         parent = Path(tempfile.gettempdir() if tmp_dir is None else tmp_dir)
         folder = _make_owned_folder(parent, _TEMPORARY)
     except OSError as error:
-        raise UsageError(f"--tmp_dir {tmp_dir or ''}: cannot make a folder there: {error.strerror or error}") from error
+        text = f"--tmp_dir {tmp_dir or ''}: cannot make a folder there: {error.strerror or error}"
+        raise because(UsageError, text, error) from error
     try:
         remove_stale(parent)
         yield folder
@@ -299,7 +300,7 @@ def _write_error(
     told = f"{final}: could not be written whole: {reason}; {format_gib(written_bytes)}{of_needed} written"
     if free_bytes is not None:
         told += f", {format_gib(free_bytes)} free in {disk}"
-    result = WriteError(f"{told}; the unfinished file is removed")
+    result = because(WriteError, f"{told}; the unfinished file is removed", error)
     result.errno = getattr(error, "errno", None)
     return result
 

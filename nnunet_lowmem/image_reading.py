@@ -9,7 +9,8 @@ own reader.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import Step
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import UsageError, because, of_kinds, twin
 from nnunet_lowmem.finite_voxels import check_values
 from nnunet_lowmem.stored_voxels import (
     KNOWN_ENDINGS,
@@ -69,6 +70,13 @@ def read_channels(
         If a file cannot be read as one scalar image, or the files do not lie on one grid.
     """
     is_replaced = bool(overrides.found(Step.READING, reader))
+    with read_by(reader):
+        return _read_channels(reader, files, accept_nan, is_replaced)
+
+
+def _read_channels(
+    reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool, is_replaced: bool
+) -> tuple[list[Volume], dict[str, Any]]:
     if not is_replaced and all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
         if reader is SimpleITKIO:
             return _read_with_simpleitk(files, accept_nan)
@@ -76,7 +84,10 @@ def read_channels(
             return _read_with_nibabel(files, accept_nan)
     for file in files if not is_replaced else ():  # what a program's own function makes of names is its business
         check_stored(file, accept_nan)
-    image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
+    if is_replaced:
+        image, properties = reader().read_images(list(files))
+    else:
+        image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
     for number, channel in enumerate(image):
         name = files[number] if len(files) == len(image) else f"{files[0]}, channel {number}"
         check_values(channel, name, accept_nan)
@@ -166,6 +177,18 @@ def _nibabel_voxels(image: Any, file: str) -> Volume:
     return voxels
 
 
+@contextmanager
+def read_by(reader: type[BaseReaderWriter]) -> Iterator[None]:
+    """Let what is wrong with a file be of the kind that stock raises, whose reader meets it: ITK knows one kind."""
+    try:
+        yield
+    except UsageError as error:
+        cause = error.__cause__
+        if cause is None:
+            raise
+        raise of_kinds(error, RuntimeError if issubclass(reader, SimpleITKIO) else type(cause)) from cause
+
+
 def _guarded(read: Callable[[Any], Any], source: Any, name: str | None = None) -> Any:
     """Call ``read(source)`` and name the file if it fails; readers raise whatever they like."""
     try:
@@ -173,7 +196,7 @@ def _guarded(read: Callable[[Any], Any], source: Any, name: str | None = None) -
     except (UsageError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"{name or source} cannot be read: {reason(error)}") from error
+        raise because(UsageError, f"{name or source} cannot be read: {reason(error)}", error) from error
 
 
 def check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings: Sequence[Sequence[float]]) -> None:
@@ -181,7 +204,7 @@ def check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings
     for name, values in (("shape", shapes), ("spacing", spacings)):
         for file, value in zip(files, values, strict=True):
             if len(value) != len(values[0]) or not BaseReaderWriter._check_all_same([values[0], value]):
-                raise UsageError(
+                raise twin(UsageError, RuntimeError)(
                     f"The channels of a case must lie on one grid: {files[0]} has {name} {tuple(values[0])}, "
                     f"{file} has {tuple(value)}. Resample one onto the other."
                 )

@@ -10,8 +10,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import Step
-from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.image_reading import check_grid
+from nnunet_lowmem.errors import UsageError, twin
+from nnunet_lowmem.image_reading import check_grid, read_by
 from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, Header, read_raw_header
 
 try:
@@ -47,14 +47,17 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
     """
     if not all(file.lower().endswith(KNOWN_ENDINGS) for file in files) or overrides.found(Step.READING, reader):
         return
-    headers = [read_raw_header(file) for file in files]
+    with read_by(reader):
+        headers = [read_raw_header(file) for file in files]
     for file, header in zip(files, headers, strict=True):
         if not all(0 < step < math.inf for step in header.spacing):
             raise UsageError(f"{file}: the spacing in its header is {header.spacing} mm; mend it, all must be positive")
     if reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient):
         held = sum(_channels(file, header, reader) for file, header in zip(files, headers, strict=True))
         if held != channels:
-            raise UsageError(_wrong_count(files, held, channels))
+            raise twin(UsageError, RuntimeError if 0 < held < channels else IndexError)(
+                _wrong_count(files, held, channels)
+            )
         check_grid(files, [header.shape for header in headers], [header.spacing for header in headers])
     _check_resampled(files[0], headers[0], target_spacing)
 

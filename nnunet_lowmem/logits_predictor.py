@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -21,13 +21,14 @@ from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.budget import ram_limit, spill_bytes
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.clock import Progress, StageClock
-from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError
+from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError, because
 from nnunet_lowmem.fast_network import FastNetwork, fast_network, parts_of
-from nnunet_lowmem.html_report import HtmlReport
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import TileBytes, measure_ahead, weight_bytes
+from nnunet_lowmem.options import Options
 from nnunet_lowmem.overrides import as_installed, found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 Folds = Sequence[int | str] | int | str | None
 
 
-class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
+class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nnU-Net ships no types
     """nnU-Net's predictor up to the final logits, which come as slabs and never as a whole.
 
     Parameters
@@ -69,7 +70,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
     prefetch : bool, optional
         Preprocess the next case in a process meanwhile; by default only beside a GPU.
     continue_on_error : bool
-        Predict the other cases when one fails, then raise one `CasesFailedError`; False raises at once, as stock.
+        Predict the others when a case fails, then raise one `CasesFailedError`; but see `Options.foreign_ends_run`.
     accept_nan : bool
         Set NaN and infinite voxels to 0, and log how many, instead of refusing the case.
     trust : sequence of str
@@ -86,13 +87,10 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         Called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`.
     on_progress : callable, optional
         Called with the `Progress` (stage, case, done, total, memory_bytes) of each case, in the thread that called the
-        predictor. What it raises ends the run at once, whatever `continue_on_error` says, and reaches the caller.
+        predictor. What it raises ends the run at once and reaches the caller.
     """
 
     network: Any
-    #: At most; None takes stock's number, which it sets for predictions and not for validations.
-    network_threads: int | None = None
-    _known_tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
 
     @as_installed
     def __init__(
@@ -143,9 +141,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         self.accept_nan = accept_nan
         self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
         self.fast = fast and device.type == "cpu"
-        self._fast_network: tuple[Any, FastNetwork | None] = (None, None)
         self.report = report
-        self._html_report: HtmlReport | None = None
         self.on_plan, self.on_case, self.on_progress = on_plan, on_case, on_progress
 
     @unless_replaced
@@ -198,7 +194,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         except LowMemError:
             raise
         except Exception as error:
-            raise ModelError(why_not_loaded(checkpoints[0], error)) from error
+            raise because(ModelError, why_not_loaded(checkpoints[0], error), error) from error
         nnunet_adapter.check_reader(model.plans_manager)
         others = (self.trust.load_checkpoint(path, device)["network_weights"] for path in checkpoints[1:])
         self._keep_weights(chain([model.weights], others), free_bytes, spill_bytes(self.tmp_dir))
@@ -210,14 +206,14 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _network_tile(self, tile: torch.Tensor) -> torch.Tensor:
         """Logits of one tile, or features where the window has a head; autocast only on CUDA, as in stock."""
-        if (fast := self._fast()) is not None:
-            return fast.features(tile, self._mirrored_axes())
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+        with foreign(self._clock), torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            if (fast := self._fast()) is not None:
+                return fast.features(tile, self._mirrored_axes())
             return self._internal_maybe_mirror_and_predict(tile)  # type: ignore[no-any-return]  # stock's
 
     def _mirrored_axes(self) -> tuple[int, ...]:
-        axes = self.allowed_mirroring_axes  # or an array of numpy
-        return () if axes is None or not self.use_mirroring else tuple(map(int, axes))
+        axes = self.allowed_mirroring_axes  # or an array of numpy; what is no collection is the network's to refuse
+        return tuple(map(int, axes)) if isinstance(axes, Iterable) and self.use_mirroring else ()
 
     def _fast(self) -> FastNetwork | None:
         """How the network that is loaded is run fast, if it is."""
@@ -252,7 +248,7 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
         if input_image.dtype != torch.float32 or replaced(self, Step.WINDOW):
             return super().predict_sliding_window_return_logits(input_image)  # type: ignore[no-any-return]  # stock's
         assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
-        case = PreprocessedCase(input_image.cpu().numpy(), None, {})
+        case = PreprocessedCase(input_image.detach().cpu().numpy(), None, {})
         grid = self._grid(case)
         clock = StageClock("image")
         with ExitStack() as stack:
@@ -280,8 +276,9 @@ class LogitsPredictor(FoldWeights, nnUNetPredictor):  # type: ignore[misc]  # nn
 
     def _predicted(self, case: PreprocessedCase, grid: TileGrid) -> PredictedTiles:
         """Return what the network, with its current weights, makes of the tiles of a case."""
-        self.network = self.network.to(self.device)
-        self.network.eval()
+        with foreign(self._clock):
+            self.network = self.network.to(self.device)
+            self.network.eval()
         empty_cache(self.device)
         source = TileSource(case, grid, self.label_manager.foreground_labels)
         return PredictedTiles(self._network_tile, source, grid, self.device)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.measuring import process_tree_bytes
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%|[kmgt](?:ib|b)?|b)?", re.IGNORECASE)
@@ -119,7 +119,7 @@ def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | No
     try:
         return parse_size(str(size), total_bytes)
     except UsageError as error:
-        raise UsageError(f"{source}: {error}") from None
+        raise twin(UsageError, ValueError)(f"{source}: {error}") from None
 
 
 def _unit_bytes(unit: str, total_bytes: int) -> Fraction:
@@ -132,7 +132,7 @@ def _unit_bytes(unit: str, total_bytes: int) -> Fraction:
 
 
 def _not_a_size(text: str) -> UsageError:
-    return UsageError(
+    return twin(UsageError, ValueError)(
         f"{text!r} is not a memory size above zero; write for example 6G or 6GiB (6 x 2^30 bytes), 6GB (6 x 10^9), "
         "2.5G, 800M, 80% or a number of bytes"
     )

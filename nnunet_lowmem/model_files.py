@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.errors import ModelError, UsageError, because, missing, twin
 
 _SHOWN = 8
 _logger = logging.getLogger(__name__)
@@ -48,9 +48,11 @@ def check_numbers(files: Sequence[str], file_ending: str) -> None:
     """
     for number, file in enumerate(files):
         if not file.endswith(f"_{number:04d}{file_ending}"):
-            missing = file[: -(len(file_ending) + 4)] + f"{number:04d}{file_ending}"
-            reason = "is a broken link" if os.path.islink(missing) else "is not a file there"
-            raise UsageError(f"channel {number} is missing: {missing} {reason}, although there is {file}")
+            wanted = file[: -(len(file_ending) + 4)] + f"{number:04d}{file_ending}"
+            reason = "is a broken link" if os.path.islink(wanted) else "is not a file there"
+            raise twin(UsageError, RuntimeError)(
+                f"channel {number} is missing: {wanted} {reason}, although there is {file}"
+            )
 
 
 def tell_skipped(folder: str, file_ending: str) -> None:
@@ -86,9 +88,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
+        raise because(ModelError, f"{path} cannot be read: {error}", error) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
+        raise twin(ModelError, TypeError)(f"{path} holds no JSON object")
     return content
 
 
@@ -106,6 +108,11 @@ def check_file_ending(dataset_json: dict[str, Any], path: Path) -> str:
     if not re.fullmatch(r"(\.\w[\w+-]*){1,4}", ending, re.ASCII) or len(ending) > 32:
         raise ModelError(f"{path}: 'file_ending' {ending!r} is not the ending of a file name, such as .nii.gz")
     return ending
+
+
+def as_text(cases: Iterable[Iterable[str | os.PathLike[str]]]) -> list[list[str]]:
+    """Return the files of cases as stock takes them, which may be paths, as text."""
+    return [[os.fspath(file) for file in files] for files in cases]
 
 
 def case_name(files: Sequence[str], file_ending: str) -> str:
@@ -131,15 +138,15 @@ def check_previous_stage(cases: Sequence[Sequence[str]], stages: Sequence[str | 
     UsageError
         With the first such case and how many there are.
     """
-    missing = [
+    lacking = [
         (case_name(files, file_ending), stage)
         for files, stage in zip(cases, stages, strict=True)
         if stage is not None and not os.path.isfile(stage)
     ]
-    if missing:
-        name, stage = missing[0]
-        raise UsageError(
-            f"the previous stage of {len(missing)} of {len(cases)} cases is missing; the first is case {name}, "
+    if lacking:
+        name, stage = lacking[0]
+        raise twin(UsageError, RuntimeError)(
+            f"the previous stage of {len(lacking)} of {len(cases)} cases is missing; the first is case {name}, "
             f"expected as {stage}"
         )
 
@@ -159,19 +166,21 @@ def checkpoint_files(
     folder = Path(model_folder)
     for needed in (folder, folder / "dataset.json", folder / "plans.json"):
         if checks and not needed.exists():
-            raise ModelError(f"not a trained model folder: {needed} does not exist")
+            raise missing(ModelError, f"not a trained model folder: {needed} does not exist", needed)
     if folds is None:
         found = sorted(folder.glob(f"fold_[0-9]*/{checkpoint_name}"))
         if not found:
-            raise ModelError(f"no fold in {folder} has a checkpoint {checkpoint_name!r}")
+            raise missing(ModelError, f"no fold in {folder} has a checkpoint {checkpoint_name!r}", folder)
         return found
     chosen = [folds] if isinstance(folds, (int, str)) else folds
     files = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in chosen]
     for file in files:
         if checks and not file.is_file():
-            raise ModelError(
+            raise missing(
+                ModelError,
                 f"checkpoint {file} does not exist. {folder} holds {_folds_in_words(folder, checkpoint_name)}; "
-                "choose folds with -f and another checkpoint with -chk"
+                "choose folds with -f and another checkpoint with -chk",
+                file,
             )
     return files
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,6 @@ def _built_without_weights(build: Callable[[], nn.Module]) -> nn.Module | None:
 
 def _mirroring_axes(checkpoint: Mapping[str, Any], file: Path) -> Any:
     axes = checkpoint.get("inference_allowed_mirroring_axes")
-    if axes is not None and not all(axis in (0, 1, 2) for axis in axes):
+    if isinstance(axes, Iterable) and not all(axis in (0, 1, 2) for axis in axes):
         raise ModelError(f"checkpoint {file} allows mirroring along the axes {axes}; there are 0, 1 and 2")
     return axes

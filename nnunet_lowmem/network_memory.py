@@ -196,7 +196,10 @@ def measure_ahead(tiles: PredictedTiles, attempt: Attempt, device: torch.device)
 
 def warm_up(dimensions: int) -> None:
     """Let torch's convolutions take what they take once and for all, so that it counts as reserved."""
-    image, kernel = torch.zeros((1, 8, *[16] * dimensions)), torch.zeros((8, 8, *[3] * dimensions))
+    image, kernel = (
+        torch.zeros((batch, 8, *[size] * dimensions), dtype=torch.float32, device="cpu")
+        for batch, size in ((1, 16), (8, 3))
+    )
     with torch.inference_mode():
         (nn.functional.conv3d if dimensions == 3 else nn.functional.conv2d)(image, kernel)
 

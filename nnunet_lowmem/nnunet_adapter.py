@@ -7,6 +7,7 @@ package reproduces. Anything else is called as it is.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.helpers import softmax_helper_dim0
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import LABEL_MANAGER, Step
-from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.errors import ModelError, also, because
 from nnunet_lowmem.files import atomic_output, remove_stale
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.overlays import Volume
@@ -40,6 +42,8 @@ try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 except ImportError:  # new in nnU-Net 2.6
     no_resampling_hack = None
+
+logger = logging.getLogger(__name__)
 
 #: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
 HEADS_PER_CALL = 8
@@ -137,9 +141,9 @@ def check_reader(plans_manager: PlansManager) -> None:
     """Refuse plans that name a reader which the installed nnU-Net does not have."""
     try:
         plans_manager.image_reader_writer_class  # noqa: B018  # a property that looks the class up
-    except RuntimeError:
-        name = plans_manager.plans["image_reader_writer"]
-        raise ModelError(f"the plans ask for the reader {name!r}, which the installed nnU-Net does not have") from None
+    except RuntimeError as error:
+        text = f"the plans ask for the reader {plans_manager.plans['image_reader_writer']!r}"
+        raise because(ModelError, f"{text}, which the installed nnU-Net does not have", error) from error
 
 
 def write_run_files(
@@ -158,6 +162,14 @@ def write_run_files(
     save_json(plans, str(folder / "plans.json"), sort_keys=False)
 
 
+def outputs(wanted: Any) -> str | list[str] | None:
+    """Return the folder or list of outputs as far as stock takes it for one: no path, tuple or array."""
+    if wanted is None or isinstance(wanted, str | list):
+        return wanted
+    logger.warning("nnU-Net writes to a folder given as str, or a list: for %r results are returned", wanted)
+    return None
+
+
 def output_folder(target: str | list[str]) -> Path:
     """Return where stock puts what belongs to a run as a whole: the folder of the first output."""
     return Path(target if isinstance(target, str) else os.path.dirname(target[0]))
@@ -173,7 +185,11 @@ def write_segmentation(
     """
     writer = plans_manager.image_reader_writer_class()
     shape = segmentation.shape if writer.write_seg.__module__.startswith("nnunetv2.imageio.") else None
-    with atomic_output(Path(path), partial(verify_label_file, shape=shape)) as partial_file:
+    by_itk = isinstance(writer, SimpleITKIO)  # which raises a RuntimeError, whatever it is
+    with (
+        also(*[RuntimeError] * by_itk),
+        atomic_output(Path(path), partial(verify_label_file, shape=shape)) as partial_file,
+    ):
         writer.write_seg(segmentation, str(partial_file), properties)
 
 

@@ -97,7 +97,9 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, w
     """
     plan = closest_plan(model, case, budget, device, window_on_device)
     if not plan.fits_everywhere():
-        raise BudgetError(refusal(plan))
+        error = BudgetError(refusal(plan))
+        error.place = _too_small(plan)
+        raise error
     return plan
 
 
@@ -205,9 +207,13 @@ def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
 
 
+def _too_small(plan: Plan) -> Place:
+    return next(place for place in Place if not plan.fits(place))
+
+
 def refusal(plan: Plan) -> str:
     """Say why a plan does not fit: the numbers, the stage, the largest allocation, and which flag to turn."""
-    place = next(place for place in Place if not plan.fits(place))
+    place = _too_small(plan)
     stage = plan.fullest_stage(place)
     largest = max(
         (a for a in plan.allocations if a.place is place and stage in a.stages), key=lambda a: a.size_bytes

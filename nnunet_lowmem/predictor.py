@@ -19,15 +19,16 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
-from nnunet_lowmem import model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
+from nnunet_lowmem import export, model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
 from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.bypassed import Step
-from nnunet_lowmem.case_loop import raise_failures, require_space, run_cases, without_those_done
+from nnunet_lowmem.case_loop import Failing, raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
-from nnunet_lowmem.cases import Job, in_a_row, job_of_item, unless_misnumbered, unless_unwritable
+from nnunet_lowmem.cases import Job, in_a_row, job_of_item, jobs_of_arrays, unless_misnumbered, unless_unwritable
 from nnunet_lowmem.clock import StageClock
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.files import temporary_folder
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.html_report import HtmlReport, facts_of
 from nnunet_lowmem.iterating import items_of, predict_iterated
 from nnunet_lowmem.model_loading import uncompiled
@@ -73,6 +74,8 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result] | None:
         """Predict a folder or a list of cases; as in stock, one result per case, None where a file was written."""
         arguments = {name: value for name, value in locals().items() if name in _stock_parameters("predict_from_files")}
+        if part_id > num_parts:
+            raise twin(UsageError, AssertionError)(f"part_id counts from 0; {part_id} is above num_parts {num_parts}")
         _note_exact(use_cropped_logits_resampling)
         return self._predict_files(arguments, save_probabilities, overwrite, part_id, num_parts, in_workers=True)
 
@@ -104,11 +107,11 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result] | None:
         """Predict files; `in_workers` says whether stock preprocesses and exports them in processes of their own."""
         source = arguments["list_of_lists_or_source_folder"]
-        target = arguments["output_folder_or_list_of_truncated_output_files"]
+        target = nnunet_adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
         stage_folder = arguments["folder_with_segs_from_prev_stage"]
         previous_stage = self.configuration_manager.previous_stage_name
         if previous_stage is not None and stage_folder is None:
-            raise UsageError(
+            raise twin(UsageError, AssertionError)(
                 f"this configuration is the second stage of a cascade and needs the segmentations of "
                 f"{previous_stage!r}: give their folder with -prev_stage_predictions"
             )
@@ -135,26 +138,26 @@ class LowMemPredictor(CasePredictor):
             jobs = without_those_done(jobs, self.run_report)
         if in_workers and jobs and replaced(self, *overrides.OF_FILES):
             return predict_iterated(self, jobs, arguments, save_probabilities)
+        failing = self._failing(in_workers)
         with self._reporting(target):
-            results = self._predict_recorded(jobs, target, save_probabilities, processes) if jobs else None
-        if results is not None:
-            raise_failures(self.run_report, results)
+            results = self._predict_recorded(jobs, target, save_probabilities, processes, failing) if jobs else None
+        raise_failures(self.run_report, results, failing)
         return results
 
     def _predict_recorded(
-        self, jobs: list[Job], target: str | list[str] | None, save_probabilities: bool, processes: int
+        self, jobs: list[Job], target: str | list[str] | None, probabilities: bool, processes: int, failing: Failing
     ) -> list[Result]:
         """Predict cases of files; what failed is told in the output folder."""
         tell(self, Step.READING, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
         jobs = jobs if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in jobs]
-        self._require_space(jobs, save_probabilities)
+        self._require_space(jobs, probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
             waiting: Iterable[Job] = in_a_row(jobs)
             if self._prefetches(len(jobs), processes):
                 self._prefetcher = stack.enter_context(self._new_prefetcher(folder))
                 waiting = self._prefetcher.jobs(in_a_row(jobs))
             try:
-                return self._predict_jobs(waiting, folder, save_probabilities, self.continue_on_error)
+                return self._predict_jobs(waiting, folder, probabilities, failing)
             finally:
                 if target is not None:
                     self.run_report.write_failures(nnunet_adapter.output_folder(target))
@@ -167,7 +170,7 @@ class LowMemPredictor(CasePredictor):
         made_with = "" if outputs is None else self._fingerprint(probabilities)
         targets: Sequence[str | None] = outputs or [None] * len(cases)
         jobs = []
-        for files, output, stage in zip(cases, targets, stages, strict=True):
+        for files, output, stage in zip(model_files.as_text(cases), targets, stages, strict=True):
             recipe = None
             if output is not None:
                 inputs = tuple(map(Path, files if stage is None else [*files, stage]))
@@ -227,8 +230,7 @@ class LowMemPredictor(CasePredictor):
         if tell(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
         tell(self, *overrides.of_prediction(self.fast))
-        jobs = map(job_of_item, data_iterator)
-        return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
+        return self._predict_unrecorded(map(job_of_item, data_iterator), save_probabilities, self._failing())
 
     @unless_replaced
     def predict_from_list_of_npy_arrays(
@@ -253,24 +255,19 @@ class LowMemPredictor(CasePredictor):
                 num_processes,
             )
             return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
-        images = _as_list(image_or_list_of_images)
-        outputs: list[str | None] = _as_list(truncated_ofname) if truncated_ofname else [None] * len(images)
-        stages = segs_from_prev_stage_or_list_of_segs_from_prev_stage
-        stage_list = [None] * len(images) if stages is None else _as_list(stages)
-        properties = _as_list(properties_or_list_of_properties)
-        jobs = [
-            self._job_of_array(f"array {number}", image, stage, entry, output)
-            for number, (image, stage, entry, output) in enumerate(
-                zip(images, stage_list, properties, outputs, strict=True)
-            )
-        ]
+        jobs = jobs_of_arrays(
+            image_or_list_of_images,
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+            properties_or_list_of_properties,
+            truncated_ofname or None,
+            self._preprocess_array,
+        )
         if replaced(self, Step.ITERATION, *IN_WORKERS_AFTER):
             tell(self, Step.ITERATION)
-            return self.predict_from_data_iterator(
-                items_of(self, jobs), save_probabilities, num_processes_segmentation_export
-            )
+            items = items_of(self, jobs)
+            return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
         tell(self, *overrides.of_prediction(self.fast))
-        return self._predict_unrecorded(jobs, save_probabilities, self.continue_on_error)
+        return self._predict_unrecorded(jobs, save_probabilities, self._failing(in_workers=True))
 
     @unless_replaced
     def predict_single_npy_array(
@@ -287,7 +284,7 @@ class LowMemPredictor(CasePredictor):
         tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
         given = (input_image, segmentation_previous_stage, image_properties, output_file_truncated)
         job = self._job_of_array("array", *given, by_adapter=bool(replaced(self, Step.ADAPTER)))
-        return self._predict_unrecorded([job], save_or_return_probabilities, keep_going=False)[0]
+        return self._predict_unrecorded([job], save_or_return_probabilities, Failing(keep_going=False))[0]
 
     @classmethod
     def perform_actual_validation(cls, trainer: Any, save_probabilities: bool = False, **options: Any) -> bool:
@@ -301,7 +298,7 @@ class LowMemPredictor(CasePredictor):
         predictor = cls(device=trainer.device, allow_tqdm=False, **{**chosen, **options})
         with validation.prepared(trainer, predictor):
             jobs = validation.jobs(trainer, predictor, save_probabilities)
-            predictor._predict_unrecorded(jobs, save_probabilities, predictor.continue_on_error)
+            predictor._predict_unrecorded(jobs, save_probabilities, predictor._failing())
             validation.write_summary(trainer, predictor)
         return True
 
@@ -322,21 +319,25 @@ class LowMemPredictor(CasePredictor):
 
     # -- cases in a row ----------------------------------------------------------------------------------------------
 
-    def _predict_unrecorded(self, jobs: Iterable[Job], probabilities: bool, keep_going: bool) -> list[Result]:
+    def _failing(self, in_workers: bool = False) -> Failing:
+        return Failing(self.continue_on_error, self.foreign_ends_run, in_workers)
+
+    def _predict_unrecorded(self, jobs: Iterable[Job], probabilities: bool, failing: Failing) -> list[Result]:
         """Predict what has no input files, or is not written: arrays and iterators."""
         self.run_report = RunReport()
         with self._in_temporary_folder() as folder:
-            results = self._predict_jobs(jobs, folder, probabilities, keep_going)
-        raise_failures(self.run_report, results)
+            results = self._predict_jobs(jobs, folder, probabilities, failing)
+        raise_failures(self.run_report, results, failing)
         return results
 
-    def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, keep_going: bool) -> list[Result]:
+    def _predict_jobs(self, jobs: Iterable[Job], folder: Path, probabilities: bool, failing: Failing) -> list[Result]:
         line_s = LINE_S if self.allow_tqdm and not on_terminal() else 0
         with StallWatch(WorkerLimits(stall_s=self.worker_timeout_s), str(self.device), line_s) as watch:
             predict = partial(self._predict_job, folder=folder, probabilities=probabilities, watch=watch)
             try:
-                return run_cases(jobs, predict, self.run_report, keep_going, self.on_case)
+                return run_cases(jobs, predict, self.run_report, failing, self.on_case)
             finally:
+                self._clock = None
                 latest, self._latest_write = self._latest_write, None
                 if latest is not None:
                     self._keep(latest)
@@ -362,12 +363,15 @@ class LowMemPredictor(CasePredictor):
         self, job: Job, clock: StageClock, folder: Path, probabilities: bool, watch: StallWatch
     ) -> tuple[Result, CaseReport, PendingWrite | None]:
         clock.listeners.append(watch.note)
+        self._clock = clock
         with self._observed(clock) as sampler:
             if sampler is not None:
                 watch.observed_s = partial(getattr, sampler, "cpu_s")
             with clock.stage("preprocessing"):
                 planning = self._begin(job, folder, probabilities)
-                case = planning.preprocessing(job.load)
+                others = replaced(self, Step.ADAPTER, Step.READING, *IN_WORKERS_BEFORE)
+                with foreign(clock if others else None):
+                    case = planning.preprocessing(job.load)
             result, plan = self._segment(case, job, clock, planning, probabilities)
             before = self._pending
             if before is not None:
@@ -383,11 +387,7 @@ class LowMemPredictor(CasePredictor):
                 self._draw(case, job, result, clock)
                 result = None
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})
-        return result, report, self._latest_write
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+        return export.plain(result), report, self._latest_write
 
 
 def _stock_parameters(method: str) -> list[str]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides, spline
 from nnunet_lowmem.bypassed import DEFAULT_PREPROCESSOR, NORMALISATION, Step
-from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.errors import ModelError, UsageError, twin
 from nnunet_lowmem.finite_voxels import check_values
 from nnunet_lowmem.image_reading import Volume, check_stored, read_channels
 from nnunet_lowmem.input_checks import check_case
@@ -182,12 +182,16 @@ def preprocess_array(
     UsageError
         If the arrays do not fit each other or the model.
     """
-    if not is_own(configuration_manager.preprocessor_class):
+    if not is_own(configuration_manager.preprocessor_class) or isinstance(image, np.ma.MaskedArray):
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case_npy(
             image, previous_stage, properties, plans_manager, configuration_manager, dataset_json
         )
         return _from_preprocessor(result, properties, previous_stage is not None, allocate)
+    if image.ndim != 4:
+        raise twin(UsageError, ValueError)(
+            f"The image has the shape {image.shape}; four axes are needed: channels, and three of space."
+        )
     if accept_nan and image.dtype.kind == "f" and not np.isfinite(image).all():
         image = image.copy(order="K")
     for number, channel in enumerate(image):
@@ -239,13 +243,14 @@ class _Case:
 
     def _check(self, previous_stage: NDArray[Any] | None) -> None:
         if len(self.channels) != len(self.normalisers):
-            raise UsageError(
+            kind = RuntimeError if 0 < len(self.channels) < len(self.normalisers) else IndexError
+            raise twin(UsageError, kind)(
                 f"The image has {len(self.channels)} channels, the model takes {len(self.normalisers)}: "
                 f"give one file per channel, _0000 to _{len(self.normalisers) - 1:04d}."
             )
         shape = self.channels[0].shape
         if previous_stage is not None and previous_stage.shape != (1, *shape):
-            raise UsageError(
+            raise twin(UsageError, AssertionError)(
                 f"The previous stage has shape {previous_stage.shape[1:]}, the image has {shape}. "
                 "Predict the previous stage from this image."
             )
@@ -265,7 +270,7 @@ class _Case:
         new_spacing = [*spacing[: 3 - len(self.configuration.spacing)], *self.configuration.spacing]
         new_shape: Shape3 = tuple(default_preprocessor.compute_new_shape(shape, spacing, new_spacing).tolist())
         if 0 in new_shape:
-            raise UsageError(
+            raise twin(UsageError, ValueError)(
                 f"Resampling {shape} voxels from {np.array(spacing).tolist()} to {new_spacing} mm leaves {new_shape}: "
                 "the spacing in the file's header or in the plans is wrong."
             )
@@ -327,7 +332,9 @@ def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> lis
     for c, name in enumerate(configuration.normalization_schemes):
         found = recursive_find_python_class(folder, name, "nnunetv2.preprocessing.normalization")
         if found is None:
-            raise ModelError(f"The model's plans ask for the normalisation {name}, which nnU-Net does not have.")
+            raise twin(ModelError, RuntimeError)(
+                f"The model's plans ask for the normalisation {name}, which nnU-Net does not have."
+            )
         properties = plans.foreground_intensity_properties_per_channel[str(c)]
         normalisers.append(found(use_mask_for_norm=configuration.use_mask_for_norm[c], intensityproperties=properties))
     return normalisers

@@ -95,7 +95,7 @@ def _maximum(heads: ResampledHeads, rule: LabelRule, labels: NDArray[Any]) -> ND
 
 def _sum_of_exponentials(heads: ResampledHeads, largest: NDArray[Any]) -> tuple[torch.Tensor, NDArray[np.bool_]]:
     """Sum over heads of exp(logit - largest), float32, and where another logit comes close to the largest."""
-    total = torch.zeros(largest.shape)
+    total = torch.zeros(largest.shape, dtype=torch.float32, device="cpu")
     close = np.zeros(largest.shape, np.bool_)
     for logits in heads:
         for z in range(len(logits)):

@@ -8,7 +8,6 @@ not about memory passes through.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ import torch
 
 from nnunet_lowmem.allocations import Place, Stage
 from nnunet_lowmem.allocator import return_freed_memory
-from nnunet_lowmem.errors import MemoryExhaustedError
+from nnunet_lowmem.errors import LowMemError, MemoryExhaustedError, because, without_frames
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.planner import Plan, next_plan
 
@@ -71,7 +70,7 @@ class Recovery:
         Raises
         ------
         MemoryExhaustedError
-            When the last step did not help either.
+            When the last step did not help either; of the kind of the last error, which is its cause.
         """
         while True:
             try:
@@ -79,17 +78,21 @@ class Recovery:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = _reason(error)
-                place = Place.RAM if is_about_ram(error) else Place.VRAM
-            self._step_down(place, reason)
+                failure = error
+            without_frames(failure)
+            self._step_down(failure)
+            del failure
 
-    def _step_down(self, place: Place, reason: str) -> None:
+    def _step_down(self, failure: Exception) -> None:
+        place, reason = Place.RAM if is_about_ram(failure) else Place.VRAM, _reason(failure)
         following = next_plan(self._plans, self.plan, place, self._stage)
         if following is None:
             story = "; ".join([*self.steps, reason])
-            raise MemoryExhaustedError(
+            raise because(
+                MemoryExhaustedError,
                 f"case {self.plan.case}: {place.value} ran out, and nothing is left to be made smaller: {story}. "
-                f"Projected were {format_gib(self._projected(self.plan, place))}; end what else takes memory"
+                f"Projected were {format_gib(self._projected(self.plan, place))}; end what else takes memory",
+                failure,
             )
         step = (
             f"{place.value} ran out ({reason}): from {format_gib(self._projected(self.plan, place))} projected to "
@@ -110,8 +113,9 @@ class Recovery:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory could not be had; no other RuntimeError is one."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or is_about_ram(error)
+    """Tell whether memory could not be had; no other RuntimeError is one, nor what is left when every step is taken."""
+    out = isinstance(error, torch.cuda.OutOfMemoryError) or is_about_ram(error)
+    return out and not isinstance(error, LowMemError)
 
 
 def is_about_ram(error: BaseException) -> bool:
@@ -119,9 +123,12 @@ def is_about_ram(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (type(error) is RuntimeError and _CPU_ALLOCATOR in str(error))
 
 
+def error_of(place: Place) -> type[Exception]:
+    """Return what is raised where memory cannot be had."""
+    return torch.cuda.OutOfMemoryError if place is Place.VRAM else MemoryError
+
+
 def _reason(error: BaseException) -> str:
-    """Return what an error says, and let go of what was allocated until then: its frames hold it."""
-    traceback.clear_frames(error.__traceback__)
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -154,5 +161,6 @@ def near_device_or_in_ram(attempt: Callable[[Place], T]) -> T:
         return attempt(Place.VRAM)
     except torch.cuda.OutOfMemoryError as error:
         _logger.warning("VRAM ran out (%s): once more with all logits in RAM", _reason(error))
+        without_frames(error)
     torch.cuda.empty_cache()
     return attempt(Place.RAM)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_lowmem.errors import BudgetError, LowMemError
+from nnunet_lowmem.errors import BudgetError, LowMemError, without_frames
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.planner import Plan
 
@@ -45,13 +45,15 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class FailedCase:
-    """One case that failed; its exception is not kept, since its frames hold the arrays of the case.
+    """One case that failed.
 
     Attributes
     ----------
     case, stage, reason, traceback_text : str
     exit_code : int
         That of the error's class.
+    error : Exception or None
+        What was raised, without its frames, which hold the arrays of the case; it is not pickled.
     """
 
     case: str
@@ -59,6 +61,10 @@ class FailedCase:
     reason: str
     traceback_text: str
     exit_code: int
+    error: Exception | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "error": None}
 
     def in_words(self) -> str:
         """Return case, stage and reason in one line."""
@@ -67,11 +73,12 @@ class FailedCase:
 
     @staticmethod
     def of(case: str, stage: str, error: Exception) -> FailedCase:
-        """Put an exception into words."""
+        """Put an exception into words, and let go of its frames."""
         text = "".join(traceback.format_exception(error))
         known = isinstance(error, LowMemError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        return FailedCase(case, stage, reason, text, error.exit_code if isinstance(error, LowMemError) else 1)
+        without_frames(error)
+        return FailedCase(case, stage, reason, text, error.exit_code if isinstance(error, LowMemError) else 1, error)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class RollingWindow:
                 self._told_of_broadcast = True
             logits = logits.expand(due).clone()
         tile: torch.Tensor = logits[:, None] if self._grid.flat else logits
-        return tile
+        return tile.detach()
 
     def _add_arrived(self) -> None:
         if self._arriving is not None and self._inbox is not None:

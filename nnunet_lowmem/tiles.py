@@ -44,7 +44,10 @@ class TileSource:
         image = self._case.image
         inside, target = self._overlap(start)
         shape = (image.shape[0] + len(self._stage_labels), *self._grid.tile_shape)
-        tile = torch.zeros(shape) if buffer is None else buffer.room(shape, torch.float32).zero_()
+        if buffer is None:
+            tile = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        else:
+            tile = buffer.room(shape, torch.float32).zero_()
         view = tile.numpy()[(slice(None), *target)]
         view[: image.shape[0]] = image[(slice(None), *inside)]
         if self._case.previous_stage is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.types import Shape3
 
 
@@ -77,11 +78,15 @@ def tile_grid(image_shape: Shape3, patch_size: tuple[int, ...], step_size: float
 
     Raises
     ------
+    UsageError
+        If `step_size` is not in (0, 1].
     ValueError
-        If `step_size` is not in (0, 1] or the patch has neither two nor three axes.
+        If the patch has neither two nor three axes.
     """
     if not 0 < step_size <= 1:
-        raise ValueError(f"tile step size must be larger than 0 and at most 1, got {step_size}")
+        raise twin(UsageError, AssertionError, ValueError)(
+            f"tile step size must be larger than 0 and at most 1, got {step_size}"
+        )
     if len(patch_size) not in (2, 3):
         raise ValueError(f"patch size must have two or three entries, got {patch_size}")
     flat = len(patch_size) == 2

@@ -27,7 +27,7 @@ class HostBuffer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_its_own = device.type == "cuda"
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._copied: torch.cuda.Event | None = None
 
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -36,18 +36,20 @@ class HostBuffer:
         size_bytes = math.prod(shape) * dtype.itemsize
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
             if self._memory.numel() < size_bytes:
-                self._memory = torch.empty(0, dtype=torch.uint8)  # both at once would be more than is planned
+                self._memory = torch.empty(
+                    0, dtype=torch.uint8, device="cpu"
+                )  # both at once would be more than is planned
                 self._memory = self._allocated(size_bytes)
             return self._memory[:size_bytes].view(dtype).view(*shape)
 
     def _allocated(self, size_bytes: int) -> torch.Tensor:
         if self._on_its_own:
             try:
-                return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+                return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             except RuntimeError as error:  # limits of the system, which leave ordinary memory
                 logger.warning("no page-locked memory of %d bytes, copies are waited for: %s", size_bytes, error)
                 self._on_its_own = False
-        return torch.empty(size_bytes, dtype=torch.uint8)
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device of a tensor in this memory."""

@@ -29,7 +29,7 @@ from torch import nn
 
 from nnunet_lowmem import harmless, unpickling
 from nnunet_lowmem.bypassed import NAMES_IN_PLANS
-from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.errors import ModelError, because, twin
 
 try:
     from nnunetv2.paths import nnUNet_extTrainer
@@ -85,9 +85,9 @@ class Trust:
         except unpickling.RefusedError as error:
             raise ModelError(_holds(path, error.names)) from error
         except Exception as error:
-            raise ModelError(_why_unreadable(path, error)) from error
+            raise because(ModelError, _why_unreadable(path, error), error) from error
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
-            raise ModelError(
+            raise twin(ModelError, KeyError)(
                 f"checkpoint {path} holds no 'network_weights': it was not written by an nnU-Net v2 trainer"
             )
         return checkpoint
@@ -153,7 +153,7 @@ class Trust:
         if not self.everything:
             self._judge(where, name, found, _TRAINERS, _trainer_base())
         elif found is None:
-            raise ModelError(f"{where} is {name!r}, which the installed nnU-Net does not have")
+            raise twin(ModelError, RuntimeError)(f"{where} is {name!r}, which the installed nnU-Net does not have")
         return found
 
     def _external_trainer(self, where: str, name: str) -> Any:
@@ -193,7 +193,8 @@ class Trust:
     def _judge(self, where: str, name: Any, found: Any, package: str | None, kind: type) -> None:
         """Judge an object by where it was made and what it is; in a package that the user named, anything goes."""
         if found is None:
-            raise ModelError(f"{where} is {name!r}, which the installed packages do not have")
+            stocks = ImportError if kind is nn.Module else RuntimeError
+            raise twin(ModelError, stocks)(f"{where} is {name!r}, which the installed packages do not have")
         module = getattr(found, "__module__", None)
         module = module if isinstance(module, str) else type(found).__module__
         if self._trusts(module) and callable(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -26,12 +27,19 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
     labels = np.zeros((7, 7, 7), label_type)
     rule = LabelRule(ranked, np.arange(3, dtype=np.uint16), labels.dtype)
     with RowThreads(1) as threads:
-        window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half), threads)
-        window.add(torch.rand((2, *grid.tile_shape)), (0, 0, 0))
+        window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half, device="cpu"), threads)
+        window.add(_voxels((2, *grid.tile_shape)), (0, 0, 0))
         if fast:
-            FastNorm(nn.InstanceNorm3d(2), 0.01, False, threads)(torch.rand((1, 2, *grid.tile_shape)))
+            norm = nn.InstanceNorm3d(2, dtype=torch.float32, device="cpu")
+            FastNorm(norm, 0.01, False, threads)(_voxels((1, 2, *grid.tile_shape)))
             window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
-            window.add(torch.rand((1, *grid.tile_shape)), (0, 0, 0))
+            window.add(_voxels((1, *grid.tile_shape)), (0, 0, 0))
         labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)
         labeller.add(window.finish(4))
         labeller.finish()
+
+
+def _voxels(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return numbers that differ, and leave torch's random state, types and devices alone: these are the program's."""
+    size = math.prod(shape)
+    return torch.from_numpy(np.linspace(0, 1, size, dtype=np.float32).reshape(shape))

@@ -22,7 +22,9 @@ import torch
 
 from nnunet_lowmem.allocations import Budget, ModelFacts, Place
 from nnunet_lowmem.allocator import return_freed_memory
-from nnunet_lowmem.errors import ModelError
+from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem.errors import ModelError, because
+from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.model_loading import check_finite, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import storage_users
@@ -55,6 +57,7 @@ class FoldWeights:
     network: Any
     tmp_dir: Path | None
     _checkpoints: tuple[Path, ...] = ()
+    _clock: StageClock | None
 
     def _keep_weights(self, folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int) -> None:
         """Make `list_of_parameters` of the weights of folds, each read when it is asked for."""
@@ -95,10 +98,13 @@ class FoldWeights:
         network = uncompiled(self.network)
         name = self._weights_name(number)
         check_finite(weights, name)
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ModelError(why_not_loaded(name, error)) from error
+        with foreign(self._clock):
+            try:
+                network.load_state_dict(weights)
+            except RuntimeError as error:
+                if "state_dict" not in str(error):  # a hook's
+                    raise
+                raise because(ModelError, why_not_loaded(name, error), error) from error
 
     def _weights_name(self, number: int) -> str:
         """Name the checkpoint of a fold, as long as the list is as long as it was read."""
@@ -162,7 +168,7 @@ def _make_movable(fold: Mapping[str, Any]) -> None:
     for tensors in _sharing([fold]):
         storage = tensors[0].untyped_storage()
         if _is_ours(tensors) and not storage.resizable():
-            _move(tensors, torch.empty(storage.nbytes(), dtype=torch.uint8))
+            _move(tensors, torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu"))
 
 
 def _move(tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:

@@ -31,13 +31,14 @@ iterating
 case_predictor case_loop
 next_stages
 probabilities logits_predictor prefetching loading
+options
 html_report
 export warming console training_data
 estimating
 case_planning
 preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
-input_checks
+input_checks foreign
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
 records label_comparison measured_command tiles stock_calls unpickling
 files

@@ -14,6 +14,7 @@ from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_lowmem import LowMemPredictor, training_data
+from nnunet_lowmem.case_loop import Failing
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.types import NextStage, PreprocessedCase
 
@@ -71,8 +72,8 @@ def test_labels_in_other_grids_are_stocks(image, spec, images, models, tmp_path)
     plans = []
     ours.on_plan = plans.append
     wanted = PreprocessedCase(case.image, None, case.properties, stages)
-    (segmentation,) = ours._predict_unrecorded([Job("case", None, lambda: wanted)], False, False)
-    (plain,) = ours._predict_unrecorded([Job("case", None, lambda: case)], False, False)
+    (segmentation,) = ours._predict_unrecorded([Job("case", None, lambda: wanted)], False, Failing(keep_going=False))
+    (plain,) = ours._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
     np.testing.assert_array_equal(segmentation, plain)
     assert "labels for the next stages" in {entry.name for entry in plans[0].allocations}
 

@@ -113,7 +113,7 @@ def test_an_error_of_a_stage_is_none_of_its_listeners():
     clock = StageClock("scan", [lambda progress: None])
     with pytest.raises(ZeroDivisionError), clock.stage("export", 3):
         1 / 0  # noqa: B018
-    assert clock.listener_error is None
+    assert clock.foreign_error is None
     assert clock.failed_stage == "export"
 
 

@@ -17,6 +17,7 @@ from nnunetv2.configuration import default_num_processes
 from tiny_training import CASES, NAME, TRAINERS, VALIDATED, TinyTraining
 
 from nnunet_lowmem import LowMemPredictor, validation
+from nnunet_lowmem.case_loop import Failing
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.training import LowMemValidation
 
@@ -98,7 +99,7 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
             seen.add(torch.get_num_threads())
 
     predictor.network.register_forward_pre_hook(note)
-    predictor._predict_unrecorded([Job("case", None, lambda: case)], False, False)
+    predictor._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
     assert seen == {min(11, default_num_processes)} != {11}, "run this with nnUNet_def_n_proc below 11"
     seen.clear()
     switched = []
@@ -112,7 +113,7 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
     )
     with validation.prepared(trainer, predictor):
         assert switched == [False]
-        predictor._predict_unrecorded([Job("case", None, lambda: case)], False, False)
+        predictor._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
     assert seen == {11}
     assert switched == [False, True]
 
