@@ -15,8 +15,10 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.normalization import default_normalization_schemes
@@ -35,6 +37,7 @@ IN_WORKERS_AFTER = (Step.LABELS, Step.EXPORT, Step.WRITING, Step.RESAMPLING)
 OF_FILES = (Step.FILES, Step.ITERATION, Step.READING, *IN_WORKERS_BEFORE, *IN_WORKERS_AFTER)
 
 _OURS = "nnunet_lowmem"
+_MEAN = "predict_logits_from_preprocessed_data"
 _TORCHS_DECORATOR = "torch.utils._contextlib"
 
 
@@ -169,7 +172,32 @@ def _is_replaced(places: Sequence[Mapping[str, Any]], name: str, row: Row) -> bo
     standing = next((value for value in values if not _is_of(value, (_OURS,))), None)
     module, _, cls = row.owner.partition(":")
     home = module if cls or name not in HOMES else None
-    return standing is not None and not is_stocks(standing, name, home) and not _is_of(standing, row.superseded)
+    if standing is None or _is_of(standing, row.superseded):
+        return False
+    return not is_stocks(standing, name, home) or (name == _MEAN and not _is_mean_of_folds(standing))
+
+
+@functools.cache
+def _is_mean_of_folds(function: Any) -> bool:
+    """Whether nnU-Net's method returns the mean over folds, as ours does: the installed one may be a fork's.
+
+    That of ``nnunetv2-neuropoly`` 2.6.2 counts the first fold twice. One that cannot be asked counts as known.
+    """
+    for folds in ([1.0], [1.0, 2.0, 4.0]):
+        loaded: list[float] = []
+        asked = SimpleNamespace(
+            list_of_parameters=folds,
+            network=SimpleNamespace(load_state_dict=loaded.append),
+            predict_sliding_window_return_logits=lambda _, loaded=loaded: torch.full((1,), loaded[-1]).half(),
+            verbose=False,
+        )
+        try:
+            logits = function(asked, torch.zeros(1))
+        except Exception:
+            return True
+        if logits.tolist() != (torch.full((1,), sum(folds)).half() / len(folds)).tolist():
+            return False
+    return True
 
 
 def is_stocks(value: Any, name: str, home: str | None = None) -> bool:

@@ -13,7 +13,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from oracle import assert_same_array, make_predictor
+from oracle import assert_same_array, assert_same_return, make_predictor
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, UsageError
@@ -62,6 +62,23 @@ def test_what_says_nothing_new_goes_our_way_and_else_nnunets(forked, model, arra
         assert ours.predict_single_npy_array(image, properties, per_fold=True) == "of the fork"
         assert ours.predict_single_npy_array(image, properties, True) == "of the fork"
     assert "predict_single_npy_array(per_fold=True): known to the installed nnU-Net alone" in caplog.text
+
+
+def test_a_fork_that_adds_folds_up_in_its_own_way_is_followed(monkeypatch, images, models, array, caplog):
+    """As nnunetv2-neuropoly 2.6.2 does: the first fold counts twice."""
+    source = textwrap.dedent(inspect.getsource(nnUNetPredictor.predict_logits_from_preprocessed_data))
+    changed = source.replace("    else:\n            prediction +=", "    if True:\n            prediction +=")
+    assert changed != source
+    namespace = {}
+    exec(compile(changed, predict_from_raw_data.__file__, "exec"), vars(predict_from_raw_data), namespace)
+    model = models(ModelSpec(patch_size=(10, 12, 12), folds=(0, 1)), images("small"))
+    monkeypatch.setattr(nnUNetPredictor, *namespace.popitem())
+    stock, ours = (
+        make_predictor(cls, model, (0, 1)).predict_single_npy_array(*array, save_or_return_probabilities=True)
+        for cls in (nnUNetPredictor, LowMemPredictor)
+    )
+    assert_same_return([stock], [ours], probabilities=True)
+    assert "predict_logits_from_preprocessed_data: not nnU-Net's own; it makes the logits" in caplog.text
 
 
 @pytest.mark.parametrize("call", [lambda p: p.predict_from_files([], None, nonsense=1), lambda p: type(p)(nonsense=1)])
