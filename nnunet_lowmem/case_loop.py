@@ -181,7 +181,7 @@ class _Outcomes:
             if not self._failing.keep_going:
                 if isinstance(error, LowMemError):
                     error = of_kinds(error, self._failing.kind(clock.failed_stage, error))
-                    _name_case(error, clock.case, clock.failed_stage)
+                    _name_case(error, clock.case, clock.failed_stage or "start")
                 raise error
         finally:
             del cause

@@ -174,6 +174,8 @@ def checkpoint_files(
         return found
     chosen = [folds] if isinstance(folds, (int, str)) else folds
     files = [folder / f"fold_{fold if fold == 'all' else int(fold)}" / checkpoint_name for fold in chosen]
+    if not files:
+        raise UsageError(f"no folds of {folder} are asked for")
     for file in files:
         if checks and not file.is_file():
             raise missing(

@@ -84,9 +84,7 @@ def tile_grid(image_shape: Shape3, patch_size: tuple[int, ...], step_size: float
         If the patch has neither two nor three axes.
     """
     if not 0 < step_size <= 1:
-        raise twin(UsageError, AssertionError, ValueError)(
-            f"tile step size must be larger than 0 and at most 1, got {step_size}"
-        )
+        raise twin(UsageError, AssertionError)(f"tile step size must be larger than 0 and at most 1, got {step_size}")
     if len(patch_size) not in (2, 3):
         raise ValueError(f"patch size must have two or three entries, got {patch_size}")
     flat = len(patch_size) == 2
