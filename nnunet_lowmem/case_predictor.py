@@ -79,7 +79,7 @@ class CasePredictor(CaseLoading, LogitsPredictor):
 
     def _tile_bytes_of_zeros(self, budget: Budget) -> TileBytes:
         """Measure a tile of zeros in a copy of the network that nobody else sees, or tell what is expected."""
-        known, network = self._tile_bytes(), self.network
+        known, network, axes = self._tile_bytes(), self.network, self.allowed_mirroring_axes
         place = Place.VRAM if self.device.type == "cuda" else Place.RAM
         room = (budget.limit(place) or 0) - budget.reserved(place) - known.certain
         sample = copy_of_zeros(uncompiled(network), self.device, room) if known.uncertain else None
@@ -89,13 +89,14 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         two_tiles = (2, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])
         case = PreprocessedCase(np.zeros((self._input_channels(), *two_tiles), np.float32), None, {})
         try:
-            self.network = sample
+            # mirroring along one axis holds as much as along all of them
+            self.network, self.allowed_mirroring_axes = sample, self._mirrored_axes()[:1] or None
             return self._measure(self._predicted(case, self._grid(case)), lambda run: run())
         except (MemoryError, RuntimeError) as error:
             logger.info("no tile could be run to measure the network: %s", error)
             return known.after(0)
         finally:
-            self.network = network
+            self.network, self.allowed_mirroring_axes = network, axes
 
     def _begin(self, job: Job, folder: Path, probabilities: bool) -> CasePlanning:
         """Measure what is in use, and refuse a case that cannot fit by its header alone.

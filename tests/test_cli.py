@@ -561,6 +561,7 @@ def test_a_case_of_absurd_size_is_refused_and_the_others_are_predicted(real, roo
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["usual.nii.gz"]
 
 
+@pytest.mark.slow
 def test_estimates_of_a_thousand_cases_take_seconds(real, root, tmp_path, capsys):
     source = next(Path(real["-i"]).glob("*_0000.nii.gz"))
     (tmp_path / "many").mkdir()

@@ -276,10 +276,10 @@ FOREIGN = {
     },
 }
 ERRORS = {
-    "own": CancelError("stop"),
-    "RuntimeError": RuntimeError("shapes"),
-    "ValueError": ValueError(1),
-    "StopIteration": StopIteration(),
+    "own": lambda: CancelError("stop"),
+    "RuntimeError": lambda: RuntimeError("shapes"),
+    "ValueError": lambda: ValueError(1),
+    "StopIteration": StopIteration,
 }
 
 
@@ -302,7 +302,7 @@ def test_what_others_raise_ends_the_run(model, images, tmp_path, name, keeps):
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_any_error_reaches_the_caller_as_it_is(model, images, name):
-    error = ERRORS[name]
+    error = ERRORS[name]()
     predictor = make_predictor(LowMemPredictor, model, (0,))
     raise_after(predictor.network, 1, error)
     before = (type(error), error.args, str(error))

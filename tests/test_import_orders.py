@@ -13,10 +13,11 @@ import nnunetv2
 import pytest
 
 import nnunet_lowmem
+from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.running import environment_for
 
 ROOT = Path(nnunet_lowmem.__file__).parents[1]
-OURS = "nnUNetPredictor LowMemPredictor CasePredictor LogitsPredictor FoldWeights nnUNetPredictor object"
+OURS = " ".join(["nnUNetPredictor", *(cls.__name__ for cls in LowMemPredictor.__mro__)])
 STOCKS = "nnUNetPredictor nnUNetPredictor object"
 
 COMMANDS = {entry.name: entry.value for entry in entry_points(group="console_scripts") if "nnunetv2" in entry.value}
@@ -24,7 +25,7 @@ COMMANDS = {entry.name: entry.value for entry in entry_points(group="console_scr
 FEW = [
     "nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs",
     "nnunetv2.run.run_training:run_training_entry",
-    *(f"nnunet_lowmem.{name}" for name in ("overrides", "prefetching")),
+    "nnunet_lowmem.overrides",
 ]
 
 

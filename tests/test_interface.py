@@ -23,7 +23,10 @@ from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.case_planning import CasePlanner
 from nnunet_lowmem.warming import warm_up
 
-BOTH = (nnUNetPredictor, LowMemPredictor)
+
+def both() -> tuple[type[nnUNetPredictor], ...]:
+    """Stock's and ours; a module that held stock's class would be named by the test of what cannot be switched."""
+    return nnUNetPredictor, LowMemPredictor
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ STATES = {
 @pytest.mark.parametrize(("name", "probabilities"), [*((name, False) for name in STATES), ("double", True)])
 def test_state_of_torch(model, array, name, probabilities):
     warm_up.cache_clear()
-    predictors = [make_predictor(cls, model, (0, 1)) for cls in BOTH]
+    predictors = [make_predictor(cls, model, (0, 1)) for cls in both()]
     with STATES[name]():
         stock, ours = (outcome(single, p, *array, None, None, probabilities) for p in predictors)
     assert_same(stock, ours)
@@ -137,7 +140,7 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensor(model, name):
     stock, ours = (
-        outcome(make_predictor(cls, model).predict_sliding_window_return_logits, TENSORS[name]()) for cls in BOTH
+        outcome(make_predictor(cls, model).predict_sliding_window_return_logits, TENSORS[name]()) for cls in both()
     )
     assert not getattr(ours, "requires_grad", False)
     assert_same(np.asarray(stock), np.asarray(ours))
@@ -164,7 +167,7 @@ IMAGES = {
 def test_image(model, array, name):
     image = IMAGES[name](array[0])
     before = np.array(image)
-    stock, ours = (single(make_predictor(cls, model), image, array[1]) for cls in BOTH)
+    stock, ours = (single(make_predictor(cls, model), image, array[1]) for cls in both())
     assert_same(stock, ours)
     assert (type(ours), ours.flags.writeable) == (np.ndarray, True)
     assert np.array_equal(before, np.array(image))
@@ -173,7 +176,7 @@ def test_image(model, array, name):
 def test_properties_of_the_caller(model, array):
     """Stock's workers get copies; in the main process stock puts in what export reads."""
     found: list[dict[str, Any]] = []
-    for cls in BOTH:
+    for cls in both():
         found.append({"spacing": (5.0, 5.0, 5.0), "mine": [1]})
         make_predictor(cls, model).predict_single_npy_array(array[0], found[-1])
     properties = {"spacing": (5.0, 5.0, 5.0), "mine": [1]}
@@ -203,7 +206,7 @@ def test_mirroring_axes(model, file, name, mirrors):
         results = outcome(predictor.predict_from_files_sequential, [[file]], None)
         return results[0] if isinstance(results, list) else results
 
-    assert_same(*map(run, BOTH))
+    assert_same(*map(run, both()))
 
 
 def test_checkpoint_without_mirroring(models, images, array, tmp_path):
@@ -215,7 +218,7 @@ def test_checkpoint_without_mirroring(models, images, array, tmp_path):
     torch.save(checkpoint, other)
     for name in ("plans.json", "dataset.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    stock, ours = (make_predictor(cls, str(tmp_path), use_mirroring=False) for cls in BOTH)
+    stock, ours = (make_predictor(cls, str(tmp_path), use_mirroring=False) for cls in both())
     assert stock.allowed_mirroring_axes is ours.allowed_mirroring_axes is False
     assert_same(single(stock, *array), single(ours, *array))
 
@@ -224,7 +227,7 @@ def test_files_and_folders_as_paths(model, file, tmp_path):
     """Stock takes nothing for outputs but a folder given as text, and a list."""
     for target in (None, tmp_path / "out", (str(tmp_path / "case"),)):
         results = [
-            make_predictor(cls, Path(model)).predict_from_files_sequential([[Path(file)]], target) for cls in BOTH
+            make_predictor(cls, Path(model)).predict_from_files_sequential([[Path(file)]], target) for cls in both()
         ]
         assert_same(*results)
         assert len(results[0]) == 1
@@ -297,7 +300,7 @@ def copied(cls: type) -> Any:
 def test_object(model, array, file, tmp_path, make):
     """Every way to predict, and once more from copies."""
     results = []
-    for cls in BOTH:
+    for cls in both():
         predictor, target = make(cls), tmp_path / cls.__name__
         predictor.initialize_from_trained_model_folder(model, (0, 1))
         target.mkdir()
@@ -312,7 +315,7 @@ def test_object(model, array, file, tmp_path, make):
 
 
 def test_files_without_init(model, file):
-    stock, ours = (without_super(cls) for cls in BOTH)
+    stock, ours = (without_super(cls) for cls in both())
     for p in (stock, ours):
         p.initialize_from_trained_model_folder(model, (0,))
     assert_same(stock.predict_from_files_sequential([[file]], None), ours.predict_from_files([[file]], None))

@@ -335,6 +335,7 @@ def test_enabled_before_the_predictor_is_imported_itself():
     python("import nnunet_lowmem; nnunet_lowmem.enable(); from nnunet_lowmem import LowMemPredictor" + CHECK)
 
 
+@pytest.mark.slow
 def test_enabled_and_disabled_before_nnunet_is_imported():
     """And enabled again after it, where all is reached: here the tests hold the class in many places."""
     done = python(

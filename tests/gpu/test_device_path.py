@@ -26,7 +26,7 @@ from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.sliding_window import RollingWindow
-from nnunet_lowmem.tiles import TileFeed
+from nnunet_lowmem.tiles import PredictedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 
@@ -94,13 +94,13 @@ def stocks_labels(accelerator: str, model: str, folds: Any, case: tuple[str, ...
 
 @contextmanager
 def no_waiting_in_the_tile_loop() -> Iterator[list[int]]:
-    """From where a tile is cut out to where its logits are added."""
+    """From where a tile is cut out to where its logits are added; the first, which is measured, is waited for."""
     tiles: list[int] = []
-    feed, add = TileFeed.tile, RollingWindow.add
+    predict, add = PredictedTiles.next, RollingWindow.add
 
-    def watched_tile(self: TileFeed, start: Any) -> torch.Tensor:
+    def watched_tile(self: PredictedTiles, attempt: Any) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
-        return feed(self, start)
+        return predict(self, attempt)
 
     def watched_add(self: RollingWindow, logits: torch.Tensor, start: Any) -> None:
         add(self, logits, start)
@@ -109,7 +109,7 @@ def no_waiting_in_the_tile_loop() -> Iterator[list[int]]:
             tiles.append(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TileFeed, "tile", watched_tile)
+        patch.setattr(PredictedTiles, "next", watched_tile)
         patch.setattr(RollingWindow, "add", watched_add)
         try:
             yield tiles
