@@ -52,7 +52,7 @@ LABELS = [
     Row("255_classes", ModelSpec(labels=255, patch_size=(32, 32, 32)), classes=200, slow=True),
     Row("256_classes", ModelSpec(labels=256, patch_size=(32, 32, 32)), classes=200),
     # uint16 map, uint16 file
-    Row("300_classes", ModelSpec(labels=300, patch_size=(32, 32, 32)), classes=240),
+    Row("300_classes", ModelSpec(labels=300, patch_size=(32, 32, 32)), classes=240, slow=True),
     # the head alone is hundreds of megabytes per tile in a full-sized patch
     Row("700_classes", ModelSpec(labels=700, patch_size=(24, 24, 24), spacing=(6.5, 7.0, 7.5)), classes=500),
 ]

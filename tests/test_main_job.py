@@ -101,11 +101,13 @@ def test_one_fold_on_the_networks_own_grid(one_fold):
     assert len(np.unique(one_fold)) > 15
 
 
+@pytest.mark.slow
 def test_two_folds(one_fold, two_folds, tmp_path):
     labels = assert_command_equals_stock(crop(), tmp_path, two_folds, [0, 1])
     assert not np.array_equal(labels, one_fold), "the second fold must count"
 
 
+@pytest.mark.slow
 def test_resampling_from_a_finer_grid(tmp_path):
     labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :50], (1.7, 1.9, 2.3)), tmp_path, MODEL, [0])
     assert len(np.unique(labels)) > 10

@@ -169,6 +169,7 @@ def test_spilling_changes_no_label_and_holds_under_a_hard_limit(predict, name, s
         assert bool(spilled) == (share < 1), spilled
 
 
+@pytest.mark.slow
 def test_preprocessing_goes_on_with_less_where_memory_is_gone(predict):
     """The plan knows nothing of it: the image goes to disk, the labels stay."""
     free, short = predict("tiny"), predict("tiny", short_of_memory=True)

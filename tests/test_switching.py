@@ -326,6 +326,7 @@ assert m.nnUNetPredictor is nnUNetPredictor is trainer_module.nnUNetPredictor is
 """
 
 
+@pytest.mark.slow
 def test_enabled_before_nnunet_is_imported():
     program = "import nnunet_lowmem, sys; nnunet_lowmem.enable(); assert 'torch' not in sys.modules"
     assert "LowMemPredictor None" in python(program + CHECK).stdout
