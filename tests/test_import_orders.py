@@ -12,11 +12,9 @@ from pathlib import Path
 import nnunetv2
 import pytest
 
-import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.running import environment_for
 
-ROOT = Path(nnunet_lowmem.__file__).parents[1]
 OURS = " ".join(["nnUNetPredictor", *(cls.__name__ for cls in LowMemPredictor.__mro__)])
 STOCKS = "nnUNetPredictor nnUNetPredictor object"
 
@@ -39,13 +37,13 @@ def modules(package: str) -> list[str]:
 
 def environment(tmp_path: Path, predictor: str) -> dict[str, str]:
     paths = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), str(tmp_path))
-    return {**environment_for(predictor, {**os.environ, "PYTHONPATH": str(ROOT)}), **paths}
+    return {**environment_for(predictor, dict(os.environ)), **paths}
 
 
 def imported_first(targets: list[str], choice: str, tmp_path: Path) -> dict[str, str]:
     """Import each in a process of its own; return what `nnUNetPredictor` is afterwards, by its bases."""
     program = [sys.executable, str(Path(__file__).with_name("first_imports.py")), choice, *targets]
-    env = environment(tmp_path, "") | {"PYTHONPATH": str(ROOT)}
+    env = environment(tmp_path, "")
     done = subprocess.run(program, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return dict(line.split(" ", 1) for line in done.stdout.splitlines())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from factory import ModelSpec
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_segmentation, make_predictor, predict_stock
 
-import nnunet_lowmem
 from nnunet_lowmem.installed import version_of
 
 
@@ -25,8 +23,7 @@ def test_hook_commands_and_predictor_start_and_predict(platform, images, models,
     predict_stock(make_predictor(nnUNetPredictor, model), [case], [str(tmp_path / "stock")])
     arguments = ["-i", str(Path(case[0]).parent), "-o", str(tmp_path / "out"), "-m", model, "-f", "0", "--report"]
     program = [sys.executable, str(Path(__file__).with_name("elsewhere.py")), platform, *arguments, "-device", "cpu"]
-    env = {**os.environ, "PYTHONPATH": str(Path(nnunet_lowmem.__file__).parents[1])}
-    done = subprocess.run(program, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_segmentation(tmp_path / "stock.nii.gz", tmp_path / "out" / "small.nii.gz")
     facts = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))

@@ -332,6 +332,7 @@ def test_enabled_before_nnunet_is_imported():
     assert "LowMemPredictor None" in python(program + CHECK).stdout
 
 
+@pytest.mark.slow
 def test_enabled_before_the_predictor_is_imported_itself():
     python("import nnunet_lowmem; nnunet_lowmem.enable(); from nnunet_lowmem import LowMemPredictor" + CHECK)
 
