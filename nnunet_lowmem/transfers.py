@@ -36,9 +36,8 @@ class HostBuffer:
         size_bytes = math.prod(shape) * dtype.itemsize
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
             if self._memory.numel() < size_bytes:
-                self._memory = torch.empty(
-                    0, dtype=torch.uint8, device="cpu"
-                )  # both at once would be more than is planned
+                # both at once would be more than is planned
+                self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
                 self._memory = self._allocated(size_bytes)
             return self._memory[:size_bytes].view(dtype).view(*shape)
 

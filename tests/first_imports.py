@@ -9,32 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import os
 import sys
-import traceback
-from collections.abc import Callable
+
+from forked import forked
 
 from nnunet_lowmem import switching
 
 OURS = ("nnunetv2", "nnunet_lowmem")
-
-
-def forked(work: Callable[[], str]) -> str:
-    """Run `work` in a child and return what it returns, or the traceback of what it raised."""
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            answer = work()
-        except BaseException:
-            answer = traceback.format_exc()
-        with os.fdopen(writing, "w") as pipe:
-            pipe.write(answer)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    return answer
 
 
 def others() -> str:

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from faults import NEW, OLD, is_new
+from forked import forked
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
@@ -42,22 +42,15 @@ def write(final: Path, content: bytes = NEW) -> None:
 
 def as_nobody(act: Callable[[], None]) -> str:
     """Act in a process of a user who is not root; the last line of what went wrong."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            act()
-        except BaseException:
-            os.write(writer, traceback.format_exc().strip().splitlines()[-1].encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        told = pipe.read()
-    os.waitpid(child, 0)
-    return told
+
+    def work() -> str:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        act()
+        return ""
+
+    return "".join(forked(work).strip().splitlines()[-1:])
 
 
 # -- beside stock ------------------------------------------------------------------------------------------------------
