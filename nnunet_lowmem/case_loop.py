@@ -17,13 +17,14 @@ from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import CasesFailedError, LowMemError, ModelError, UsageError, WriteError, of_kinds, twin
 from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.foreign import foreign
-from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.formats import read_header
+from nnunet_lowmem.headers import Library
+from nnunet_lowmem.image_reading import library_of
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.records import Records
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
-from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, read_raw_header
 
 logger = logging.getLogger(__name__)
 
@@ -230,12 +231,16 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
     return remaining
 
 
-def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int, probability_bytes: int = 0) -> None:
+def require_space(
+    jobs: Sequence[Job], reader: type, file_ending: str, voxel_bytes: int, probability_bytes: int = 0
+) -> None:
     """Refuse a run whose files cannot fit the disk, however well they compress; say how large probabilities can get.
 
     Parameters
     ----------
     jobs : sequence of Job
+    reader : type
+        The model's reader class.
     file_ending : str
         Of the label maps.
     voxel_bytes, probability_bytes : int
@@ -247,7 +252,7 @@ def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int, proba
         With the bytes needed and free.
     """
     shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
-    for folder, voxels in _voxels_by_folder(jobs).items():
+    for folder, voxels in _voxels_by_folder(jobs, library_of(reader)).items():
         require_free_bytes(
             folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
         )
@@ -255,17 +260,15 @@ def require_space(jobs: Sequence[Job], file_ending: str, voxel_bytes: int, proba
             _tell_size_of_probabilities(folder, voxels * probability_bytes)
 
 
-def _voxels_by_folder(jobs: Sequence[Job]) -> dict[Path, int]:
+def _voxels_by_folder(jobs: Sequence[Job], library: Library) -> dict[Path, int]:
     """Voxels that will be written to each folder, by headers."""
     voxels: dict[Path, int] = {}
     for job in jobs:
         if job.recipe is None or job.files is None:
             continue
         with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
-            file = job.files[0][0]
-            if file.lower().endswith(KNOWN_ENDINGS):
-                read_raw_header(file)  # one that promises more than its file can hold needs no space
-            shape, _ = read_header(file)
+            # a header that promises more than its file can hold needs no space
+            shape, _ = read_header(job.files[0][0], library).grid()
             folder = place_of(job.recipe.outputs[0]).parent
             voxels[folder] = voxels.get(folder, 0) + math.prod(shape)
     return voxels

@@ -15,10 +15,11 @@ from nnunet_lowmem import nnunet_adapter, preprocessing
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Placement, Stage
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
-from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.formats import read_header
+from nnunet_lowmem.image_reading import library_of
 from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
-from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
+from nnunet_lowmem.preprocessing_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.recovering import Recovery, error_of
 from nnunet_lowmem.spill import spilled_array
 from nnunet_lowmem.tiling import tile_grid
@@ -111,10 +112,9 @@ class CasePlanner:
         UsageError
             If the header cannot be read.
         """
-        shape, spacing = read_header(files[0])
-        return self._upper_bounds(
-            name, files, voxel_type(files[0]), shape, spacing, previous_stage is not None, probabilities
-        )
+        header = read_header(files[0], library_of(self.description.plans.image_reader_writer_class))
+        source = Source(len(files), header.dtype, header.is_read_in_place)
+        return self._upper_bounds(name, source, *header.grid(), previous_stage is not None, probabilities)
 
     def facts_of_job(self, job: Job, probabilities: bool) -> CaseFacts | None:
         """Return upper bounds by the first header of a case, or by its array; None where there is neither.
@@ -133,7 +133,8 @@ class CasePlanner:
         if not isinstance(image, np.ndarray) or len(shape) != 4 or len(spacing) != 3:  # nnU-Net will say it
             raise UsageError(f"an image of shape (channels, x, y, z) is needed, with a spacing: {shape}, {spacing}")
         stage = previous_stage is not None
-        return self._upper_bounds(job.name, (), image.dtype, shape[1:], spacing, stage, probabilities)
+        source = Source(0, image.dtype, True)
+        return self._upper_bounds(job.name, source, shape[1:], spacing, stage, probabilities)
 
     def facts_of_image(
         self, name: str, case: PreprocessedCase, probabilities: bool, before: CaseFacts | None = None
@@ -165,8 +166,7 @@ class CasePlanner:
     def _upper_bounds(
         self,
         name: str,
-        files: Sequence[str],
-        voxels_as: np.dtype[Any],
+        source: Source,
         shape: Sequence[int],
         spacing: Sequence[float],
         has_previous_stage: bool,
@@ -175,9 +175,7 @@ class CasePlanner:
         described = self.description
         geometry = nnunet_adapter.uncropped_geometry(shape, spacing, described.plans, described.configuration)
         in_order = [spacing[axis] for axis in described.plans.transpose_forward]
-        inputs = input_bytes(
-            files, voxels_as, geometry, in_order, has_previous_stage, described.plans, described.configuration
-        )
+        inputs = input_bytes(source, geometry, in_order, has_previous_stage, described.plans, described.configuration)
         facts = self._facts(name, geometry, spacing, inputs, probabilities)
         stage_bytes = 2 * math.prod(geometry.network_shape) if has_previous_stage else 0
         return replace(facts, previous_stage_bytes=stage_bytes)

@@ -1,30 +1,32 @@
-"""The table of image formats: how a file of each is read to its end, so that nothing is missing that will be used.
+"""The table of image formats: what is known of a file before it is read, and how it is read to its end.
 
-Libraries fill up what is missing with zeros, or with whatever the memory held before; few look at checksums. So a file
-is decoded here once before a library reads it, in bounded memory and by the rules that the library goes by.
+Libraries fill up what is missing with zeros, or with whatever the memory held before; few look at checksums. So the
+voxels are decoded here, in bounded memory and by the rules that the library goes by: either they are taken from that
+pass as they are, or the library reads them afterwards. A format is one row.
 """
 
 from __future__ import annotations
 
-import gzip
-import math
-import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nnunet_lowmem import meta_image, nrrd_files, tiff_pages
-from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import Contents, Encoding, Part
+from nnunet_lowmem import gipl_files, meta_image, nifti_files, nrrd_files, pictures, tiff_pages
+from nnunet_lowmem.errors import DamagedFileError, UsageError
+from nnunet_lowmem.headers import Header, Layout, Library, itk_header, last_line
+from nnunet_lowmem.stored_parts import Contents
 
-_GIPL_HEADER_BYTES = 256
-_CHUNK_BYTES = 2**20
-
-Parts = Callable[[Path, Sequence[int], int], list[Part]]
+# a header is read once per case: when the run begins, when the case is checked and planned, and when it is read
+_REMEMBERED_HEADERS = 2**12
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,198 +35,72 @@ class Format:
 
     Attributes
     ----------
-    read_whole : callable
-        Decodes a file to its end and gives shape and type of what it holds; DamagedFileError where something is missing
-        or changed.
-    is_volume : bool
-        Whether SimpleITK reads its voxels; others are pictures for tifffile and skimage.
-    parts : callable or None
-        The pieces that ITK will read, by path, sizes and bytes of a voxel.
-    spacing : callable or None
-        As the file stores it, fastest axis first, where that is looked at before anything is decoded.
+    layout : callable or None
+        Where ITK looks for the voxels, by path and by what it makes of the header; whether they are compressed and can
+        be sliced is seen in it. None for pictures, which are decoded as a whole.
+    decode : callable or None
+        Decodes a file without a layout to its end; DamagedFileError where something is missing or changed.
+    nibabel_header : callable or None
+        What nibabel makes of a header, layout included; None where it reads no such file.
+    explain : callable or None
+        Raises a DamagedFileError that says what is wrong with a header which ITK does not read, where it is known.
+    verified_by : Library
+        Whose rules a file goes by of which nobody says who reads it.
     """
 
-    read_whole: Callable[[Path], Contents]
-    is_volume: bool = True
-    parts: Parts | None = None
-    spacing: Callable[[Path], list[float]] | None = None
-
-
-def format_of(path: Path) -> Format | None:
-    """Return the row for a file, by the longest ending that fits its name; None if there is none."""
-    name = path.name.lower()
-    endings = [ending for ending in FORMATS if name.endswith(ending)]
-    return FORMATS[max(endings, key=len)] if endings else None
-
-
-def verify_gzip(path: Path) -> int:
-    """Decode a gzip file to its end, which checks the checksum and the length of every member.
-
-    Returns
-    -------
-    int
-        Decoded bytes, at least 1.
-
-    Raises
-    ------
-    DamagedFileError
-        If it is cut, changed, or empty.
-    OSError
-        If it cannot be read.
-    """
-    count_bytes = 0
-    try:
-        with gzip.open(path) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                count_bytes += len(chunk)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedFileError(f"{path.name}: {error} (after {count_bytes} bytes)") from error
-    if count_bytes == 0:
-        raise DamagedFileError(f"{path.name} holds nothing")
-    return count_bytes
-
-
-@dataclass(frozen=True)
-class ItkHeader:
-    """What SimpleITK makes of a header: sizes fastest first, values of a voxel, and their type."""
-
-    sizes: tuple[int, ...]
-    values: int
-    dtype: np.dtype[Any]
+    layout: Callable[[Path, Header], Layout] | None = None
+    decode: Callable[[Path], Contents] | None = None
+    nibabel_header: Callable[[Path], Header] | None = None
+    explain: Callable[[Path], None] | None = None
+    verified_by: Library = Library.ITK
 
     @property
-    def voxel_bytes(self) -> int:
-        """Bytes of all values of a voxel."""
-        return self.values * self.dtype.itemsize
+    def is_volume(self) -> bool:
+        """Whether SimpleITK reads its voxels; others are pictures for tifffile and skimage."""
+        return self.layout is not None
 
-
-def itk_header(path: Path) -> ItkHeader:
-    """Read a header with SimpleITK.
-
-    Raises
-    ------
-    DamagedFileError
-        If it is none.
-    """
-    import SimpleITK
-
-    reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise DamagedFileError(f"{path.name}: {str(error).strip().splitlines()[-1]}") from error
-    make_image: Any = SimpleITK.Image
-    values = reader.GetNumberOfComponents()
-    voxel = make_image([1] * reader.GetDimension(), reader.GetPixelIDValue(), values if values > 1 else 0)
-    return ItkHeader(reader.GetSize(), values, SimpleITK.GetArrayViewFromImage(voxel).dtype)
-
-
-def _in_parts(parts: Parts) -> Callable[[Path], Contents]:
-    """Return the reader of a format whose pieces are known."""
-
-    def read_whole(path: Path) -> Contents:
-        header = itk_header(path)
+    def header(self, path: Path, library: Library = Library.ITK) -> Header:
+        """Read the header of a file; whatever is wrong with it is raised as it comes."""
+        if library is Library.NIBABEL and self.nibabel_header is not None:
+            return self.nibabel_header(path)
         try:
-            pieces = parts(path, header.sizes, header.voxel_bytes)
-        except ValueError as error:  # words where the header should have numbers
-            raise DamagedFileError(f"{path.name}: {error}") from error
-        for part in pieces:
+            header = itk_header(path)
+        except DamagedFileError:
+            if self.explain is not None:
+                self.explain(path)
+            raise
+        return header if self.layout is None else header.with_layout(self.layout(path, header))
+
+    def contents(self, path: Path, library: Library | None = None) -> Contents:
+        """Decode a file to its end; whatever is wrong with it is raised as it comes."""
+        if self.decode is not None:
+            return self.decode(path)
+        header = self.header(path, library or self.verified_by)
+        assert header.layout is not None, "what is not decoded as a whole has a layout"
+        for part in header.layout.parts:
             part.verify()
-        return Contents((*header.sizes[::-1], *([header.values] if header.values > 1 else [])), header.dtype)
-
-    return read_whole
-
-
-def _gipl_parts(path: Path, sizes: Sequence[int], voxel_bytes: int) -> list[Part]:
-    whole_bytes = math.prod(sizes) * voxel_bytes
-    if path.name.lower().endswith(".gz"):
-        return [Part(path, 0, _GIPL_HEADER_BYTES + whole_bytes, Encoding.GZIP)]
-    return [Part(path, _GIPL_HEADER_BYTES, whole_bytes)]
+        values = (header.components,) * (header.components > 1)
+        return Contents((*header.shape, *values), header.layout.dtype or header.dtype)
 
 
-def _read_nifti(path: Path) -> Contents:
-    # decoded first: a damaged stream says less when it fails in the header
-    held_bytes = verify_gzip(path) if path.name.lower().endswith(".gz") else path.stat().st_size
-    image = _nifti_image(path)
-    contents = Contents(image.shape, image.get_data_dtype())
-    held_bytes -= int(image.dataobj.offset)
-    needed_bytes = math.prod(contents.shape) * contents.dtype.itemsize
-    if held_bytes < needed_bytes:
-        raise DamagedFileError(f"{path.name} ends after {held_bytes:,} of {needed_bytes:,} bytes of voxels")
-    return contents
-
-
-def _read_pair(path: Path) -> Contents:
-    """Header and voxels in a file each (.hdr, .img), either of them compressed or not."""
-    stem = re.sub(r"(?i)\.(hdr|img)(\.gz)?$", "", str(path))
-    held = {ending: Path(stem + ending) for ending in _PAIR if Path(stem + ending).is_file()}
-    header = held.get(".hdr") or held.get(".hdr.gz")
-    if header is None:
-        raise DamagedFileError(f"its header should be in {Path(stem).name}.hdr, which is not there")
-    if ".hdr.gz" in held:
-        verify_gzip(held[".hdr.gz"])
-    image = _nifti_image(header)
-    contents = Contents(image.shape, image.get_data_dtype())
-    needed_bytes = int(image.dataobj.offset) + math.prod(contents.shape) * contents.dtype.itemsize
-    voxels = [held[ending] for ending in (".img", ".img.gz") if ending in held] or [Path(stem + ".img")]
-    for file in voxels:  # which of two is read depends on the library
-        Part(file, 0, needed_bytes, Encoding.GZIP).verify()
-    return contents
-
-
-def _nifti_image(path: Path) -> Any:
-    """Return nibabel's view of the file, of which only the header has been read."""
-    # takes a quarter of a second to import, which the command line need not wait for
-    import nibabel
-
-    try:
-        return nibabel.load(path)
-    except (
-        nibabel.filebasedimages.ImageFileError,
-        nibabel.spatialimages.HeaderDataError,
-        nibabel.wrapstruct.WrapStructError,
-        ValueError,
-    ) as error:
-        raise DamagedFileError(f"{path.name}: {error}") from error
-
-
-def _read_picture(path: Path) -> Contents:
-    from skimage import io
-
-    try:
-        if path.name.lower().endswith(".png"):
-            _verify_chunks(path)
-        array = np.asarray(io.imread(path))
-    except MemoryError:
-        raise
-    except Exception as error:  # each of its decoders has its own
-        raise DamagedFileError(f"{path.name}: {error}") from error
-    return Contents(array.shape, array.dtype)
-
-
-def _verify_chunks(path: Path) -> None:
-    """Check every chunk of a PNG, the last included; a decoder is content once it has all rows."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        picture.verify()
-
-
-_NIFTI = Format(_read_nifti)
-_NRRD = Format(_in_parts(nrrd_files.parts), parts=nrrd_files.parts, spacing=nrrd_files.spacing)
-_META = Format(_in_parts(meta_image.parts), parts=meta_image.parts, spacing=meta_image.spacing)
-_GIPL = Format(_in_parts(_gipl_parts), parts=_gipl_parts)
-_TIFF = Format(tiff_pages.read_whole, is_volume=False)
+_PAIR = Format(nifti_files.layout, nibabel_header=nifti_files.nibabel_header, explain=nifti_files.explain)
+# nibabel minds no geometry, of which ITK refuses some that nnU-Net's writers write
+_NIFTI = replace(_PAIR, verified_by=Library.NIBABEL)
+_NRRD = Format(nrrd_files.layout)
+_META = Format(meta_image.layout)
+_GIPL = Format(gipl_files.layout)
+_TIFF = Format(decode=tiff_pages.read_whole)
 #: What skimage decodes, with errors of its own where something is missing.
-PICTURE = Format(_read_picture, is_volume=False)
-_PAIR = {ending: Format(_read_pair) for ending in (".hdr", ".hdr.gz", ".img", ".img.gz")}
+PICTURE = Format(decode=pictures.read_whole)
 
 #: By ending, in lower case.
 FORMATS: dict[str, Format] = {
     ".nii": _NIFTI,
     ".nii.gz": _NIFTI,
-    **_PAIR,
+    ".hdr": _PAIR,
+    ".hdr.gz": _PAIR,
+    ".img": _PAIR,
+    ".img.gz": _PAIR,
     ".nrrd": _NRRD,
     ".nhdr": _NRRD,
     ".mha": _META,
@@ -238,3 +114,106 @@ FORMATS: dict[str, Format] = {
     ".jpg": PICTURE,
     ".jpeg": PICTURE,
 }
+_UNKNOWN = Format()
+
+
+def format_of(path: Path | str) -> Format | None:
+    """Return the row for a file, by the longest ending that fits its name; None if there is none."""
+    name = os.path.basename(path).lower()
+    endings = [ending for ending in FORMATS if name.endswith(ending)]
+    return FORMATS[max(endings, key=len)] if endings else None
+
+
+def is_volume(path: Path | str) -> bool:
+    """Tell by its name whether a file is one of which it is known where its voxels are; others may be pictures."""
+    row = format_of(path)
+    return row is not None and row.is_volume
+
+
+def read_header(path: str, library: Library = Library.ITK) -> Header:
+    """Read the header of a file as a library sees it, once as long as the file stays as it is.
+
+    Raises
+    ------
+    UsageError
+        If it is none, or promises more voxels than its files can hold.
+    """
+    with _named(path):
+        state = os.stat(path)
+        if state.st_size == 0:
+            raise DamagedFileError("the file is empty")
+        return _read_header(path, library, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(_REMEMBERED_HEADERS)
+def _read_header(path: str, library: Library, identity: tuple[int, ...]) -> Header:
+    header = (format_of(path) or _UNKNOWN).header(Path(path), library)
+    header.check_size()
+    return header
+
+
+def read_voxels(header: Header) -> NDArray[Any]:
+    """Read the voxels as stored, decoding all that holds them to its end.
+
+    Parameters
+    ----------
+    header : Header
+        With a layout whose type is known.
+
+    Returns
+    -------
+    ndarray
+        In the header's shape, its layout's type and byte order.
+
+    Raises
+    ------
+    UsageError
+        If voxels are missing, or a checksum is wrong.
+    """
+    layout = header.layout
+    assert layout is not None, "the layout is known"
+    assert layout.dtype is not None, "the type is known"
+    with _named(str(header.path)):
+        voxels = np.empty(header.shape, layout.dtype)
+        target, start = voxels.reshape(-1).view(np.uint8).data, 0
+        for part in layout.parts:
+            part.read_into(target[start : start + part.needed_bytes])
+            start += part.needed_bytes
+    return voxels
+
+
+def verify_voxels(path: str, library: Library = Library.ITK) -> None:
+    """Decode a file once, and those that it names, to see that all the voxels are there that a library will read.
+
+    Of a format that has no row nothing is known; a warning says so.
+
+    Raises
+    ------
+    UsageError
+        If not.
+    """
+    row = format_of(path)
+    if row is None:
+        _tell_unchecked(Path(path).suffix)
+        return
+    with _named(path):
+        if os.path.getsize(path) == 0:
+            raise DamagedFileError("the file is empty")
+        row.contents(Path(path), library)
+
+
+@cache
+def _tell_unchecked(ending: str) -> None:
+    """Once for an ending."""
+    _logger.warning("of %s files it is not known here how they end: missing voxels are the reader's to find", ending)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Name the file in whatever goes wrong while bytes of strangers are read: libraries raise what they like."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read: {last_line(error)}") from error

@@ -1,35 +1,226 @@
-"""Shape and spacing of an image file, from its header alone."""
+"""What is known of an image file before any of its voxels is decoded.
+
+Sizes, type and geometry are those of the library that reads the voxels afterwards, because nnU-Net goes by them. What a
+library keeps to itself is read from the bytes: where the voxels lie and as what, and the spacing as it is stored
+(SimpleITK makes 1 of 0 and NaN).
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
-import SimpleITK
+import numpy as np
 
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.errors import DamagedFileError, UsageError
+from nnunet_lowmem.stored_parts import Part
 
 # nnU-Net gives two-dimensional images a third axis of one slice, so thick that it is never resampled
 _SLICE_THICKNESS_FACTOR = 999
+# who speaks, and the address of an object
+_PREAMBLE = re.compile(r"^(s?itk::ERROR|ITK ERROR): (\w+\(0x[0-9a-f]+\): )?")
+UNSCALED = (1.0, 0.0)
 
 
-def read_header(path: str) -> tuple[list[int], list[float]]:
-    """Return shape and spacing (mm), three entries each, in the axis order of nnU-Net's arrays.
+class Library(Enum):
+    """Who reads the voxels."""
+
+    ITK = "SimpleITK"
+    NIBABEL = "nibabel"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a file keeps its voxels, and as what.
+
+    Attributes
+    ----------
+    parts : tuple of Part
+        Pieces of files, which hold all values one after the other, fastest axis first.
+    dtype : numpy dtype or None
+        Of the values as stored, byte order included; None where only the library makes values of what is stored.
+    spacing : tuple of float
+        As stored, fastest axis first; empty where the header says none in a way that is known here.
+    scale : (float, float)
+        Slope and intercept by which the library makes its values of those that are stored.
+    """
+
+    parts: tuple[Part, ...]
+    dtype: np.dtype[Any] | None
+    spacing: tuple[float, ...] = ()
+    scale: tuple[float, float] = UNSCALED
+
+    @property
+    def is_sliceable(self) -> bool:
+        """Whether planes can be read without those before them."""
+        return self.dtype is not None and all(part.is_raw for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Header:
+    """One file, as the library that reads it sees it.
+
+    Attributes
+    ----------
+    path : Path
+    library : Library
+    shape : tuple of int
+        Of the array, slowest axis first, without the values of a voxel.
+    spacing : tuple of float
+        Axes as in `shape`, mm.
+    components : int
+        Values per voxel.
+    dtype : numpy dtype
+        Of a value that the library gives.
+    place : dict
+        What says where the image lies, by nnU-Net's names: origin and direction, or affine.
+    layout : Layout or None
+        None where nothing is known of it: pictures, and formats without a row in the table.
+    """
+
+    path: Path
+    library: Library
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    components: int
+    dtype: np.dtype[Any]
+    place: dict[str, Any]
+    layout: Layout | None = None
+
+    @property
+    def voxels(self) -> int:
+        """Number of voxels."""
+        return math.prod(self.shape)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Decoded bytes of all voxels, as stored where that is known."""
+        if self.layout is not None and self.layout.parts:
+            return sum(part.needed_bytes for part in self.layout.parts)
+        return self.voxels * self.components * self.dtype.itemsize
+
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether the stored values are the library's, bit by bit, but for their byte order."""
+        layout = self.layout
+        if layout is None or layout.dtype is None or layout.scale != UNSCALED or self.components != 1:
+            return False
+        return layout.dtype.newbyteorder("=") == self.dtype
+
+    def with_layout(self, layout: Layout) -> Header:
+        """Return the header of a file of which it is known where its voxels are."""
+        return replace(self, layout=layout)
+
+    def check_size(self) -> None:
+        """Refuse a header that promises more than its files can hold, however well they are compressed.
+
+        Raises
+        ------
+        DamagedFileError
+            With both numbers.
+        """
+        for part in () if self.layout is None else self.layout.parts:
+            held_bytes = part.largest_bytes()
+            if held_bytes >= part.needed_bytes:
+                continue
+            promised = f"{part.needed_bytes:,} bytes of voxels in shape {self.shape}"
+            if part.is_raw:
+                raise DamagedFileError(f"{part.path.name} ends after {held_bytes:,} of {promised}")
+            size = f"{part.path.stat().st_size:,} bytes"
+            raise DamagedFileError(f"its header promises {promised}, and a file of {size} cannot hold them")
+
+    def grid(self) -> tuple[list[int], list[float]]:
+        """Return shape and spacing (mm), three entries each, in the axis order of nnU-Net's arrays.
+
+        Raises
+        ------
+        UsageError
+            If the image has neither two, three nor four dimensions.
+        """
+        shape, spacing = list(self.shape), list(self.spacing)
+        if len(shape) == 2:
+            return [1, *shape], [max(spacing) * _SLICE_THICKNESS_FACTOR, *spacing]
+        if len(shape) not in (3, 4):
+            raise UsageError(f"{self.path} has {len(shape)} dimensions; nnU-Net takes 2 to 4")
+        return shape[-3:], spacing[-3:]
+
+
+def stored_spacing(words: Iterable[str]) -> tuple[float, ...]:
+    """Return the lengths that words of a header say, without signs; nothing if one is no number: ITK will judge it."""
+    try:
+        return tuple(abs(float(word)) for word in words)
+    except ValueError:
+        return ()
+
+
+def itk_information(path: Path) -> Any:
+    """Return SimpleITK's reader of a file, of which only the header has been read.
 
     Raises
     ------
-    UsageError
-        If the file is not an image, or has neither two, three nor four dimensions.
+    DamagedFileError
+        If SimpleITK reads no such file.
     """
+    import SimpleITK
+
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
-    reader.SetFileName(path)
+    reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UsageError(f"{path} cannot be read as an image: {reason}") from None
-    shape, spacing = list(reader.GetSize())[::-1], [abs(value) for value in reader.GetSpacing()[::-1]]
-    if len(shape) == 2:
-        return [1, *shape], [max(spacing) * _SLICE_THICKNESS_FACTOR, *spacing]
-    if len(shape) not in (3, 4):
-        raise UsageError(f"{path} has {len(shape)} dimensions; nnU-Net takes 2 to 4")
-    return shape[-3:], spacing[-3:]
+        raise DamagedFileError(last_line(error)) from error
+    return reader
+
+
+def itk_header(path: Path) -> Header:
+    """Return what SimpleITK makes of a header.
+
+    Raises
+    ------
+    DamagedFileError
+        If it is none.
+    """
+    information = itk_information(path)
+    dtype, components = _itk_values(information)
+    spacing, direction = _upright(information.GetSpacing(), information.GetDirection())
+    return Header(
+        path,
+        Library.ITK,
+        information.GetSize()[::-1],
+        spacing[::-1],
+        components,
+        dtype,
+        {"spacing": spacing, "origin": information.GetOrigin(), "direction": direction},
+    )
+
+
+def _itk_values(information: Any) -> tuple[np.dtype[Any], int]:
+    """Type of the array that SimpleITK makes of a file, and values of a voxel, of which a complex number is one."""
+    import SimpleITK
+
+    make_image: Any = SimpleITK.Image
+    kind = information.GetPixelIDValue()
+    if kind in (SimpleITK.sitkComplexFloat32, SimpleITK.sitkComplexFloat64):
+        return np.dtype(np.complex64 if kind == SimpleITK.sitkComplexFloat32 else np.complex128), 1
+    components = information.GetNumberOfComponents()
+    voxel = make_image([1] * information.GetDimension(), kind, components if components > 1 else 0)
+    return SimpleITK.GetArrayFromImage(voxel).dtype, components
+
+
+def _upright(spacing: Sequence[float], direction: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Turn round axes of negative spacing, as ITK does when it makes an image of what is stored."""
+    axes = len(spacing)
+    turned = [-value if spacing[place % axes] < 0 else value for place, value in enumerate(direction)]
+    return tuple(map(abs, spacing)), tuple(turned)
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's text, where SimpleITK says what is the matter; its type if there is none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _PREAMBLE.sub("", next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__))

@@ -11,15 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import nibabel
 import numpy as np
 import SimpleITK
 from nibabel.volumeutils import apply_read_scaling
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from numpy.typing import NDArray
 
@@ -27,19 +25,13 @@ from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.errors import UsageError, because, of_kinds, twin
 from nnunet_lowmem.finite_voxels import check_values
-from nnunet_lowmem.stored_voxels import (
-    KNOWN_ENDINGS,
-    is_nifti,
-    itk_dtype,
-    itk_information,
-    read_nifti,
-    reason,
-    verify_voxels,
-)
+from nnunet_lowmem.formats import is_volume, read_header, read_voxels, verify_voxels
+from nnunet_lowmem.headers import Header, Library, last_line
 
 Volume = NDArray[Any]
 """One channel, shape (x, y, z) in nnU-Net's order of axes, of any real type."""
 
+_OF_NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 _logger = logging.getLogger(__name__)
 
 
@@ -77,13 +69,10 @@ def read_channels(
 def _read_channels(
     reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool, is_replaced: bool
 ) -> tuple[list[Volume], dict[str, Any]]:
-    if not is_replaced and all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
-        if reader is SimpleITKIO:
-            return _read_with_simpleitk(files, accept_nan)
-        if reader is NibabelIO:
-            return _read_with_nibabel(files, accept_nan)
+    if not is_replaced and reader in _OWN and all(is_volume(file) for file in files):
+        return _OWN[reader](files, accept_nan)
     for file in files if not is_replaced else ():  # what a program's own function makes of names is its business
-        check_stored(file, accept_nan)
+        check_stored(file, reader, accept_nan)
     if is_replaced:
         image, properties = reader().read_images(list(files))
     else:
@@ -94,86 +83,89 @@ def _read_channels(
     return list(image), properties
 
 
-def check_stored(file: str, accept_nan: bool) -> None:
-    """Check what another reader is about to read: SimpleITK makes 0 of NaN in a NIfTI file without a word."""
-    if not is_nifti(file):
+def library_of(reader: type) -> Library:
+    """Return by whose rules a reader class reads volumes."""
+    return Library.NIBABEL if issubclass(reader, (NibabelIO, NibabelIOWithReorient)) else Library.ITK
+
+
+def check_stored(file: str, reader: type, accept_nan: bool) -> None:
+    """Check what a reader is about to read by itself: all is there, and every stored value is a number."""
+    if not is_volume(file):
         verify_voxels(file)
+        return
+    header = read_header(file, library_of(reader))
+    if _loses_nan(header):
+        check_values(read_voxels(header), file, accept_nan)
     else:
-        check_values(_guarded(read_nifti, file)[0], file, accept_nan)
+        verify_voxels(file, header.library)
+
+
+def _loses_nan(header: Header) -> bool:
+    """Whether the library may make numbers of stored values that are none: in NIfTI files, ITK makes 0 of them."""
+    layout = header.layout
+    is_float = layout is not None and layout.dtype is not None and layout.dtype.kind in "fc"
+    return is_float and header.library is Library.ITK and header.path.name.lower().endswith(_OF_NIFTI)
 
 
 def _read_with_simpleitk(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
-    arrays: list[Volume] = []
-    geometries: list[dict[str, tuple[float, ...]]] = []
-    for file in files:
-        image, array = _guarded(partial(_itk_voxels, accept_nan=accept_nan), file)
-        components = image.GetNumberOfComponents()
-        if components != 1:
-            raise UsageError(
-                f"{file} has {components} values per voxel, 1 is needed. Store every channel in a file of its own."
-            )
-        geometries.append(
-            {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
-        )
-        arrays.append(array[None] if array.ndim == 2 else array)
-    check_grid(files, [array.shape for array in arrays], [geometry["spacing"] for geometry in geometries])
+    headers = [read_header(file) for file in files]
+    arrays = [_read_volume(header, file, accept_nan) for header, file in zip(headers, files, strict=True)]
+    arrays = [array[None] if array.ndim == 2 else array for array in arrays]
+    check_grid(files, [array.shape for array in arrays], [header.place["spacing"] for header in headers])
     for name in ("origin", "direction"):
-        _warn_if_different(files, name, [geometry[name] for geometry in geometries])
+        _warn_if_different(files, name, [header.place[name] for header in headers])
     channels = [channel for array in arrays for channel in (array if array.ndim == 4 else [array])]
-    return channels, {"sitk_stuff": geometries[0], "spacing": _spacing(geometries[0]["spacing"])}
-
-
-def _itk_voxels(file: str, accept_nan: bool) -> tuple[Any, Volume]:
-    """Return SimpleITK's reader of the header, and the voxels that it would read, every one of them from the file."""
-    information = itk_information(file)
-    if not is_nifti(file):
-        verify_voxels(file)
-        array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
-        check_values(array, file, accept_nan)
-        return information, array
-    voxels, (slope, intercept) = read_nifti(file)
-    check_values(voxels, file, accept_nan)
-    native = voxels.dtype.newbyteorder("=")
-    scaled = not (slope in (0, 1) and intercept == 0) and np.isfinite(slope)
-    if scaled or native != itk_dtype(information) or voxels.shape != information.GetSize()[::-1]:
-        del voxels
-        return information, SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
-    return information, voxels if voxels.dtype == native else voxels.byteswap(inplace=True).view(native)
-
-
-def _spacing(spacing: tuple[float, ...]) -> list[float]:
-    """Spacing in the order of the array's axes; a 2D image counts as one very thick slice, as in nnU-Net's reader."""
-    last_three = list(spacing)[::-1][-3:]
-    if len(spacing) == 2:
-        last_three = [max(spacing) * 999, *last_three]
-    return list(np.abs(last_three))
+    _, spacing = headers[0].grid()
+    return channels, {"sitk_stuff": dict(headers[0].place), "spacing": list(np.abs(spacing))}
 
 
 def _read_with_nibabel(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
-    channels, affines, spacings = [], [], []
-    for file in files:
-        image = _guarded(nibabel.load, file)
-        if image.ndim != 3:
-            raise UsageError(f"{file} has {image.ndim} dimensions, 3 are needed by the model's reader, NibabelIO.")
-        affines.append(image.affine)
-        spacings.append([float(step) for step in image.header.get_zooms()[::-1]])
-        channel = _guarded(partial(_nibabel_voxels, image), file)
-        check_values(channel, file, accept_nan)
-        channels.append(channel)
-    check_grid(files, [channel.shape for channel in channels], spacings)
-    _warn_if_different(files, "affine", affines)
-    return channels, {"nibabel_stuff": {"original_affine": affines[0]}, "spacing": spacings[0]}
+    headers = [read_header(file, Library.NIBABEL) for file in files]
+    for file, header in zip(files, headers, strict=True):
+        if len(header.shape) != 3:
+            raise UsageError(
+                f"{file} has {len(header.shape)} dimensions, 3 are needed by the model's reader, NibabelIO."
+            )
+    channels = [_read_volume(header, file, accept_nan) for header, file in zip(headers, files, strict=True)]
+    check_grid(files, [channel.shape for channel in channels], [header.spacing for header in headers])
+    _warn_if_different(files, "affine", [header.place["affine"] for header in headers])
+    affine = headers[0].place["affine"].copy()
+    return channels, {"nibabel_stuff": {"original_affine": affine}, "spacing": list(headers[0].spacing)}
 
 
-def _nibabel_voxels(image: Any, file: str) -> Volume:
-    """Voxels as stored where float32 follows from them alone; else float32, by way of float64 as in ``get_fdata``."""
-    stored, _ = read_nifti(file)
-    slope, intercept = np.float64(image.dataobj.slope), np.float64(image.dataobj.inter)
-    if (slope, intercept) == (1.0, 0.0) and (stored.dtype.kind == "f" or stored.dtype.itemsize <= 4):
-        return stored
+_OWN = {SimpleITKIO: _read_with_simpleitk, NibabelIO: _read_with_nibabel}
+
+
+def _read_volume(header: Header, file: str, accept_nan: bool) -> Volume:
+    """Read one file: as it is stored where the library's values follow from that alone, else as the library does."""
+    if header.components != 1:
+        raise UsageError(
+            f"{file} has {header.components} values per voxel, 1 is needed. Store every channel in a file of its own."
+        )
+    if header.dtype.kind == "c":
+        _logger.warning("%s holds complex numbers; as in nnU-Net, their real parts are taken", file)
+    if header.is_read_in_place:
+        voxels = read_voxels(header)
+        check_values(voxels, file, accept_nan)
+        native = voxels.dtype.newbyteorder("=")
+        voxels = voxels if voxels.dtype == native else voxels.byteswap(inplace=True).view(native)
+    elif header.library is Library.NIBABEL:
+        voxels = _scaled(read_voxels(header), header, file, accept_nan)
+    else:
+        check_stored(file, SimpleITKIO, accept_nan)
+        voxels = SimpleITK.GetArrayFromImage(_guarded(SimpleITK.ReadImage, file))
+        check_values(voxels, file, accept_nan)
+    return np.ascontiguousarray(voxels.real) if voxels.dtype.kind == "c" else voxels
+
+
+def _scaled(stored: NDArray[Any], header: Header, file: str, accept_nan: bool) -> NDArray[np.float32]:
+    """Values by way of float64, as ``get_fdata`` gives them."""
+    check_values(stored, file, accept_nan)
+    assert header.layout is not None, "what is scaled has a layout"
+    slope, intercept = map(np.float64, header.layout.scale)
     voxels = np.empty(stored.shape, np.float32)
     for plane, values in zip(voxels, stored, strict=True):
-        plane[...] = apply_read_scaling(values, slope, intercept).astype(np.float64)
+        plane[...] = apply_read_scaling(values.real, slope, intercept).astype(np.float64)
     return voxels
 
 
@@ -196,7 +188,7 @@ def _guarded(read: Callable[[Any], Any], source: Any, name: str | None = None) -
     except (UsageError, MemoryError):
         raise
     except Exception as error:
-        raise because(UsageError, f"{name or source} cannot be read: {reason(error)}", error) from error
+        raise because(UsageError, f"{name or source} cannot be read: {last_line(error)}", error) from error
 
 
 def check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings: Sequence[Sequence[float]]) -> None:

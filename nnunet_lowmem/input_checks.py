@@ -11,8 +11,9 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.errors import UsageError, twin
-from nnunet_lowmem.image_reading import check_grid, read_by
-from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, Header, read_raw_header
+from nnunet_lowmem.formats import is_volume, read_header
+from nnunet_lowmem.headers import Header
+from nnunet_lowmem.image_reading import check_grid, library_of, read_by
 
 try:
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
@@ -26,8 +27,8 @@ VOXELS = 2**40
 def check_case(files: Sequence[str], reader: type, channels: int, target_spacing: Sequence[float]) -> None:
     """Refuse a case by the headers of its files.
 
-    Formats other than `KNOWN_ENDINGS`, and readers that are not nnU-Net's for them, decide for themselves; what they
-    make of the files is checked when it has been read.
+    Pictures, formats that are not in the table, and readers that are not nnU-Net's for volumes decide for themselves;
+    what they make of the files is checked when it has been read.
 
     Parameters
     ----------
@@ -45,13 +46,12 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
     UsageError
         With the file and what is the matter.
     """
-    if not all(file.lower().endswith(KNOWN_ENDINGS) for file in files) or overrides.found(Step.READING, reader):
+    if not all(is_volume(file) for file in files) or overrides.found(Step.READING, reader):
         return
     with read_by(reader):
-        headers = [read_raw_header(file) for file in files]
+        headers = [read_header(file, library_of(reader)) for file in files]
     for file, header in zip(files, headers, strict=True):
-        if not all(0 < step < math.inf for step in header.spacing):
-            raise UsageError(f"{file}: the spacing in its header is {header.spacing} mm; mend it, all must be positive")
+        _check_spacing(file, header)
     if reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient):
         held = sum(_channels(file, header, reader) for file, header in zip(files, headers, strict=True))
         if held != channels:
@@ -60,6 +60,13 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
             )
         check_grid(files, [header.shape for header in headers], [header.spacing for header in headers])
     _check_resampled(files[0], headers[0], target_spacing)
+
+
+def _check_spacing(file: str, header: Header) -> None:
+    """Refuse a spacing as it is stored: of 0 and of what is no number SimpleITK makes 1 without a word."""
+    stored = header.layout.spacing[:3] if header.layout is not None and header.components == 1 else ()
+    if not all(0 < step < math.inf for step in stored):
+        raise UsageError(f"{file}: the spacing in its header is {stored[::-1]} mm; mend it, all must be positive")
 
 
 def _wrong_count(files: Sequence[str], held: int, channels: int) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.verifying import DamagedFileError, is_volume, verify_whole
+from nnunet_lowmem.formats import is_volume
+from nnunet_lowmem.verifying import DamagedFileError, verify_whole
 
 
 @dataclass(frozen=True)

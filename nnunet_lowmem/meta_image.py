@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import Encoding, Part, numbered_names
+from nnunet_lowmem.headers import Header, Layout, stored_spacing
+from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names
 
 _HEADER_LIMIT_BYTES = 2**20
 _LAST_FIELD = "ElementDataFile"
@@ -22,34 +23,30 @@ _NUMBER = re.compile(r"\s*[-+]?[0-9]+")
 _PATTERN_WORDS = 4
 
 
-def spacing(path: Path) -> list[float]:
-    """Return the spacing as stored, fastest axis first."""
-    fields, _ = _header(path)
-    text = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
-    return [abs(float(word)) for word in text.split()]
-
-
-def parts(path: Path, sizes: Sequence[int], voxel_bytes: int) -> list[Part]:
-    """Return the pieces that the voxels are read from.
-
-    Parameters
-    ----------
-    path : Path
-    sizes : sequence of int
-        Fastest axis first.
-    voxel_bytes : int
-        Of all values of a voxel.
+def layout(path: Path, header: Header) -> Layout:
+    """Return where MetaIO looks for the voxels.
 
     Raises
     ------
     DamagedFileError
-        If the header names too few of them, or names them in a way that MetaIO does not read.
+        If the header names too few files, or names them in a way that MetaIO does not read.
     OSError
         If the header cannot be read.
     """
     fields, end = _header(path)
-    where = fields[_LAST_FIELD]
-    whole_bytes = math.prod(sizes) * voxel_bytes
+    is_binary = _is_true(fields.get("BinaryData", "True"))
+    is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
+    spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
+    return Layout(
+        tuple(_parts(path, fields, end, header)),
+        header.dtype.newbyteorder(">" if is_swapped else "<") if is_binary else None,
+        stored_spacing(spacing.split()),
+    )
+
+
+def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list[Part]:
+    where, sizes = fields[_LAST_FIELD], header.shape[::-1]
+    whole_bytes = header.needed_bytes
     if where in ("LOCAL", "Local", "local"):
         return [_part(path, end, whole_bytes, fields)]
     if where.startswith("LIST"):
@@ -109,7 +106,7 @@ def _listed(path: Path, end: int, where: str, sizes: Sequence[int]) -> tuple[lis
         axes = len(sizes) - 1
     if axes == len(sizes):
         raise DamagedFileError(f"its header says {where}, a list of files that ITK does not read")
-    needed = math.prod(sizes[axes:])
+    needed = _countable(math.prod(sizes[axes:]))
     with path.open("rb") as file:
         file.seek(end)
         # MetaIO forgets a last line that nothing ends
@@ -119,7 +116,7 @@ def _listed(path: Path, end: int, where: str, sizes: Sequence[int]) -> tuple[lis
 
 def _numbered(where: str, sizes: Sequence[int]) -> tuple[list[str], int]:
     """Names by a pattern, the first number, the last and the step."""
-    needed, words = sizes[-1], where.split()
+    needed, words = _countable(sizes[-1]), where.split()
     numbers = [_whole_number(word) for word in words[1:]]
     first = numbers[0] if numbers else 1
     last = numbers[1] if len(numbers) > 1 else first + needed - 1
@@ -127,6 +124,14 @@ def _numbered(where: str, sizes: Sequence[int]) -> tuple[list[str], int]:
     if step < 1 or len(words) > _PATTERN_WORDS:
         raise DamagedFileError(f"its header names its data by {where!r}, which ITK cannot read")
     return numbered_names(words[0], range(first, last + 1, step)[:needed]), needed
+
+
+def _countable(files: int) -> int:
+    if files > MOST_FILES:
+        raise DamagedFileError(
+            f"its header says that its voxels are in {files:,} files, and {MOST_FILES:,} are the most"
+        )
+    return files
 
 
 def _is_true(value: str) -> bool:

@@ -6,38 +6,24 @@ ITK's reader notices what is missing, but stops reading a gzip stream before its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import Encoding, Part, numbered_names
+from nnunet_lowmem.headers import Header, Layout, stored_spacing
+from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names
 
 _HEADER_LIMIT_BYTES = 2**20
+_ORDERS: dict[str, Literal["<", ">", "="]] = {"little": "<", "big": ">"}
 _ENCODINGS = {"raw": Encoding.RAW, "gzip": Encoding.GZIP, "gz": Encoding.GZIP}
 _DATA_FILE = "data file"
 _ALIASES = {"datafile": _DATA_FILE, "lineskip": "line skip", "byteskip": "byte skip"}
 
 
-def spacing(path: Path) -> list[float]:
-    """Return lengths of the axes' vectors, or the spacings, fastest axis first; an axis without either has none."""
-    fields, _ = _header(path)
-    if "space directions" in fields:
-        vectors = fields["space directions"].replace("none", " ").replace(")", " ").split("(")[1:]
-        return [math.hypot(*map(float, vector.split(","))) for vector in vectors]
-    return [abs(float(word)) for word in fields.get("spacings", "").split()]
-
-
-def parts(path: Path, sizes: Sequence[int], voxel_bytes: int) -> list[Part]:
-    """Return the pieces that the voxels are read from.
-
-    Parameters
-    ----------
-    path : Path
-    sizes : sequence of int
-        Fastest axis first.
-    voxel_bytes : int
-        Of all values of a voxel.
+def layout(path: Path, header: Header) -> Layout:
+    """Return where ITK looks for the voxels.
 
     Raises
     ------
@@ -47,11 +33,27 @@ def parts(path: Path, sizes: Sequence[int], voxel_bytes: int) -> list[Part]:
         If it cannot be read.
     """
     fields, end = _header(path)
-    whole_bytes = math.prod(sizes) * voxel_bytes
+    order = "=" if header.dtype.itemsize == 1 else _ORDERS.get(fields.get("endian", "").lower())
+    parts = _parts(path, fields, end, header)
+    # of compressed voxels, the last ones are found by the library alone
+    is_known = order is not None and (int(fields.get("byte skip", 0)) >= 0 or all(part.is_raw for part in parts))
+    is_known = is_known and all(part.encoding is not Encoding.TEXT for part in parts)
+    return Layout(tuple(parts), header.dtype.newbyteorder(order or "=") if is_known else None, _spacing(fields))
+
+
+def _spacing(fields: dict[str, str]) -> tuple[float, ...]:
+    """Lengths of the axes' vectors, or the spacings; an axis without either has none."""
+    if "space directions" not in fields:
+        return stored_spacing(fields.get("spacings", "").split())
+    vectors = fields["space directions"].replace("none", " ").replace(")", " ").split("(")[1:]
+    return tuple(math.hypot(*stored_spacing(vector.split(","))) for vector in vectors)
+
+
+def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list[Part]:
     if _DATA_FILE not in fields:
-        return [_part(path, end, whole_bytes, fields)]
-    names = _names(path, end, fields[_DATA_FILE], math.prod(sizes[1:]))
-    return [_part(path.parent / name, 0, whole_bytes // len(names), fields) for name in names]
+        return [_part(path, end, header.needed_bytes, fields)]
+    names = _names(path, end, fields[_DATA_FILE], math.prod(header.shape[:-1]))
+    return [_part(path.parent / name, 0, header.needed_bytes // len(names), fields) for name in names]
 
 
 def _header(path: Path) -> tuple[dict[str, str], int]:
@@ -76,12 +78,13 @@ def _names(path: Path, end: int, where: str, most: int) -> list[str]:
     if where.startswith("LIST"):
         with path.open("rb") as file:
             file.seek(end)
-            names = [line.decode("utf-8", "surrogateescape").strip() for line in file if line.strip()]
+            lines = islice(file, MOST_FILES)
+            names = [line.decode("utf-8", "surrogateescape").strip() for line in lines if line.strip()]
     elif "%" in where:
         words = where.split()
         first, last, step = (int(word) for word in words[1:4])
         numbers = range(first, last + (1 if step > 0 else -1), step)
-        names = numbered_names(words[0], numbers if len(numbers) <= most else ())
+        names = numbered_names(words[0], numbers if len(numbers) <= min(most, MOST_FILES) else ())
     else:
         names = [where]
     if not names:
@@ -96,7 +99,10 @@ def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> 
     if lines > 0 and path.is_file():
         with path.open("rb") as file:
             start = _after_lines(file, start, lines)
-    return Part(path, start, needed_bytes + max(0, skipped), encoding)
+    part = Part(path, start, needed_bytes, encoding, skipped_bytes=max(0, skipped))
+    if skipped < 0 and path.is_file() and part.is_raw:
+        return replace(part, start=max(0, path.stat().st_size - needed_bytes))
+    return part
 
 
 def _after_lines(file: IO[bytes], start: int, lines: int) -> int:

@@ -184,6 +184,7 @@ class LowMemPredictor(CasePredictor):
         heads_bytes = self.label_manager.num_segmentation_heads * np.dtype(self.probabilities_dtype).itemsize
         require_space(
             jobs,
+            self.plans_manager.image_reader_writer_class,
             self.dataset_json["file_ending"],
             1 if rule is None else rule.dtype.itemsize,
             heads_bytes if probabilities else 0,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,8 @@ import numpy as np
 
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.formats import read_header
+from nnunet_lowmem.image_reading import library_of
 from nnunet_lowmem.job import Report
 from nnunet_lowmem.preprocessing import preprocess_case
 from nnunet_lowmem.types import PreprocessedCase
@@ -63,6 +63,7 @@ class Prefetcher:
     ) -> None:
         self._model_file = folder / "model.pkl"
         self._model_file.write_bytes(pickle.dumps(model))
+        self._library = library_of(model[0].image_reader_writer_class)
         self._folder = folder
         self._stall_s = stall_s
         self._threads = threads
@@ -131,7 +132,7 @@ class Prefetcher:
             return WorkerLimits(0, 0)
         voxels = 0
         with contextlib.suppress(UsageError):  # the worker will tell
-            voxels = max(math.prod(read_header(file)[0]) for file in job.files[0]) if job.files else 0
+            voxels = max(read_header(file, self._library).voxels for file in job.files[0]) if job.files else 0
         return WorkerLimits(self._stall_s, 3600 * max(1.0, voxels / VOXELS_PER_HOUR))
 
     def take(self, job: Job) -> PreprocessedCase:

@@ -111,10 +111,10 @@ def preprocess_case(
     reader = plans_manager.image_reader_writer_class
     check_headers(image_files, plans_manager, configuration_manager)
     if previous_stage_file is not None:
-        check_stored(previous_stage_file, accept_nan)
+        check_stored(previous_stage_file, reader, accept_nan)
     if not is_own(configuration_manager.preprocessor_class):
         for file in image_files if not is_class(configuration_manager.preprocessor_class, DEFAULT_PREPROCESSOR) else ():
-            check_stored(file, accept_nan)
+            check_stored(file, reader, accept_nan)
         preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
         result = preprocessor.run_case(
             list(image_files), previous_stage_file, plans_manager, configuration_manager, dataset_json

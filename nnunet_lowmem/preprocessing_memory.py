@@ -18,9 +18,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem import preprocessing
 from nnunet_lowmem.nnunet_adapter import CaseGeometry
 from nnunet_lowmem.spline import working_bytes
-from nnunet_lowmem.stored_voxels import KNOWN_ENDINGS, is_nifti, itk_dtype, itk_information
 
-_SINGLE_BYTES = 4
+_SINGLE_BYTES, _DOUBLE_BYTES = 4, 8
 # of a masked normalisation: masks, their filled copy, the masked values and their deviation
 _MASK_BYTES = 16
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
@@ -36,17 +35,26 @@ class InputBytes(NamedTuple):
     preprocessing: int
 
 
-def voxel_type(path: str) -> np.dtype[Any]:
-    """Type of the values that a file gives, by its header; the largest there is where it does not tell."""
-    try:
-        return itk_dtype(itk_information(path))
-    except RuntimeError:
-        return np.dtype(np.float64)
+class Source(NamedTuple):
+    """What the image of a case is read from.
+
+    Attributes
+    ----------
+    files : int
+        How many; 0 for an array in memory.
+    dtype : numpy dtype
+        Of the values that reading gives.
+    is_in_place : bool
+        Whether nothing is held beside these while a file is read.
+    """
+
+    files: int
+    dtype: np.dtype[Any]
+    is_in_place: bool
 
 
 def input_bytes(
-    files: Sequence[str],
-    voxels_as: np.dtype[Any],
+    source: Source,
     geometry: CaseGeometry,
     spacing: Sequence[float],
     has_previous_stage: bool,
@@ -57,10 +65,7 @@ def input_bytes(
 
     Parameters
     ----------
-    files : sequence of str
-        Empty for an array in memory.
-    voxels_as : numpy dtype
-        Type of the stored values.
+    source : Source
     geometry : CaseGeometry
         Uncropped.
     spacing : sequence of float
@@ -75,26 +80,26 @@ def input_bytes(
     if not preprocessing.is_own(configuration_manager.preprocessor_class):
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
-    reading, stored = _reading(plans_manager.image_reader_writer_class, files, voxels_as, voxels, len(rules))
+    reader = plans_manager.image_reader_writer_class
+    reading, stored = _reading(reader, source, voxels, len(rules))
     kept_bytes = stored // max(1, len(rules) * voxels)
     work = max(_normalising(rule, kept_bytes) for rule in rules) * voxels
     work += _resampling(geometry, spacing, configuration_manager, len(rules))
     return InputBytes(reading, stored + work + stage)
 
 
-def _reading(
-    reader: type, files: Sequence[str], voxels_as: np.dtype[Any], voxels: int, channels: int
-) -> tuple[int, int]:
+def _reading(reader: type, source: Source, voxels: int, channels: int) -> tuple[int, int]:
     """Peak while reading, and what stays: all channels."""
-    if not files:
+    if not source.files:
         return 0, channels * voxels * _SINGLE_BYTES
-    stored = channels * voxels * voxels_as.itemsize
-    if reader in (SimpleITKIO, NibabelIO) and all(str(file).lower().endswith(KNOWN_ENDINGS) for file in files):
-        # NIfTI files are read in place, unless a slope makes floats of what is stored
-        in_place = voxels_as.kind in "iub" and all(is_nifti(file) for file in files)
-        return stored + (0 if in_place else stored // len(files)), stored
+    if reader in (SimpleITKIO, NibabelIO):
+        stored = channels * voxels * source.dtype.itemsize
+        # else one file is held twice: as the library has it and as an array, or as stored and scaled
+        return stored + (
+            0 if source.is_in_place else max(stored, _DOUBLE_BYTES * channels * voxels) // source.files
+        ), stored
     whole = channels * voxels * _SINGLE_BYTES
-    return voxels * (8 * channels + _SINGLE_BYTES + voxels_as.itemsize), whole
+    return voxels * (8 * channels + _SINGLE_BYTES + source.dtype.itemsize), whole
 
 
 def _normalising(rule: Any, stored_voxel_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Pieces of files that hold voxels, decoded to their end in bounded memory and counted.
+"""Pieces of files that hold voxels, decoded to their end in bounded memory.
 
 An image may keep its voxels after its header, in another file, or slice by slice in many. Each piece is read here as
 the library will read it: from the same place, as many bytes, by the same encoding.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -19,9 +20,13 @@ import numpy as np
 from nnunet_lowmem.errors import DamagedFileError
 
 GZIP_MAGIC = b"\x1f\x8b"
+#: Into which an image can be cut: more planes than any volume has.
+MOST_FILES = 2**17
 _CHUNK_BYTES = 2**20
 # a stream of deflate grows at most by this factor when it is decoded
-INFLATION = 1032
+_INFLATION = 1032
+# a digit and a space are two bytes, the longest number eight
+_TEXT_INFLATION = 4
 _ANY_DEFLATE = zlib.MAX_WBITS | 32  # zlib's header or gzip's, whichever is there
 _NUMBERED = re.compile(r"[^%]*%0?[0-9]{0,2}[diu][^%]*")
 
@@ -56,6 +61,8 @@ class Part:
     encoding : Encoding
     stored_bytes : int or None
         Encoded, where the header says so and no more is read.
+    skipped_bytes : int
+        Decoded, before those that the image takes.
     """
 
     path: Path
@@ -63,13 +70,31 @@ class Part:
     needed_bytes: int
     encoding: Encoding = Encoding.RAW
     stored_bytes: int | None = None
+    skipped_bytes: int = 0
+
+    @cached_property
+    def is_raw(self) -> bool:
+        """Whether the file holds these bytes as they are, one after the other."""
+        if self.encoding is not Encoding.GZIP:
+            return self.encoding is Encoding.RAW
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(len(GZIP_MAGIC)) != GZIP_MAGIC
 
     def largest_bytes(self) -> int:
-        """Return how much the piece can hold at most, by its size alone."""
-        return self._size_bytes() * (1 if self.encoding is Encoding.RAW else INFLATION)
+        """Return how much of what is needed the piece can hold at most, by its size alone.
+
+        Raises
+        ------
+        DamagedFileError
+            If there is no such file.
+        """
+        size_bytes = self._size_bytes()
+        factor = _TEXT_INFLATION if self.encoding is Encoding.TEXT else 1 if self.is_raw else _INFLATION
+        return max(0, size_bytes * factor - self.skipped_bytes)
 
     def verify(self) -> None:
-        """Read the piece to its end.
+        """Read the piece to its end, its checksum included where it has one.
 
         Raises
         ------
@@ -78,41 +103,71 @@ class Part:
         OSError
             If it cannot be read.
         """
-        held_bytes = self._held_bytes()
+        size_bytes = self._size_bytes()
+        if self.encoding is Encoding.TEXT:
+            return
+        if self.is_raw:
+            self._check_count(size_bytes - self.skipped_bytes)
+        else:
+            self._check_count(sum(map(len, self._decoded())) - self.skipped_bytes)
+
+    def read_into(self, target: memoryview) -> None:
+        """Verify the piece and keep what is needed of it.
+
+        Parameters
+        ----------
+        target : memoryview of bytes
+            `needed_bytes` long.
+
+        Raises
+        ------
+        DamagedFileError
+            If something is missing or changed.
+        OSError
+            If it cannot be read.
+        """
+        self._size_bytes()
+        position = -self.skipped_bytes
+        for piece in self._as_they_are() if self.is_raw else self._decoded():
+            begin, end = max(0, position), min(position + len(piece), self.needed_bytes)
+            if begin < end:
+                target[begin:end] = piece[begin - position : end - position]
+            position += len(piece)
+        self._check_count(position)
+
+    def _check_count(self, held_bytes: int) -> None:
         if held_bytes < self.needed_bytes:
             raise DamagedFileError(
-                f"{self.path.name} ends after {held_bytes:,} of {self.needed_bytes:,} bytes of voxels"
+                f"{self.path.name} ends after {max(0, held_bytes):,} of {self.needed_bytes:,} bytes of voxels"
             )
 
     def _size_bytes(self) -> int:
         if not self.path.is_file():
             raise DamagedFileError(f"its voxels should be in {self.path.name}, which is not there")
-        return max(0, self.path.stat().st_size - self.start)
-
-    def _held_bytes(self) -> int:
-        size_bytes = self._size_bytes()
+        size_bytes = max(0, self.path.stat().st_size - self.start)
         if self.stored_bytes is not None and self.stored_bytes > size_bytes:
             raise DamagedFileError(f"{self.path.name} holds {size_bytes:,} of {self.stored_bytes:,} compressed bytes")
-        if self.encoding is Encoding.RAW:
-            return size_bytes
-        if self.encoding is Encoding.TEXT:
-            return self.needed_bytes
+        return size_bytes
+
+    def _as_they_are(self) -> Iterator[bytes]:
+        """Read what is needed and no more."""
+        left = self.skipped_bytes + self.needed_bytes
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return self._decoded_bytes(file)
+            while left > 0 and (piece := file.read(min(left, _CHUNK_BYTES))):
+                left -= len(piece)
+                yield piece
 
-    def _decoded_bytes(self, file: IO[bytes]) -> int:
-        if self.encoding is Encoding.DEFLATE:
-            return inflated_bytes(_limited(file, self.stored_bytes), self.path.name, self.needed_bytes)
-        is_compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-        file.seek(self.start)
-        if not is_compressed:
-            return self._size_bytes()
-        return inflated_bytes(file.read, self.path.name, self.needed_bytes, members=True)
+    def _decoded(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            read = _limited(file, self.stored_bytes) if self.encoding is Encoding.DEFLATE else file.read
+            needed_bytes = self.skipped_bytes + self.needed_bytes
+            yield from _inflated(read, self.path.name, needed_bytes, self.encoding is Encoding.GZIP)
 
 
-def inflated_bytes(read: Callable[[int], bytes], name: str, needed_bytes: int, members: bool = False) -> int:
-    """Decode a stream of zlib or gzip to its end, which checks its checksum, and count the bytes.
+def _inflated(read: Callable[[int], bytes], name: str, needed_bytes: int, members: bool) -> Iterator[bytes]:
+    """Decode a stream of zlib or gzip to its end, which checks its checksum.
 
     Parameters
     ----------
@@ -120,9 +175,9 @@ def inflated_bytes(read: Callable[[int], bytes], name: str, needed_bytes: int, m
         Gives so many bytes at most, none at the end.
     name : str
     needed_bytes : int
-        For errors.
+        What follows the member that completes these is ignored, as libraries do.
     members : bool
-        Go on where another member of gzip follows. What else follows is ignored, as libraries do.
+        Go on where another member of gzip follows.
 
     Raises
     ------
@@ -138,17 +193,44 @@ def inflated_bytes(read: Callable[[int], bytes], name: str, needed_bytes: int, m
                 f"{name} ends within its compressed data (after {held_bytes:,} of {needed_bytes:,} bytes)"
             )
         try:
-            held_bytes += len(stream.decompress(waiting, _CHUNK_BYTES))
+            piece = stream.decompress(waiting, _CHUNK_BYTES)
         except zlib.error as error:
             raise DamagedFileError(f"{name}: {error} (after {held_bytes:,} of {needed_bytes:,} bytes)") from error
+        held_bytes += len(piece)
+        yield piece
         waiting = stream.unconsumed_tail
         if stream.eof:
+            if held_bytes >= needed_bytes:
+                return
             waiting = stream.unused_data
             if len(waiting) < len(GZIP_MAGIC):
                 waiting += read(_CHUNK_BYTES)
             if not (members and waiting.startswith(GZIP_MAGIC)):
-                return held_bytes
+                return
             stream = zlib.decompressobj(_ANY_DEFLATE)
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first decoded bytes of a file that may be compressed, fewer where it has no more.
+
+    Raises
+    ------
+    DamagedFileError
+        If it is compressed and ends earlier, or is changed.
+    OSError
+        If it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(count)
+        if not start.startswith(GZIP_MAGIC):
+            return start
+        file.seek(0)
+        held = bytearray()
+        for piece in _inflated(file.read, path.name, count, members=True):
+            held += piece[: count - len(held)]
+            if len(held) == count:
+                break
+    return bytes(held)
 
 
 def numbered_names(pattern: str, numbers: Sequence[int]) -> list[str]:

@@ -6,7 +6,6 @@ in this process. Only the metrics are stock's, in as many processes as the budge
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.case_predictor import CasePredictor
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.headers import read_header
+from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.types import PreprocessedCase
 
 # two segmentations as float32, and the masks of one label
@@ -122,7 +121,7 @@ def _metric_processes(trainer: Any, predictor: CasePredictor) -> int:
 
 def _voxels(file: Path) -> int:
     try:
-        return math.prod(read_header(str(file))[0])
+        return read_header(str(file)).voxels
     except UsageError:  # a format that nnU-Net's reader knows and this one does not
         return 0
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from nnunet_lowmem.errors import DamagedFileError as DamagedFileError
-from nnunet_lowmem.formats import PICTURE, format_of
-from nnunet_lowmem.formats import verify_gzip as verify_gzip
+from nnunet_lowmem.formats import PICTURE, Format, format_of
+from nnunet_lowmem.headers import last_line
+from nnunet_lowmem.stored_parts import Contents
 
 
 def verify_label_file(path: Path, shape: Sequence[int] | None = None, dtype: DTypeLike | None = None) -> None:
@@ -48,7 +49,7 @@ def verify_label_file(path: Path, shape: Sequence[int] | None = None, dtype: DTy
     row = format_of(path)
     if row is None:
         return
-    held = row.read_whole(path)
+    held = _decoded(row, path)
     if shape is not None and _essential(held.shape) != _essential(shape):
         raise DamagedFileError(f"{path.name} has shape {held.shape}, not {tuple(shape)} in any order")
     if dtype is not None and held.dtype.newbyteorder("=") != np.dtype(dtype).newbyteorder("="):
@@ -73,13 +74,18 @@ def verify_whole(path: Path) -> None:
     else:
         verify_label_file(path)
         if format_of(path) is None:
-            PICTURE.read_whole(path)
+            _decoded(PICTURE, path)
 
 
-def is_volume(path: Path) -> bool:
-    """Tell by its name whether a file is one that SimpleITK reads; others are pictures."""
-    row = format_of(path)
-    return row is not None and row.is_volume
+def _decoded(row: Format, path: Path) -> Contents:
+    try:
+        return row.contents(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise what they like
+        if isinstance(error, DamagedFileError) and path.name in str(error):
+            raise
+        raise DamagedFileError(f"{path.name}: {last_line(error)}") from error
 
 
 def _verify_archive(path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def test_nifti_types_and_scaling(reader, dtype, slope, intercept, tmp_path) -> N
     channels, ours = read_channels(cls, [str(file)])
     assert np.array_equal(channels[0].astype(np.float32), expected[0])
     assert_same_object(ours, properties)
-    if slope in (None, 1.0) and reader == "NibabelIO" and dtype != "<i8":
-        assert channels[0].dtype == dtype
+    if slope in (None, 1.0) and (reader == "SimpleITKIO" or dtype != "<i8"):
+        assert channels[0].dtype == np.dtype(dtype).newbyteorder("=")
 
 
 def scaled_nifti(image: nibabel.Nifti1Image, slope: float | None, intercept: float | None) -> bytes:
@@ -273,7 +274,7 @@ NRRD = [
     nrrd(
         "skipped_cut.nrrd",
         "raw",
-        "ends after 674 of 675",
+        "ends after 671 of 672",
         fields="line skip: 1\nbyteskip: 3\n",
         data=b"line\nabc" + RAW[:-1],
     ),
@@ -465,6 +466,15 @@ def test_previous_stage_is_verified_too(ending, tmp_path) -> None:
         preprocess_case(write(tmp_path, [ct()]), str(stage), *Model().managers(), LABELS)
 
 
+@pytest.fixture
+def same_locale() -> Iterator[None]:
+    """ITK's writer of .vtk files leaves the process in another."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
+@pytest.mark.usefixtures("same_locale")
 def test_format_that_is_not_known_is_told_of_once(tmp_path, caplog) -> None:
     file = str(tmp_path / "case_0000.vtk")
     SimpleITK.WriteImage(ct()[:8, :8, :8], file)

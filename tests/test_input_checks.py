@@ -25,9 +25,9 @@ from preprocessing_oracle import LABELS, ZSCORE, Model, as_type, changed, ct, wr
 from nnunet_lowmem import LowMemPredictor, cli
 from nnunet_lowmem.errors import LowMemError, UsageError
 from nnunet_lowmem.finite_voxels import check_values
+from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.input_checks import check_case
 from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
-from nnunet_lowmem.stored_voxels import read_raw_header
 
 READER_AND_ENDING = [
     ("SimpleITKIO", ".nii"),
@@ -244,10 +244,11 @@ def test_check_of_headers_alone_finds_channels_on_different_grids(tmp_path):
 def test_headers_agree_with_simpleitk(ending, dtype, tmp_path):
     image = as_type(ct()[:11, :12, :13], dtype)
     image.SetSpacing((0.5, 1.25, 2.0))
-    header = read_raw_header(str(one_file(tmp_path, ending, image)))
+    header = read_header(str(one_file(tmp_path, ending, image)))
     assert header.shape == (13, 12, 11)
-    assert header.spacing == (2.0, 1.25, 0.5)
-    assert (header.components, header.voxel_bytes) == (1, 11 * 12 * 13 * np.dtype(dtype).itemsize)
+    assert header.spacing == header.layout.spacing[::-1] == (2.0, 1.25, 0.5)
+    assert (header.components, header.needed_bytes) == (1, 11 * 12 * 13 * np.dtype(dtype).itemsize)
+    assert header.is_read_in_place
 
 
 # -- files that stock reads although they are unusual

@@ -43,10 +43,11 @@ trust model_limits image_reading labelling recovering cases reporting job networ
 records label_comparison measured_command tiles stock_calls unpickling
 files
 label_kernels device_labelling planner memory_chart process_tree
-kernels spline stored_voxels finite_voxels allocations memory
-resampling tiling halves headers threads transfers nonzero overlays overrides model_files verifying watchdog clock
+kernels spline finite_voxels allocations memory
+resampling tiling halves threads transfers nonzero overlays overrides model_files verifying watchdog clock
 formats
-meta_image nrrd_files tiff_pages
+meta_image nrrd_files nifti_files gipl_files tiff_pages pictures
+headers
 stored_parts
 plugin rebinding running measuring allocator pending_write placing
 types interruption bypassed harmless signatures installed

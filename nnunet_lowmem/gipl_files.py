@@ -1,0 +1,35 @@
+"""Where a GIPL file (.gipl, .gipl.gz) keeps its voxels; ITK's reader does not notice what is missing."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from nnunet_lowmem.errors import DamagedFileError
+from nnunet_lowmem.headers import Header, Layout
+from nnunet_lowmem.stored_parts import Encoding, Part, first_bytes
+
+_HEADER_BYTES = 256
+_SPACING = struct.Struct(">10x4f")
+
+
+def layout(path: Path, header: Header) -> Layout:
+    """Return where ITK looks for the voxels.
+
+    Raises
+    ------
+    DamagedFileError
+        If the header is none.
+    OSError
+        If it cannot be read.
+    """
+    block = first_bytes(path, _HEADER_BYTES)
+    if len(block) < _HEADER_BYTES:
+        raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
+    encoding = Encoding.GZIP if path.name.lower().endswith(".gz") else Encoding.RAW
+    spacing = tuple(abs(step) for step in _SPACING.unpack_from(block))
+    return Layout(
+        (Part(path, 0, header.needed_bytes, encoding, skipped_bytes=_HEADER_BYTES),),
+        header.dtype.newbyteorder(">"),
+        spacing[: len(header.shape)],
+    )

@@ -1,0 +1,174 @@
+"""Where NIfTI and Analyze files (.nii, .hdr with .img, each compressed or not) keep their voxels.
+
+SimpleITK and nibabel go by rules of their own. ITK takes a size below 1 for 1 and an offset within the header for its
+end, and tells one file from two by its name; nibabel refuses all that, but reads NIfTI-2, which ITK does not. Found by
+experiments; ``tests/test_mutated_files.py`` holds ours against both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nnunet_lowmem.errors import DamagedFileError
+from nnunet_lowmem.headers import UNSCALED, Header, Layout, Library
+from nnunet_lowmem.stored_parts import Encoding, Part, first_bytes
+
+_HEADER_BYTES = 348
+_PAIR_ENDING = re.compile(r"(?i)\.(hdr|img)(\.gz)?$")
+# beyond these, nibabel and numpy speak of lists of numbers that are too long
+_LARGEST_VOXELS = 2**62
+
+
+def layout(path: Path, header: Header) -> Layout:
+    """Return where ITK looks for the voxels.
+
+    Raises
+    ------
+    DamagedFileError
+        If the header is none.
+    OSError
+        If it cannot be read.
+    """
+    raw, order = _raw_header(_header_file(path))
+    stored = _stored_type(int(raw["datatype"])).newbyteorder(order)
+    # of colours the type is that of all values of a voxel
+    per_voxel = 1 if stored.fields else header.components
+    needed_bytes = header.voxels * per_voxel * stored.itemsize
+    axes = min(max(int(raw["dim"][0]), 0), len(header.shape))
+    return Layout(
+        (_part(path, raw, needed_bytes),),
+        None if stored.fields else stored,
+        tuple(abs(float(step)) for step in raw["pixdim"][1 : 1 + axes]),
+        _itk_scale(float(raw["scl_slope"]), float(raw["scl_inter"])),
+    )
+
+
+def explain(path: Path) -> None:
+    """Find out why ITK does not read a header; nothing where that is not known.
+
+    Raises
+    ------
+    DamagedFileError
+        With the field.
+    OSError
+        If it cannot be read.
+    """
+    raw, _ = _raw_header(_header_file(path))
+    _stored_type(int(raw["datatype"]))
+    sizes = [int(size) for size in raw["dim"][1 : 1 + int(raw["dim"][0])]]
+    if sizes[0] < 1:
+        raise DamagedFileError(f"its header says {len(sizes)} dimensions of sizes {sizes}")
+
+
+def nibabel_header(path: Path) -> Header:
+    """Return what nibabel makes of a header, and where it looks for the voxels.
+
+    Raises
+    ------
+    DamagedFileError
+        If there are fewer than no voxels, or more than memory has addresses.
+    Exception
+        Of nibabel's, if it is none.
+    """
+    # takes a quarter of a second to import, which the command line need not wait for
+    import nibabel
+
+    image: Any = nibabel.load(path)
+    stored, shape, proxy = image.get_data_dtype(), tuple(map(int, image.shape)), image.dataobj
+    if not shape or min(shape) < 0 or math.prod(shape) > _LARGEST_VOXELS:
+        raise DamagedFileError(f"its header says {len(shape)} dimensions of sizes {list(shape)}")
+    spacing = tuple(map(float, image.header.get_zooms()))
+    file = Path(image.file_map["image"].filename)
+    scale = float(proxy.slope), float(proxy.inter)
+    return Header(
+        path,
+        Library.NIBABEL,
+        shape[::-1],
+        spacing[::-1],
+        len(stored.fields or (0,)),
+        _nibabel_type(stored, scale),
+        {"affine": image.affine},
+        Layout(
+            (Part(file, 0, math.prod(shape) * stored.itemsize, _encoding(file), skipped_bytes=int(proxy.offset)),),
+            None if stored.fields else stored,
+            _nibabel_spacing(path, image.header)[: len(shape)],
+            scale,
+        ),
+    )
+
+
+def _nibabel_spacing(path: Path, header: Any) -> tuple[float, ...]:
+    """Return the spacing as it is stored: nibabel makes 1 of 0."""
+    block = first_bytes(path, len(header.binaryblock))
+    return tuple(abs(float(step)) for step in type(header)(block, header.endianness, check=False)["pixdim"][1:4])
+
+
+def _nibabel_type(stored: np.dtype[Any], scale: tuple[float, float]) -> np.dtype[Any]:
+    """Return the stored type where float32 follows from them alone; else nnU-Net's reader gets it by way of float64."""
+    is_plain = stored.kind == "f" or (stored.kind in "iub" and stored.itemsize <= np.dtype(np.float32).itemsize)
+    return stored.newbyteorder("=") if is_plain and scale == UNSCALED else np.dtype(np.float32)
+
+
+def _itk_scale(slope: float, intercept: float) -> tuple[float, float]:
+    """Take a slope of 0, or that is no number, for no scaling, whatever the intercept."""
+    is_scaled = math.isfinite(slope) and slope != 0 and (slope, intercept) != UNSCALED
+    return (slope, intercept) if is_scaled else UNSCALED
+
+
+def _header_file(path: Path) -> Path:
+    """Return the file that holds the header: of a pair, the one beside the voxels."""
+    stem, is_pair = _PAIR_ENDING.subn("", str(path))
+    if not is_pair:
+        return path
+    for ending in (".hdr", ".hdr.gz"):
+        if Path(stem + ending).is_file():
+            return Path(stem + ending)
+    raise DamagedFileError(f"its header should be in {Path(stem).name}.hdr, which is not there")
+
+
+def _part(path: Path, raw: Any, needed_bytes: int) -> Part:
+    stem, is_pair = _PAIR_ENDING.subn("", str(path))
+    file = path
+    if is_pair:
+        held = [Path(stem + ending) for ending in (".img", ".img.gz") if Path(stem + ending).is_file()]
+        file = held[0] if held else Path(stem + ".img")
+    offset = float(raw["vox_offset"])
+    start = int(offset) if math.isfinite(offset) else 0
+    if not is_pair or bytes(raw["magic"]).startswith(b"n+1"):
+        start = max(start, _HEADER_BYTES)
+    return Part(file, 0, needed_bytes, _encoding(file), skipped_bytes=max(start, 0))
+
+
+def _encoding(file: Path) -> Encoding:
+    """Libraries decode what is named so, and find out themselves whether it is compressed."""
+    return Encoding.GZIP if file.name.lower().endswith(".gz") else Encoding.RAW
+
+
+def _raw_header(path: Path) -> tuple[Any, Literal["<", ">"]]:
+    """Return the fields of NIfTI-1 and their byte order: that in which the number of dimensions is one."""
+    import nibabel
+
+    block = first_bytes(path, _HEADER_BYTES)
+    if len(block) < _HEADER_BYTES:
+        raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
+    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+    for order in orders:
+        raw = np.frombuffer(block, nibabel.nifti1.header_dtype.newbyteorder(order))[0]
+        if 1 <= int(raw["dim"][0]) <= 7:
+            return raw, order
+    raise DamagedFileError("it is not a NIfTI file: its number of dimensions is not 1 to 7")
+
+
+def _stored_type(code: int) -> np.dtype[Any]:
+    import nibabel
+
+    known: Any = nibabel.nifti1.data_type_codes.dtype
+    stored: np.dtype[Any] = np.dtype(known.get(code, np.void))
+    if not stored.itemsize:
+        raise DamagedFileError(f"its header says that its voxels are of datatype {code}, which NIfTI does not know")
+    return stored
