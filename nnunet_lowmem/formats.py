@@ -42,8 +42,8 @@ class Format:
         Decodes a file without a layout to its end; DamagedFileError where something is missing or changed.
     nibabel_header : callable or None
         What nibabel makes of a header, layout included; None where it reads no such file.
-    explain : callable or None
-        Raises a DamagedFileError that says what is wrong with a header which ITK does not read, where it is known.
+    screen : callable or None
+        Raises a DamagedFileError where ITK does not read a header, would end the process or never return.
     verified_by : Library
         Whose rules a file goes by of which nobody says who reads it.
     """
@@ -51,7 +51,7 @@ class Format:
     layout: Callable[[Path, Header], Layout] | None = None
     decode: Callable[[Path], Contents] | None = None
     nibabel_header: Callable[[Path], Header] | None = None
-    explain: Callable[[Path], None] | None = None
+    screen: Callable[[Path], None] | None = None
     verified_by: Library = Library.ITK
 
     @property
@@ -63,12 +63,9 @@ class Format:
         """Read the header of a file; whatever is wrong with it is raised as it comes."""
         if library is Library.NIBABEL and self.nibabel_header is not None:
             return self.nibabel_header(path)
-        try:
-            header = itk_header(path)
-        except DamagedFileError:
-            if self.explain is not None:
-                self.explain(path)
-            raise
+        if self.screen is not None:
+            self.screen(path)
+        header = itk_header(path)
         return header if self.layout is None else header.with_layout(self.layout(path, header))
 
     def contents(self, path: Path, library: Library | None = None) -> Contents:
@@ -83,11 +80,11 @@ class Format:
         return Contents((*header.shape, *values), header.layout.dtype or header.dtype)
 
 
-_PAIR = Format(nifti_files.layout, nibabel_header=nifti_files.nibabel_header, explain=nifti_files.explain)
+_PAIR = Format(nifti_files.layout, nibabel_header=nifti_files.nibabel_header, screen=nifti_files.screen)
 # nibabel minds no geometry, of which ITK refuses some that nnU-Net's writers write
 _NIFTI = replace(_PAIR, verified_by=Library.NIBABEL)
-_NRRD = Format(nrrd_files.layout)
-_META = Format(meta_image.layout)
+_NRRD = Format(nrrd_files.layout, screen=nrrd_files.screen)
+_META = Format(meta_image.layout, screen=meta_image.screen)
 _GIPL = Format(gipl_files.layout)
 _TIFF = Format(decode=tiff_pages.read_whole)
 #: What skimage decodes, with errors of its own where something is missing.

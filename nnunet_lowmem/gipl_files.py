@@ -10,6 +10,9 @@ from nnunet_lowmem.headers import Header, Layout
 from nnunet_lowmem.stored_parts import Encoding, Part, first_bytes
 
 _HEADER_BYTES = 256
+_KIND = struct.Struct(">8xH")
+# integers of 8 and 16 bits and floats; of others ITK reads the header alone
+_KINDS = (7, 8, 15, 16, 64, 65)
 _SPACING = struct.Struct(">10x4f")
 
 
@@ -26,10 +29,11 @@ def layout(path: Path, header: Header) -> Layout:
     block = first_bytes(path, _HEADER_BYTES)
     if len(block) < _HEADER_BYTES:
         raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
+    (kind,) = _KIND.unpack_from(block)
     encoding = Encoding.GZIP if path.name.lower().endswith(".gz") else Encoding.RAW
     spacing = tuple(abs(step) for step in _SPACING.unpack_from(block))
     return Layout(
         (Part(path, 0, header.needed_bytes, encoding, skipped_bytes=_HEADER_BYTES),),
-        header.dtype.newbyteorder(">"),
+        header.dtype.newbyteorder(">") if kind in _KINDS else None,
         spacing[: len(header.shape)],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -117,13 +117,15 @@ class Header:
         return replace(self, layout=layout)
 
     def check_size(self) -> None:
-        """Refuse a header that promises more than its files can hold, however well they are compressed.
+        """Refuse a header that promises nothing, or more than its files can hold, however well they are compressed.
 
         Raises
         ------
         DamagedFileError
             With both numbers.
         """
+        if self.voxels < 1:
+            raise DamagedFileError(f"its header says {len(self.shape)} dimensions of sizes {list(self.shape[::-1])}")
         for part in () if self.layout is None else self.layout.parts:
             held_bytes = part.largest_bytes()
             if held_bytes >= part.needed_bytes:
@@ -148,6 +150,11 @@ class Header:
         if len(shape) not in (3, 4):
             raise UsageError(f"{self.path} has {len(shape)} dimensions; nnU-Net takes 2 to 4")
         return shape[-3:], spacing[-3:]
+
+
+def is_plain(fields: Mapping[str, str]) -> bool:
+    """Whether fields are of letters that everybody reads alike; else ITK alone says what a file holds."""
+    return all((key + value).isascii() and (key + value).isprintable() for key, value in fields.items())
 
 
 def stored_spacing(words: Iterable[str]) -> tuple[float, ...]:
@@ -183,33 +190,45 @@ def itk_header(path: Path) -> Header:
     Raises
     ------
     DamagedFileError
-        If it is none.
+        If it is none, or no image can have its geometry.
     """
     information = itk_information(path)
-    dtype, components = _itk_values(information)
-    spacing, direction = _upright(information.GetSpacing(), information.GetDirection())
+    voxel, components = _itk_voxel(information)
     return Header(
         path,
         Library.ITK,
         information.GetSize()[::-1],
-        spacing[::-1],
+        voxel.GetSpacing()[::-1],
         components,
-        dtype,
-        {"spacing": spacing, "origin": information.GetOrigin(), "direction": direction},
+        _itk_type(voxel),
+        {"spacing": voxel.GetSpacing(), "origin": voxel.GetOrigin(), "direction": voxel.GetDirection()},
     )
 
 
-def _itk_values(information: Any) -> tuple[np.dtype[Any], int]:
-    """Type of the array that SimpleITK makes of a file, and values of a voxel, of which a complex number is one."""
+def _itk_voxel(information: Any) -> tuple[Any, int]:
+    """Make an image of one voxel where a file's image lies; and values of a voxel, of which a complex number is one."""
     import SimpleITK
 
     make_image: Any = SimpleITK.Image
-    kind = information.GetPixelIDValue()
-    if kind in (SimpleITK.sitkComplexFloat32, SimpleITK.sitkComplexFloat64):
-        return np.dtype(np.complex64 if kind == SimpleITK.sitkComplexFloat32 else np.complex128), 1
-    components = information.GetNumberOfComponents()
+    kind, components = information.GetPixelIDValue(), information.GetNumberOfComponents()
+    is_complex = kind in (SimpleITK.sitkComplexFloat32, SimpleITK.sitkComplexFloat64)
+    components = 1 if is_complex else components
     voxel = make_image([1] * information.GetDimension(), kind, components if components > 1 else 0)
-    return SimpleITK.GetArrayFromImage(voxel).dtype, components
+    spacing, direction = _upright(information.GetSpacing(), information.GetDirection())
+    try:
+        voxel.SetSpacing(spacing)
+        voxel.SetOrigin(information.GetOrigin())
+        voxel.SetDirection(direction)
+    except RuntimeError as error:
+        raise DamagedFileError(f"no image has the spacing {spacing} and the directions {direction}") from error
+    return voxel, components
+
+
+def _itk_type(voxel: Any) -> np.dtype[Any]:
+    import SimpleITK
+
+    dtype: np.dtype[Any] = SimpleITK.GetArrayFromImage(voxel).dtype
+    return dtype
 
 
 def _upright(spacing: Sequence[float], direction: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -102,9 +102,13 @@ def check_stored(file: str, reader: type, accept_nan: bool) -> None:
 
 def _loses_nan(header: Header) -> bool:
     """Whether the library may make numbers of stored values that are none: in NIfTI files, ITK makes 0 of them."""
-    layout = header.layout
-    is_float = layout is not None and layout.dtype is not None and layout.dtype.kind in "fc"
+    is_float = _stored_kind(header) in ("f", "c")
     return is_float and header.library is Library.ITK and header.path.name.lower().endswith(_OF_NIFTI)
+
+
+def _stored_kind(header: Header) -> str:
+    """Return numpy's letter for the kind of the stored values; empty where that is not known."""
+    return header.layout.dtype.kind if header.layout is not None and header.layout.dtype is not None else ""
 
 
 def _read_with_simpleitk(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
@@ -142,7 +146,7 @@ def _read_volume(header: Header, file: str, accept_nan: bool) -> Volume:
         raise UsageError(
             f"{file} has {header.components} values per voxel, 1 is needed. Store every channel in a file of its own."
         )
-    if header.dtype.kind == "c":
+    if _stored_kind(header) == "c":
         _logger.warning("%s holds complex numbers; as in nnU-Net, their real parts are taken", file)
     if header.is_read_in_place:
         voxels = read_voxels(header)
@@ -194,7 +198,7 @@ def _guarded(read: Callable[[Any], Any], source: Any, name: str | None = None) -
 def check_grid(files: Sequence[str], shapes: Sequence[tuple[int, ...]], spacings: Sequence[Sequence[float]]) -> None:
     """Refuse channels of different shape, or of different spacing by nnU-Net's tolerance."""
     for name, values in (("shape", shapes), ("spacing", spacings)):
-        for file, value in zip(files, values, strict=True):
+        for file, value in zip(files[1:], values[1:], strict=True):
             if len(value) != len(values[0]) or not BaseReaderWriter._check_all_same([values[0], value]):
                 raise twin(UsageError, RuntimeError)(
                     f"The channels of a case must lie on one grid: {files[0]} has {name} {tuple(values[0])}, "

@@ -9,18 +9,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import IO
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.headers import Header, Layout, stored_spacing
-from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names
+from nnunet_lowmem.headers import Header, Layout, is_plain, stored_spacing
+from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names, whole_number
 
 _HEADER_LIMIT_BYTES = 2**20
 _LAST_FIELD = "ElementDataFile"
-_NUMBER = re.compile(r"\s*[-+]?[0-9]+")
+_REAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
+_SEPARATOR = re.compile(r"\s*[=:][\s=:]*")
+_MOST_AXES, _LONGEST_NAME, _SHOWN = 10, 255, 40
 _PATTERN_WORDS = 4
+
+
+def screen(path: Path) -> None:
+    """Refuse headers at which MetaIO ends the process or never returns.
+
+    Raises
+    ------
+    DamagedFileError
+        With the field.
+    OSError
+        If it cannot be read.
+    """
+    for key, value in _fields(path):
+        if key == "NDims" and not 0 <= _number(value) <= _MOST_AXES:
+            raise DamagedFileError(f"its header says NDims = {value[:_SHOWN]}; {_MOST_AXES} are the most")
+        if key == "Name" and len(value) > _LONGEST_NAME:
+            raise DamagedFileError(f"its header has a Name of {len(value)} letters; {_LONGEST_NAME} are the most")
 
 
 def layout(path: Path, header: Header) -> Layout:
@@ -34,12 +54,12 @@ def layout(path: Path, header: Header) -> Layout:
         If the header cannot be read.
     """
     fields, end = _header(path)
-    is_binary = _is_true(fields.get("BinaryData", "True"))
+    is_known = is_plain(fields) and _is_true(fields.get("BinaryData", "True"))
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
     return Layout(
         tuple(_parts(path, fields, end, header)),
-        header.dtype.newbyteorder(">" if is_swapped else "<") if is_binary else None,
+        header.dtype.newbyteorder(">" if is_swapped else "<") if is_known else None,
         stored_spacing(spacing.split()),
     )
 
@@ -64,20 +84,30 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
     """Return the fields, and where the header ends: after its field ElementDataFile."""
     fields: dict[str, str] = {}
     with path.open("rb") as file:
-        while file.tell() < _HEADER_LIMIT_BYTES and (line := file.readline(_HEADER_LIMIT_BYTES)):
-            key, *value = (
-                word.strip() for word in re.split("[=:]", line.decode("utf-8", "surrogateescape"), maxsplit=1)
-            )
-            if value:
-                fields[key] = value[0]
+        for key, value in _fields_of(file):
+            fields[key] = value
             if key == _LAST_FIELD:
                 return fields, file.tell()
     raise DamagedFileError(f"{path.name} ends within its header")
 
 
+def _fields(path: Path) -> list[tuple[str, str]]:
+    with path.open("rb") as file:
+        return list(_fields_of(file))
+
+
+def _fields_of(file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    while file.tell() < _HEADER_LIMIT_BYTES and (line := file.readline(_HEADER_LIMIT_BYTES)):
+        key, found, value = _SEPARATOR.sub("=", line.decode("utf-8", "surrogateescape"), count=1).partition("=")
+        if found:
+            yield key.strip(), value.strip()
+        if key.strip() == _LAST_FIELD:
+            return
+
+
 def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:
     """One file: a positive HeaderSize counts from its beginning, −1 says that the voxels are its last bytes."""
-    skip = _whole_number(fields.get("HeaderSize", ""))
+    skip = whole_number(fields.get("HeaderSize", ""))
     if 0 < skip < start:
         raise DamagedFileError(f"its HeaderSize is {skip:,}, within the {start:,} bytes of its header")
     if skip > 0:
@@ -88,7 +118,7 @@ def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> 
         return Part(path, start, needed_bytes, Encoding.TEXT)
     if not _is_true(fields.get("CompressedData", "")):
         return Part(path, start, needed_bytes)
-    stored_bytes = _whole_number(fields.get("CompressedDataSize", ""))
+    stored_bytes = whole_number(fields.get("CompressedDataSize", ""))
     if stored_bytes:
         return Part(path, start, needed_bytes, Encoding.DEFLATE, stored_bytes)
     if start:
@@ -101,7 +131,7 @@ def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> 
 
 def _listed(path: Path, end: int, where: str, sizes: Sequence[int]) -> tuple[list[str], int]:
     """Names that follow the header, one a line, each for so many axes as the number after LIST says."""
-    axes = _whole_number(" ".join(where.split()[1:2]))
+    axes = whole_number(" ".join(where.split()[1:2]))
     if axes == 0 or axes > len(sizes):
         axes = len(sizes) - 1
     if axes == len(sizes):
@@ -117,7 +147,7 @@ def _listed(path: Path, end: int, where: str, sizes: Sequence[int]) -> tuple[lis
 def _numbered(where: str, sizes: Sequence[int]) -> tuple[list[str], int]:
     """Names by a pattern, the first number, the last and the step."""
     needed, words = _countable(sizes[-1]), where.split()
-    numbers = [_whole_number(word) for word in words[1:]]
+    numbers = [whole_number(word) for word in words[1:]]
     first = numbers[0] if numbers else 1
     last = numbers[1] if len(numbers) > 1 else first + needed - 1
     step = numbers[2] if len(numbers) > 2 else (last - first) // needed if len(numbers) > 1 else 1
@@ -138,7 +168,7 @@ def _is_true(value: str) -> bool:
     return value[:1] in ("T", "t", "1")
 
 
-def _whole_number(text: str) -> int:
-    """As C reads it: what follows the digits is ignored, and without any it is 0."""
-    found = _NUMBER.match(text)
-    return int(found[0]) if found else 0
+def _number(text: str) -> float:
+    """As C reads it; without digits it is 0."""
+    found = _REAL.match(text)
+    return float(found[0]) if found else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from nnunet_lowmem.headers import UNSCALED, Header, Layout, Library
 from nnunet_lowmem.stored_parts import Encoding, Part, first_bytes
 
 _HEADER_BYTES = 348
+_ONE_FILE = re.compile(rb"n\+[1-9]")
+# symmetric matrices and displacements, of which ITK makes no image
+_INTENTS_OF_NO_IMAGE = (1005, 1006)
 _PAIR_ENDING = re.compile(r"(?i)\.(hdr|img)(\.gz)?$")
 # beyond these, nibabel and numpy speak of lists of numbers that are too long
 _LARGEST_VOXELS = 2**62
@@ -39,17 +43,19 @@ def layout(path: Path, header: Header) -> Layout:
     # of colours the type is that of all values of a voxel
     per_voxel = 1 if stored.fields else header.components
     needed_bytes = header.voxels * per_voxel * stored.itemsize
-    axes = min(max(int(raw["dim"][0]), 0), len(header.shape))
+    part, axes = _part(path, raw, needed_bytes), min(int(raw["dim"][0]), len(header.shape))
+    is_lost = _offset(raw) < 0 and not part.is_raw
+    is_left_to_itk = stored.fields or is_lost or int(raw["intent_code"]) in _INTENTS_OF_NO_IMAGE
     return Layout(
-        (_part(path, raw, needed_bytes),),
-        None if stored.fields else stored,
+        (part,),
+        None if is_left_to_itk else stored,
         tuple(abs(float(step)) for step in raw["pixdim"][1 : 1 + axes]),
         _itk_scale(float(raw["scl_slope"]), float(raw["scl_inter"])),
     )
 
 
-def explain(path: Path) -> None:
-    """Find out why ITK does not read a header; nothing where that is not known.
+def screen(path: Path) -> None:
+    """Refuse what ITK does not read, in words that say why.
 
     Raises
     ------
@@ -78,7 +84,10 @@ def nibabel_header(path: Path) -> Header:
     # takes a quarter of a second to import, which the command line need not wait for
     import nibabel
 
-    image: Any = nibabel.load(path)
+    try:
+        image: Any = nibabel.load(path)
+    except MemoryError as error:
+        raise DamagedFileError("the extensions of its header take more memory than there is") from error
     stored, shape, proxy = image.get_data_dtype(), tuple(map(int, image.shape)), image.dataobj
     if not shape or min(shape) < 0 or math.prod(shape) > _LARGEST_VOXELS:
         raise DamagedFileError(f"its header says {len(shape)} dimensions of sizes {list(shape)}")
@@ -137,11 +146,17 @@ def _part(path: Path, raw: Any, needed_bytes: int) -> Part:
     if is_pair:
         held = [Path(stem + ending) for ending in (".img", ".img.gz") if Path(stem + ending).is_file()]
         file = held[0] if held else Path(stem + ".img")
+    part, start = Part(file, 0, needed_bytes, _encoding(file)), _offset(raw)
+    if start < 0 and file.is_file() and part.is_raw:  # the last bytes count
+        start = max(0, file.stat().st_size - needed_bytes)
+    return replace(part, skipped_bytes=max(0, start))
+
+
+def _offset(raw: Any) -> int:
+    """Return the offset as C makes a number of it; what that cannot hold is less than 0."""
     offset = float(raw["vox_offset"])
-    start = int(offset) if math.isfinite(offset) else 0
-    if not is_pair or bytes(raw["magic"]).startswith(b"n+1"):
-        start = max(start, _HEADER_BYTES)
-    return Part(file, 0, needed_bytes, _encoding(file), skipped_bytes=max(start, 0))
+    start = int(offset) if abs(offset) < 2**31 else -1
+    return max(start, _HEADER_BYTES) if _ONE_FILE.fullmatch(bytes(raw["magic"])) else start
 
 
 def _encoding(file: Path) -> Encoding:

@@ -6,20 +6,41 @@ ITK's reader notices what is missing, but stops reading a gzip stream before its
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Literal
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.headers import Header, Layout, stored_spacing
-from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names
+from nnunet_lowmem.headers import Header, Layout, is_plain, stored_spacing
+from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names, whole_number
 
 _HEADER_LIMIT_BYTES = 2**20
 _ORDERS: dict[str, Literal["<", ">", "="]] = {"little": "<", "big": ">"}
 _ENCODINGS = {"raw": Encoding.RAW, "gzip": Encoding.GZIP, "gz": Encoding.GZIP}
 _DATA_FILE = "data file"
+_LINE = re.compile(rb"([^\r\n]*)(\r\n|\r|\n|$)")
+_LONGEST_LINE, _SHOWN = 500, 40
+_MAY_BE_LONG = re.compile(r"(?i)#|[^:]*:=|(content|labels|units|sample units|space units):")
+_PATTERN = re.compile(r"%[0-9]*d\S*\s+\S")
 _ALIASES = {"datafile": _DATA_FILE, "lineskip": "line skip", "byteskip": "byte skip"}
+
+
+def screen(path: Path) -> None:
+    """Refuse headers at which ITK ends the process: with lines too long for the message that they are none.
+
+    Raises
+    ------
+    DamagedFileError
+        With the line.
+    OSError
+        If it cannot be read.
+    """
+    for line, _ in _lines(path):
+        if len(line) > _LONGEST_LINE and not _MAY_BE_LONG.match(line):
+            raise DamagedFileError(f"its header has a line of {len(line)} letters, {line[:_SHOWN]!r}...")
 
 
 def layout(path: Path, header: Header) -> Layout:
@@ -34,11 +55,12 @@ def layout(path: Path, header: Header) -> Layout:
     """
     fields, end = _header(path)
     order = "=" if header.dtype.itemsize == 1 else _ORDERS.get(fields.get("endian", "").lower())
-    parts = _parts(path, fields, end, header)
+    parts, skipped = _parts(path, fields, end, header), whole_number(fields.get("byte skip", ""))
     # of compressed voxels, the last ones are found by the library alone
-    is_known = order is not None and (int(fields.get("byte skip", 0)) >= 0 or all(part.is_raw for part in parts))
-    is_known = is_known and all(part.encoding is not Encoding.TEXT for part in parts)
-    return Layout(tuple(parts), header.dtype.newbyteorder(order or "=") if is_known else None, _spacing(fields))
+    is_found = skipped >= 0 or (skipped == -1 and all(part.is_raw for part in parts))
+    is_known = is_found and is_plain(fields) and all(part.encoding is not Encoding.TEXT for part in parts)
+    dtype = header.dtype.newbyteorder(order) if order and is_known else None
+    return Layout(tuple(parts), dtype, _spacing(fields))
 
 
 def _spacing(fields: dict[str, str]) -> tuple[float, ...]:
@@ -59,18 +81,28 @@ def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list
 def _header(path: Path) -> tuple[dict[str, str], int]:
     """Return the fields, names in lower case, and where the voxels or the list of their files begin."""
     fields: dict[str, str] = {}
-    with path.open("rb") as file:
-        while file.tell() < _HEADER_LIMIT_BYTES and (content := file.readline(_HEADER_LIMIT_BYTES)):
-            line = content.decode("utf-8", "surrogateescape")
-            key, found, value = line.partition(":")
-            # "key:=value" is somebody's note, and no field
-            if found and not value.startswith("=") and not line.startswith("#"):
-                fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
-            if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
-                return fields, file.tell()
-        if _DATA_FILE in fields:
-            return fields, file.tell()
+    for line, end in _lines(path):
+        key, found, value = line.partition(":")
+        # "key:=value" is somebody's note, and no field
+        if found and not value.startswith("=") and not line.startswith("#"):
+            fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
+        if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
+            return fields, end
+    if _DATA_FILE in fields:
+        return fields, path.stat().st_size
     raise DamagedFileError(f"{path.name} ends within its header")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Lines of the header and where each ends, whatever ends it."""
+    with path.open("rb") as file:
+        block = file.read(_HEADER_LIMIT_BYTES)
+    for line in _LINE.finditer(block):
+        text = line[1].decode("utf-8", "surrogateescape")
+        if line[0]:
+            yield text, line.end()
+        if not text.strip():
+            return
 
 
 def _names(path: Path, end: int, where: str, most: int) -> list[str]:
@@ -80,7 +112,7 @@ def _names(path: Path, end: int, where: str, most: int) -> list[str]:
             file.seek(end)
             lines = islice(file, MOST_FILES)
             names = [line.decode("utf-8", "surrogateescape").strip() for line in lines if line.strip()]
-    elif "%" in where:
+    elif _PATTERN.search(where):
         words = where.split()
         first, last, step = (int(word) for word in words[1:4])
         numbers = range(first, last + (1 if step > 0 else -1), step)
@@ -95,12 +127,12 @@ def _names(path: Path, end: int, where: str, most: int) -> list[str]:
 def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:
     """One file: lines are skipped as they are stored, bytes once they are decoded; −1 says that the last ones count."""
     encoding = _ENCODINGS.get(fields.get("encoding", "").lower(), Encoding.TEXT)
-    lines, skipped = int(fields.get("line skip", 0)), int(fields.get("byte skip", 0))
+    lines, skipped = whole_number(fields.get("line skip", "")), whole_number(fields.get("byte skip", ""))
     if lines > 0 and path.is_file():
         with path.open("rb") as file:
             start = _after_lines(file, start, lines)
     part = Part(path, start, needed_bytes, encoding, skipped_bytes=max(0, skipped))
-    if skipped < 0 and path.is_file() and part.is_raw:
+    if skipped == -1 and path.is_file() and part.is_raw:
         return replace(part, start=max(0, path.stat().st_size - needed_bytes))
     return part
 

@@ -28,6 +28,7 @@ _INFLATION = 1032
 # a digit and a space are two bytes, the longest number eight
 _TEXT_INFLATION = 4
 _ANY_DEFLATE = zlib.MAX_WBITS | 32  # zlib's header or gzip's, whichever is there
+_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}")
 _NUMBERED = re.compile(r"[^%]*%0?[0-9]{0,2}[diu][^%]*")
 
 
@@ -244,6 +245,12 @@ def numbered_names(pattern: str, numbers: Sequence[int]) -> list[str]:
     if not _NUMBERED.fullmatch(pattern):
         raise DamagedFileError(f"its header names its data by the pattern {pattern!r}, which is none for a number")
     return [pattern % number for number in numbers]
+
+
+def whole_number(text: str) -> int:
+    """Read a number as C does: what follows the digits is ignored, and without any it is 0."""
+    found = _NUMBER.match(text)
+    return int(found[0]) if found else 0
 
 
 def _limited(file: IO[bytes], limit_bytes: int | None) -> Callable[[int], bytes]:

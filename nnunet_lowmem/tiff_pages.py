@@ -21,6 +21,8 @@ from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.stored_parts import Contents
 
 _UNCOMPRESSED = 1
+# more than deflate, LZW or a scanner's black page come to
+_INFLATION = 2**14
 
 
 def read_whole(path: Path) -> Contents:
@@ -41,6 +43,7 @@ def read_whole(path: Path) -> Contents:
             series = tiff.series[0]
             _verify_series(series, path.name)
             for page in series.pages:
+                _verify_promise(page)
                 _verify_page(page)
             return Contents(tuple(series.shape), np.dtype(series.dtype))
     except (DamagedFileError, OSError, MemoryError):
@@ -81,6 +84,17 @@ def _verify_series(series: Any, name: str) -> None:
         held_bytes = series.parent.filehandle.size - series.dataoffset
         if held_bytes < needed_bytes:
             raise DamagedFileError(f"{name} ends after {max(0, held_bytes):,} of {needed_bytes:,} bytes of voxels")
+
+
+def _verify_promise(page: Any) -> None:
+    """Refuse pieces that the file cannot hold, before memory is taken for one."""
+    piece_bytes = math.prod(page.keyframe.chunks) * page.keyframe.dtype.itemsize
+    size_bytes = page.parent.filehandle.size
+    if piece_bytes > _INFLATION * size_bytes:
+        raise DamagedFileError(
+            f"page {page.index} of {page.parent.filehandle.name} promises pieces of {piece_bytes:,} bytes, and a file "
+            f"of {size_bytes:,} bytes cannot hold them"
+        )
 
 
 def _verify_page(page: Any) -> None:

@@ -81,6 +81,22 @@ def scaled_nifti(image: nibabel.Nifti1Image, slope: float | None, intercept: flo
     return gzip.compress(header.binaryblock + bytes(4) + voxels.tobytes(order="F"), 1)
 
 
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")  # stock's, which casts
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_of_complex_voxels_the_real_parts_are_taken(reader: str, dtype: Any, caplog, tmp_path) -> None:
+    file = str(tmp_path / "case_0000.nii.gz")
+    values = np.random.default_rng(5).normal(size=(2, 7, 6, 5)) * 1e3
+    nibabel.save(nibabel.Nifti1Image((values[0] + 1j * values[1]).astype(dtype), np.eye(4)), file)
+    cls = Model(reader=reader).managers()[0].image_reader_writer_class
+    expected, properties = cls().read_images([file])
+    channels, ours = read_channels(cls, [file])
+    assert channels[0].dtype.kind == "f"
+    assert np.array_equal(channels[0].astype(np.float32), expected[0])
+    assert_same_object(ours, properties)
+    assert f"{file} holds complex numbers" in caplog.text
+
+
 def test_channels_of_different_shape_are_refused_with_both_shapes(tmp_path) -> None:
     files = write(tmp_path, [ct(), ct()[:-1]])
     with pytest.raises(UsageError, match=r"case_0000.* shape \(60, 60, 70\), .*case_0001.* \(60, 60, 69\)"):

@@ -369,10 +369,17 @@ def test_bad_cases_cost_no_good_case(good, tmp_path, capsys):
     content = image.read_bytes()
     for name in ("a_0000", "cut_0000", "extra_0000", "extra_0001", "late_0001", "z_0000"):
         (source / f"{name}.nii.gz").write_bytes(content[: len(content) // 2] if name == "cut_0000" else content)
+    raw = gzip.decompress(content)
+    (source / "odd_0000.nii.gz").write_bytes(gzip.compress(raw[:70] + struct.pack("<h", 4321) + raw[72:], 1))
     assert run(model, source, out) == 1
     assert sorted(p.name for p in out.glob("*.nii.gz")) == ["a.nii.gz", "z.nii.gz"]
     text = "".join(capsys.readouterr())
-    for words in ("cut_0000.nii.gz cannot be read", "2 channels, the model takes 1", "late_0000.nii.gz is not a file"):
+    for words in (
+        "cut_0000.nii.gz cannot be read",
+        "2 channels, the model takes 1",
+        "late_0000.nii.gz is not a file",
+        "datatype 4321",
+    ):
         assert words in " ".join(text.split())
 
 

@@ -1,0 +1,171 @@
+"""The table of formats: what a row says of a file is so. A new format is a row there and one here."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from factory import ModelSpec
+from oracle import make_predictor, predict_ours
+
+from nnunet_lowmem import LowMemPredictor, headers
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.formats import FORMATS, format_of, is_volume, read_header, read_voxels, verify_voxels
+from nnunet_lowmem.headers import Library
+
+VOXELS = np.random.default_rng(2).integers(-500, 1000, (6, 7, 8)).astype(np.int16)
+SPACING = (1.25, 2.0, 3.0)
+
+
+class Row(NamedTuple):
+    """What holds of a file of int16 with an ending."""
+
+    ending: str
+    compresses: bool = False
+    is_sliceable: bool = True
+    data: str = ""  # ending of the file beside it that holds the voxels
+
+
+VOLUMES = [
+    Row(".nii"),
+    Row(".nii.gz", is_sliceable=False),
+    Row(".hdr", data=".img"),
+    Row(".img"),
+    Row(".img.gz", is_sliceable=False),
+    Row(".hdr.gz", is_sliceable=False, data=".img.gz"),
+    Row(".nrrd"),
+    Row(".nrrd", compresses=True, is_sliceable=False),
+    Row(".nhdr", data=".raw"),
+    Row(".nhdr", compresses=True, is_sliceable=False, data=".raw.gz"),
+    Row(".mha"),
+    Row(".mha", compresses=True, is_sliceable=False),
+    Row(".mhd", data=".raw"),
+    Row(".mhd", compresses=True, is_sliceable=False, data=".zraw"),
+    Row(".gipl"),
+    Row(".gipl.gz", is_sliceable=False),
+]
+PICTURES = [".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg"]
+
+
+def write(folder: Path, row: Row) -> Path:
+    """A file as ITK writes it; of a pair, the name of either may be given to it."""
+    image = SimpleITK.GetImageFromArray(VOXELS)
+    image.SetSpacing(SPACING)
+    path = folder / f"case_0000{row.ending}"
+    written = path.with_name(path.name.replace(".hdr", ".img"))
+    if row.ending == ".gipl.gz":  # ITK's writer cannot
+        SimpleITK.WriteImage(image, str(path.with_suffix("")))
+        path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+    else:
+        SimpleITK.WriteImage(image, str(written), row.compresses)
+    return path
+
+
+def name_of(row: Row) -> str:
+    return row.ending + " compressed" * row.compresses
+
+
+def test_every_row_is_tested() -> None:
+    assert {row.ending for row in VOLUMES} == {ending for ending, row in FORMATS.items() if row.is_volume}
+    assert set(PICTURES) == {ending for ending, row in FORMATS.items() if not row.is_volume}
+
+
+@pytest.mark.parametrize("row", VOLUMES, ids=name_of)
+def test_volume(row: Row, tmp_path) -> None:
+    path = write(tmp_path, row)
+    header = read_header(str(path))
+    layout = header.layout
+    assert layout is not None
+    assert is_volume(path)
+    assert (header.shape, header.dtype, header.components) == (VOXELS.shape, VOXELS.dtype, 1)
+    assert header.spacing == layout.spacing[::-1] == SPACING[::-1]
+    assert header.needed_bytes == VOXELS.nbytes
+    assert layout.is_sliceable == row.is_sliceable
+    assert header.is_read_in_place
+    assert np.array_equal(read_voxels(header), VOXELS)
+    verify_voxels(str(path))
+
+
+@pytest.mark.parametrize("row", VOLUMES, ids=name_of)
+def test_volume_that_lacks_its_last_byte(row: Row, tmp_path) -> None:
+    path = write(tmp_path, row)
+    header = read_header(str(path))
+    assert header.layout is not None
+    data = header.layout.parts[-1].path
+    assert data.name.endswith(row.data)
+    data.write_bytes(data.read_bytes()[:-1])
+    for read in (lambda: read_voxels(header), lambda: verify_voxels(str(path))):
+        with pytest.raises(UsageError, match=r"case_0000.* (ends after|ends within|holds) "):
+            read()
+
+
+@pytest.mark.parametrize("ending", PICTURES)
+def test_picture(ending: str, tmp_path) -> None:
+    path = tmp_path / f"case_0000{ending}"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.full((7, 8), 200, np.uint8)), str(path))
+    header = read_header(str(path))
+    assert not is_volume(path)
+    assert (header.shape, header.layout, header.is_read_in_place) == ((7, 8), None, False)
+    verify_voxels(str(path))
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<f8", "<c8"])
+def test_nibabels_view_of_a_header(dtype: str, tmp_path) -> None:
+    path = tmp_path / "case_0000.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(VOXELS.T.astype(dtype), np.diag([1.25, 2, 3, 1]), dtype=dtype), path)
+    header = read_header(str(path), Library.NIBABEL)
+    assert (header.shape, header.spacing, header.library) == (VOXELS.shape, SPACING[::-1], Library.NIBABEL)
+    assert np.array_equal(read_voxels(header), VOXELS.astype(dtype))
+    assert header.is_read_in_place == ("c" not in dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [("a.nii.gz", ".nii.gz"), ("A.NII.GZ", ".nii.gz"), ("a.gipl.gz", ".gipl.gz"), ("a.b.nrrd", ".nrrd"), ("nii", None)],
+)
+def test_row_by_the_longest_ending(name: str, ending: str | None) -> None:
+    assert format_of(Path("folder.nii") / name) is (FORMATS[ending] if ending else None)
+
+
+def test_header_is_read_once_per_case(images, models, tmp_path, monkeypatch) -> None:
+    """Checking, planning, asking for disk space and reading: all by what was read first."""
+    files = images("head")
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a_0000", "b_0000"):
+        (source / f"{name}.nii.gz").write_bytes(Path(files[0]).read_bytes())
+    counted: list[str] = []
+    information = headers.itk_information
+    monkeypatch.setattr(headers, "itk_information", lambda path: counted.append(path.name) or information(path))
+    predict_ours(make_predictor(LowMemPredictor, models(ModelSpec(), files)), str(source), str(tmp_path / "out"))
+    assert sorted(counted) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+
+
+def test_file_that_changes_is_read_anew(tmp_path) -> None:
+    path = write(tmp_path, Row(".nii"))
+    assert read_header(str(path)).shape == VOXELS.shape
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOXELS[:4]), str(path))
+    assert read_header(str(path)).shape == (4, 7, 8)
+
+
+@pytest.mark.parametrize("read", [read_header, verify_voxels])
+@pytest.mark.parametrize("error", [KeyError("4321"), OverflowError("inf"), RecursionError("deep"), MemoryError()])
+def test_whatever_a_parser_raises_is_one_error(
+    read: Callable[[str], Any], error: Exception, tmp_path, monkeypatch
+) -> None:
+    path = write(tmp_path, Row(".mha"))
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("nnunet_lowmem.headers.itk_information", fail)
+    with pytest.raises(MemoryError if isinstance(error, MemoryError) else UsageError) as caught:
+        read(str(path))
+    if not isinstance(error, MemoryError):
+        assert str(path) in str(caught.value)
