@@ -19,6 +19,7 @@ from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
+from nnunet_lowmem.names import check_utf8
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.records import Records
@@ -219,7 +220,9 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
     """Leave out the cases whose output is there, whole, and made from the same input; note them as skipped."""
     remaining, records = [], Records()
     for job in jobs:
-        assert job.recipe is not None, "a job with files and an output has a recipe"
+        if job.recipe is None:  # one that cannot be right
+            remaining.append(job)
+            continue
         standing = job.recipe.standing(records)
         if standing.keeps:
             report.skipped.append(SkippedCase(job.name, standing.value))
@@ -263,6 +266,7 @@ def _voxels_by_folder(jobs: Sequence[Job]) -> dict[Path, int]:
             continue
         with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
             file = job.files[0][0]
+            check_utf8(file)
             if file.lower().endswith(KNOWN_ENDINGS):
                 read_raw_header(file)  # one that promises more than its file can hold needs no space
             shape, _ = read_header(file)

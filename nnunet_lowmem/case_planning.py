@@ -17,6 +17,7 @@ from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
+from nnunet_lowmem.names import check_utf8
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
 from nnunet_lowmem.recovering import Recovery, error_of
@@ -111,6 +112,7 @@ class CasePlanner:
         UsageError
             If the header cannot be read.
         """
+        check_utf8(files[0])
         shape, spacing = read_header(files[0])
         return self._upper_bounds(
             name, files, voxel_type(files[0]), shape, spacing, previous_stage is not None, probabilities

@@ -31,6 +31,7 @@ from nnunet_lowmem.labelling import LabelRule, SlabLimits
 from nnunet_lowmem.loading import CaseLoading
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.model_loading import uncompiled
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.network_memory import TileBytes, copy_of_zeros
 from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.overrides import replaced
@@ -72,10 +73,10 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         file_ending = self.dataset_json["file_ending"]
         cascades = self.configuration_manager.previous_stage_name is not None
         cases = (
-            (model_files.case_name(files, file_ending), files, files[0] if cascades else None)
+            (shown(model_files.case_name(files, file_ending)), files, files[0] if cascades else None)
             for files in model_files.list_cases(source_folder, file_ending)
         )
-        return estimates(cases, planner, budget, probabilities)
+        return estimates(cases, planner, budget, probabilities, file_ending)
 
     def _tile_bytes_of_zeros(self, budget: Budget) -> TileBytes:
         """Measure a tile of zeros in a copy of the network that nobody else sees, or tell what is expected."""
@@ -143,8 +144,8 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         for job in prefetcher.all_jobs:
             with suppress(UsageError):  # told of when its turn comes
                 case = planning.planner.facts_of_job(job, probabilities)
-                if case is None:
-                    return
+                if case is None:  # one that cannot be right
+                    continue
                 facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
         largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
         planner = planning.planner.changed(worker_bytes=WORKER_BYTES + largest)

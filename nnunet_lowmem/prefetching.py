@@ -25,6 +25,7 @@ from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.headers import read_header
 from nnunet_lowmem.job import Report
+from nnunet_lowmem.names import check_utf8
 from nnunet_lowmem.preprocessing import preprocess_case
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.watchdog import WorkerLimits
@@ -131,7 +132,9 @@ class Prefetcher:
             return WorkerLimits(0, 0)
         voxels = 0
         with contextlib.suppress(UsageError):  # the worker will tell
-            voxels = max(math.prod(read_header(file)[0]) for file in job.files[0]) if job.files else 0
+            for file in job.files[0] if job.files else ():
+                check_utf8(file)
+                voxels = max(voxels, math.prod(read_header(file)[0]))
         return WorkerLimits(self._stall_s, 3600 * max(1.0, voxels / VOXELS_PER_HOUR))
 
     def take(self, job: Job) -> PreprocessedCase:

@@ -39,7 +39,7 @@ case_planning
 preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
 input_checks foreign
-trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
+trust model_limits refusals image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
 records label_comparison measured_command tiles stock_calls unpickling
 files
 label_kernels device_labelling planner memory_chart process_tree
@@ -49,7 +49,7 @@ formats
 meta_image nrrd_files tiff_pages
 stored_parts
 plugin rebinding running measuring allocator pending_write placing
-types interruption bypassed harmless signatures installed
+types interruption bypassed harmless signatures installed names
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
