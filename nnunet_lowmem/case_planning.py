@@ -16,8 +16,8 @@ from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Plac
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.headers import read_header
-from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.names import check_utf8
+from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, input_bytes, voxel_type
 from nnunet_lowmem.recovering import Recovery, error_of

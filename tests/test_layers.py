@@ -30,7 +30,7 @@ validation
 iterating
 case_predictor case_loop
 next_stages
-probabilities logits_predictor prefetching loading
+probabilities logits_predictor prefetching loading writing
 options
 html_report
 export warming console training_data
@@ -38,9 +38,9 @@ estimating
 case_planning
 preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
-input_checks foreign
-trust model_limits refusals image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
-records label_comparison measured_command tiles stock_calls unpickling
+input_checks foreign rehearsing
+trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
+records refusals label_comparison measured_command tiles stock_calls unpickling
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline stored_voxels finite_voxels allocations memory
