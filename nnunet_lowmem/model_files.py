@@ -178,7 +178,7 @@ def check_file_ending(dataset_json: dict[str, Any], path: Path) -> str:
     """
     ending = dataset_json.get("file_ending")
     if not isinstance(ending, str):
-        raise ModelError(f"{path} does not say which 'file_ending' the images have")
+        raise twin(ModelError, KeyError)(f"{path} does not say which 'file_ending' the images have")
     if not re.fullmatch(r"(\.\w[\w+-]*){1,4}", ending, re.ASCII) or len(ending) > 32:
         raise ModelError(f"{path}: 'file_ending' {ending!r} is not the ending of a file name, such as .nii.gz")
     return ending

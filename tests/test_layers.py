@@ -49,7 +49,7 @@ formats
 meta_image nrrd_files tiff_pages
 stored_parts
 plugin rebinding running measuring allocator pending_write placing
-types interruption bypassed harmless signatures installed names
+types interruption bypassed harmless signatures installed names model_keys
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}
