@@ -77,7 +77,7 @@ def rehearse(
     if not is_tried(writer_class):
         return
     trial = _Trial(writer_class, properties, shape, folder)
-    labels = np.array([0, 1]) if rule is None else rule.values[: -1 if rule.ranked else None]
+    labels = np.array([0, 1]) if rule is None else rule.values[: -1 if rule.ranked else None].astype(rule.dtype)
     try:
         trial.run(Path(output + ending), ending, labels[labels < _ONE_BYTE])
     except WriteError as error:
