@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import READERS, Step
 from nnunet_lowmem.errors import DamagedFileError, WriteError, because, of_kinds, twin
+from nnunet_lowmem.formats import format_of
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.names import is_utf8, shown
+from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.progress import logging_prints
 from nnunet_lowmem.verifying import verify_label_file
 
@@ -79,12 +81,14 @@ def rehearse(
     trial = _Trial(writer_class, properties, shape, folder)
     labels = np.array([0, 1]) if rule is None else rule.values[: -1 if rule.ranked else None].astype(rule.dtype)
     try:
-        trial.run(Path(output + ending), ending, labels[labels < _ONE_BYTE])
+        names = trial.run(Path(output + ending), ending, labels[labels < _ONE_BYTE])
     except WriteError as error:
         if _is_full(folder):  # which says nothing of the disk that the output is on
             return
         error.args = (f"{shown(output + ending)}: {error}; {trial.advice(ending)}",)
         raise
+    for name in names:  # what is written beside it takes the place of what is there as well
+        place_of(Path(output).parent / name)
     if labels.max() >= _ONE_BYTE:
         _tell_of_two_bytes(trial, Path(output + ending), ending, labels)
 
@@ -112,14 +116,16 @@ class _Trial:
         self._folder = folder
         self._by_itk = writer_class.__name__.startswith("SimpleITKIO")
 
-    def run(self, final: Path, ending: str, labels: NDArray[Any]) -> None:
-        """Write these labels under the name of `final`, move and verify them.
+    def run(self, final: Path, ending: str, labels: NDArray[Any]) -> list[str]:
+        """Write these labels under the name of `final`, move and verify them; return the names of all files there are.
 
         Raises
         ------
         WriteError
         """
         self._check_name(final, ending)
+        if self._by_itk and (format_of(final) is None or not is_utf8(self._folder)):
+            return []  # a few voxels as .dcm end the process, where a whole map is written
         voxels = np.resize(labels[::-1], self._shape).astype(np.uint16 if labels.max() >= _ONE_BYTE else np.uint8)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder, logging_prints(logging.DEBUG):
             written, moved = Path(folder, "written"), Path(folder, "moved")
@@ -128,19 +134,21 @@ class _Trial:
                 writer = self._class()
                 writer.write_seg(voxels.copy(), str(written / final.name), deepcopy(self._properties))
                 written.rename(moved)
-                _check_files(moved, final.name)
+                names = _checked_names(moved, final.name)
                 verify_label_file(moved / final.name, voxels.shape)
                 self._check_values(writer, moved / final.name, voxels)
             except MemoryError:
                 raise
             except Exception as error:
                 raise self._told(error, written, moved) from error
+            return names
 
     def advice(self, ending: str) -> str:
         """Say what to change, once a run has failed: what is to blame is found by another name."""
         spacing = self._properties.get("sitk_stuff", {}).get("spacing", ())
         if len(spacing) > 3:
-            return "store every channel in a file of its own, CASE_0000, CASE_0001 and so on"
+            words = f"the image has {len(spacing)} dimensions, which a label map has not"
+            return f"{words}: store every channel in a file of its own, CASE_0000, CASE_0001 and so on"
         try:
             self.run(Path("labels" + ending), ending, np.array([0, 1]))
         except WriteError:
@@ -152,7 +160,7 @@ class _Trial:
         return "give the case another name"
 
     def _check_name(self, final: Path, ending: str) -> None:
-        if self._by_itk and not (is_utf8(final) and is_utf8(self._folder)):
+        if self._by_itk and not is_utf8(final):
             raise twin(WriteError, RuntimeError)("the path is not UTF-8, and SimpleITK takes no other")
         for endings, names, why in _UNTRIED if self._by_itk else ():
             if ending in endings and names.match(final.name.removesuffix(ending)):
@@ -181,12 +189,13 @@ class _Trial:
             raise DamagedFileError(f"{shown(file.name)} holds other labels than were written, as the format keeps them")
 
 
-def _check_files(folder: Path, name: str) -> None:
+def _checked_names(folder: Path, name: str) -> list[str]:
     names = sorted(os.listdir(folder))
     if name not in names:
         raise DamagedFileError(f"it writes {', '.join(map(shown, names)) or 'nothing'} instead")
     if not all((folder / name).is_file() for name in names):
         raise DamagedFileError("it writes a folder")
+    return names
 
 
 def _is_full(folder: Path) -> bool:
