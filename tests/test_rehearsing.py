@@ -164,9 +164,11 @@ def test_writers_of_others_are_not_called(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def four(images, models) -> tuple[str, list[str]]:
-    files = images("head_4d")
-    return models(ModelSpec(**TWO_CHANNELS), images("head_two_channels")), files
+def four(images, models, tmp_path_factory) -> tuple[str, list[str]]:
+    small = SimpleITK.Cast(SimpleITK.ReadImage(images("small")[0]), SimpleITK.sitkFloat32)
+    file = tmp_path_factory.mktemp("four") / "four_0000.nii.gz"
+    SimpleITK.WriteImage(SimpleITK.JoinSeries([small, 2 * small]), str(file))
+    return models(ModelSpec(**TWO_CHANNELS), images("head_two_channels")), [str(file)]
 
 
 def test_channels_in_one_file_fail_before_they_are_computed(four, tmp_path):
@@ -176,9 +178,9 @@ def test_channels_in_one_file_fail_before_they_are_computed(four, tmp_path):
         predict_stock(make_predictor(nnUNetPredictor, model), [files], [str(tmp_path / "stock")])
     seen = []
     predictor = make_predictor(LowMemPredictor, model, on_progress=lambda progress: seen.append(progress.stage))
-    words = r"case head_4d, writing: .*head_4d\.nii\.gz: .*store every channel in a file of its own"
+    words = r"case four, writing: .*four\.nii\.gz: .*store every channel in a file of its own"
     with pytest.raises(CasesFailedError, match=words) as raised:
-        predictor.predict_from_files([files], [str(tmp_path / "head_4d")])
+        predictor.predict_from_files([files], [str(tmp_path / "four")])
     assert isinstance(raised.value, AssertionError)
     assert set(seen) == {"preprocessing"}
     assert not list(tmp_path.glob("*.nii.gz"))
