@@ -22,7 +22,7 @@ _RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 _TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 _BASE_READER = "nnunetv2.imageio.base_reader_writer:BaseReaderWriter"
 _SCHEMES = ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
-_READERS = (
+READERS = (
     "simpleitk_reader_writer:SimpleITKIO",
     "simpleitk_reader_writer:SimpleITKIOWithReorient",
     "nibabel_reader_writer:NibabelIO",
@@ -103,8 +103,8 @@ ROWS = (
     Row(_ITERATORS, Step.ARRAYS, ("preprocess_fromnpy_save_to_queue",)),
     Row(RAW, Step.ADAPTER, ("PreprocessAdapterFromNpy",)),
     Row(f"{_ITERATORS}:PreprocessAdapterFromNpy", Step.ADAPTER, ("__init__", "generate_train_batch")),
-    *(Row(f"nnunetv2.imageio.{reader}", Step.READING, ("read_images", "read_seg")) for reader in _READERS),
-    *(Row(f"nnunetv2.imageio.{reader}", Step.WRITING, ("write_seg",)) for reader in _READERS),
+    *(Row(f"nnunetv2.imageio.{reader}", Step.READING, ("read_images", "read_seg")) for reader in READERS),
+    *(Row(f"nnunetv2.imageio.{reader}", Step.WRITING, ("write_seg",)) for reader in READERS),
     Row(_BASE_READER, Step.READING, ("_check_all_same",)),
     Row(
         DEFAULT_PREPROCESSOR,
@@ -247,7 +247,7 @@ _RESAMPLINGS = (
 )
 #: What nnU-Net itself defines for each entry of the plans to name.
 NAMES_IN_PLANS: dict[str, tuple[str, ...]] = {
-    "image_reader_writer": tuple(reader.partition(":")[2] for reader in _READERS),
+    "image_reader_writer": tuple(reader.partition(":")[2] for reader in READERS),
     "label_manager": ("LabelManager",),
     "preprocessor_name": ("DefaultPreprocessor",),
     "normalization_schemes": tuple(f"{scheme}Normalization" for scheme in _SCHEMES),

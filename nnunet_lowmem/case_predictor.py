@@ -31,6 +31,7 @@ from nnunet_lowmem.labelling import LabelRule, SlabLimits
 from nnunet_lowmem.loading import CaseLoading
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.model_loading import uncompiled
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.network_memory import TileBytes, copy_of_zeros
 from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.overrides import replaced
@@ -45,14 +46,14 @@ from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.warming import warm_up
+from nnunet_lowmem.writing import CaseWriting, Result, Segmentation
 
 logger = logging.getLogger(__name__)
 
-Segmentation = NDArray[Any]
-Result = Segmentation | tuple[Segmentation, NDArray[np.float32]] | None
+__all__ = ["CasePredictor", "Result", "Segmentation"]
 
 
-class CasePredictor(CaseLoading, LogitsPredictor):
+class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
     """The part of the predictor that takes one case from its files to its outputs."""
 
     _worker_bytes = 0
@@ -72,10 +73,10 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         file_ending = self.dataset_json["file_ending"]
         cascades = self.configuration_manager.previous_stage_name is not None
         cases = (
-            (model_files.case_name(files, file_ending), files, files[0] if cascades else None)
+            (shown(model_files.case_name(files, file_ending)), files, files[0] if cascades else None)
             for files in model_files.list_cases(source_folder, file_ending)
         )
-        return estimates(cases, planner, budget, probabilities)
+        return estimates(cases, planner, budget, probabilities, file_ending)
 
     def _tile_bytes_of_zeros(self, budget: Budget) -> TileBytes:
         """Measure a tile of zeros in a copy of the network that nobody else sees, or tell what is expected."""
@@ -143,8 +144,8 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         for job in prefetcher.all_jobs:
             with suppress(UsageError):  # told of when its turn comes
                 case = planning.planner.facts_of_job(job, probabilities)
-                if case is None:
-                    return
+                if case is None:  # one that cannot be right
+                    continue
                 facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
         largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
         planner = planning.planner.changed(worker_bytes=WORKER_BYTES + largest)
@@ -213,6 +214,8 @@ class CasePredictor(CaseLoading, LogitsPredictor):
         """
         geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
         rule = self._label_rule(job)
+        if job.output is not None and not replaced(self, Step.EXPORT):
+            self._rehearse(job.output, case.properties, geometry.original_shape, rule, clock, planning.folder)
         resampling = nnunet_adapter.logits_resampling(
             self.plans_manager, self.configuration_manager, geometry, case.properties
         )
@@ -367,20 +370,3 @@ class CasePredictor(CaseLoading, LogitsPredictor):
             facts = planner.facts_of_files("", *job.following, probabilities)
             return pending if planner.fits_beside(facts, planning.budget, planned_bytes) else None
         return None
-
-    def _write_files(self, result: Result, job: Job, properties: dict[str, Any]) -> None:
-        assert job.output is not None, "a case without an output is not written"
-        self._write(result, job.output, properties)
-        if job.recipe is not None:
-            job.recipe.write_record()
-
-    def _write(self, result: Result, output: str, properties: dict[str, Any]) -> None:
-        """Write through the model's own writer; each file appears under its name when it is complete."""
-        assert result is not None
-        segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
-        if probabilities is not None:
-            nnunet_adapter.write_probabilities(probabilities, output + ".npz")
-            nnunet_adapter.write_properties(properties, output + ".pkl")
-        nnunet_adapter.write_segmentation(
-            segmentation, properties, output + self.dataset_json["file_ending"], self.plans_manager
-        )

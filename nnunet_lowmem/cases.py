@@ -15,6 +15,7 @@ import torch
 
 from nnunet_lowmem import model_files
 from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.records import Recipe
 from nnunet_lowmem.types import PreprocessedCase
@@ -27,6 +28,7 @@ class Job:
     Attributes
     ----------
     name : str
+        As messages show it.
     output : str or None
         Where to write, without the file ending; None returns the arrays.
     load : callable
@@ -48,6 +50,9 @@ class Job:
     recipe: Recipe | None = None
     array: tuple[Any, Any, dict[str, Any]] | None = None
     following: tuple[list[str], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", shown(self.name))
 
 
 def in_a_row(jobs: Sequence[Job]) -> list[Job]:
@@ -116,12 +121,16 @@ def _with_a_copy(
 
 
 def unless_misnumbered(job: Job, file_ending: str) -> Job:
-    """Let a case of a folder fail when its turn comes, if one of its channels is missing between the others."""
+    """Let a case of a folder fail when its turn comes: a channel is missing, or there is no number at all.
+
+    A file without a number has no output that could have been made before.
+    """
     assert job.files is not None, "a case of a folder has files"
     try:
         model_files.check_numbers(job.files[0], file_ending)
     except UsageError as error:
-        return _refused(job, error)
+        is_stray = not model_files.is_numbered(job.files[0][0], file_ending)
+        return _refused(replace(job, recipe=None) if is_stray else job, error)
     return job
 
 

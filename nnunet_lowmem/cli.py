@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nnunet_lowmem import __version__, allocator, compare_command, flags
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.flags import predict_parser
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.shell import guarded
 
 __all__ = ["main", "predict_entry_point", "predict_parser"]
@@ -158,7 +159,7 @@ def _ensemble(options: argparse.Namespace) -> int:
     from nnunet_lowmem.ensembling import ensemble_folders
 
     for path in ensemble_folders([Path(folder) for folder in options.i], Path(options.o), options.save_npz):
-        print(path)
+        print(shown(str(path)))
     return 0
 
 

@@ -92,6 +92,15 @@ class StageClock:
         if self._stack:
             self._tell(self._stack[-1])
 
+    @contextmanager
+    def failing_in(self, name: str) -> Iterator[None]:
+        """Count what fails in the block as of stage `name`, which it belongs to and does not begin."""
+        try:
+            yield
+        except Exception:
+            self.failed_stage = self.failed_stage or name
+            raise
+
     def advance(self, steps: int = 1) -> None:
         """Note that steps of the present stage are done."""
         stage = self._stack[-1]

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
         model_folder, ending = checked_model([*flags, *_model_words(options), "-o", out, *our_flags])
     from nnunet_lowmem import comparing, comparison_table, console, model_files
 
+    model_files.check_for_stock(options.i, ending)
     request = comparing.Request(
         model_folder=model_folder,
         cases=tuple(model_files.case_name(files, ending) for files in model_files.list_cases(options.i, ending)),

@@ -14,6 +14,7 @@ from rich.table import Table
 from nnunet_lowmem.comparing import Comparison
 from nnunet_lowmem.measured_command import TILES, MeasuredCommand
 from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.names import shown
 
 _STAGES = {"preprocessing": ("preprocessing",), "sliding window": (TILES,), "export and writing": ("export", "writing")}
 _WORST = 3
@@ -34,11 +35,11 @@ def print_comparison(comparison: Comparison, label_names: Mapping[int, str], as_
     for column in ("stock", "ours", "ours / stock"):
         table.add_column(column, justify="right")
     for cells in [*_measured_rows(comparison), *_label_rows(comparison, label_names)]:
-        table.add_row(*cells)
-    console = Console()
+        table.add_row(*map(shown, cells))
+    console = Console(markup=False, emoji=False)
     console.print(table)
     for line in _remarks(comparison):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _measured_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
@@ -107,7 +108,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
         )
     for case in comparison.labels:
         if case.problem:
-            yield f"{case.case} cannot be compared: {case.problem}"
+            yield shown(f"{case.case} cannot be compared: {case.problem}")
     if side := comparison.failed_side():
         codes = [run.exit_code for run in comparison.runs[side]]
         yield f"{side} failed, exit code {', '.join(map(str, codes))}; its last lines:\n{comparison.logs[side]}"

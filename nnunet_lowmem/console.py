@@ -16,8 +16,14 @@ from nnunet_lowmem.allocations import Place, Stage
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate
 from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.reporting import FAILURES_FILE, CaseReport, RunReport
+
+
+def _console() -> Console:
+    """Return a console that takes brackets and colons in names for nothing else."""
+    return Console(markup=False, emoji=False)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -60,11 +66,11 @@ def print_plan(plan: Plan) -> None:
     for allocation in plan.allocations:
         sizes = [format_gib(allocation.size_bytes) if stage in allocation.stages else "" for stage in Stage]
         table.add_row(allocation.name, allocation.place.value, *sizes)
-    Console().print(table)
+    _console().print(table)
     for place in Place:
         limit = plan.budget.limit(place)
         if limit is not None:
-            Console().print(
+            _console().print(
                 f"{place.value}: projected {format_gib(plan.projected_bytes(place))} "
                 f"(reserved {format_gib(plan.budget.reserved(place))}), budget {format_gib(limit)}"
             )
@@ -73,7 +79,7 @@ def print_plan(plan: Plan) -> None:
 def print_report(report: CaseReport) -> None:
     """Print time per stage, and the measured peak beside the projected one."""
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
-    Console().print(
+    _console().print(
         f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
         f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}"
     )
@@ -81,7 +87,7 @@ def print_report(report: CaseReport) -> None:
 
 def print_run(report: RunReport, folder: str) -> None:
     """Print what became of every case."""
-    table = Table(title=f"predictions in {folder}")
+    table = Table(title=f"predictions in {shown(folder)}")
     for column in ("case", "", "stage", "why"):
         table.add_column(column, overflow="fold")
     for case in report.done:
@@ -90,9 +96,9 @@ def print_run(report: RunReport, folder: str) -> None:
         table.add_row(skipped.case, "skipped", "", skipped.reason)
     for failed in report.failed:
         table.add_row(failed.case, "failed", failed.stage, failed.reason)
-    Console().print(table)
+    _console().print(table)
     if report.failed:
-        Console().print(f"{report.failed_of_all()}; see {Path(folder) / FAILURES_FILE}", highlight=False)
+        _console().print(f"{report.failed_of_all()}; see {shown(str(Path(folder) / FAILURES_FILE))}", highlight=False)
 
 
 def print_estimates(estimates: Iterable[Estimate], as_json: bool, verbose: bool) -> int:
@@ -104,7 +110,7 @@ def print_estimates(estimates: Iterable[Estimate], as_json: bool, verbose: bool)
     for plan in (estimate.plan for estimate in found if verbose):
         if plan is not None:
             print_plan(plan)
-    print_line = partial(Console().print, highlight=False, soft_wrap=True)
+    print_line = partial(_console().print, highlight=False, soft_wrap=True)
     print_line("Upper bounds by header alone: what is cropped is not known yet.")
     for estimate in found:
         for line in _estimate_lines(estimate):
@@ -128,7 +134,7 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
             f"  smallest RAM {format_gib(estimate.least_ram_bytes)}, without spilling "
             f"{format_gib(estimate.least_ram_unspilled_bytes)}; stock: about {format_gib(estimate.stock_bytes)}"
         )
-    yield f"  {estimate.problem or 'fits'}"
+    yield f"  {shown(estimate.problem or 'fits')}"
 
 
 def _exit_code(found: list[Estimate]) -> int:

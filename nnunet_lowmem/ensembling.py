@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.nnunet_adapter import label_rule, write_properties, write_segmentation
 from nnunet_lowmem.probabilities import npz_sink
+from nnunet_lowmem.rehearsing import rehearse
 
 _ENTRY = "probabilities.npy"
 
@@ -119,12 +121,16 @@ def ensemble_folders(folders: Sequence[Path], output: Path, save_npz: bool) -> l
         raise UsageError("the plans use a label manager that is not nnU-Net's own; use nnUNetv2_ensemble")
     output.mkdir(parents=True, exist_ok=True)
     save_json(dataset_json, str(output / "dataset.json"), sort_keys=False)
+    ending, reader = dataset_json["file_ending"], plans_manager.image_reader_writer_class
     written = []
     for name in _common_archives(folders):
         case = output / name.removesuffix(".npz")
-        target = f"{case}{dataset_json['file_ending']}"
+        properties = load_pickle(str(folders[0] / f"{name.removesuffix('.npz')}.pkl"))
+        with open_heads(folders[0] / name) as archive:
+            shape = archive.shape[1:]
+        rehearse(reader, str(case), ending, properties, shape, rule, Path(tempfile.gettempdir()))
+        target = f"{case}{ending}"
         labels = _merge([folder / name for folder in folders], rule, Path(f"{case}.npz") if save_npz else None)
-        properties = load_pickle(str(folders[0] / name.replace(".npz", ".pkl")))
         if save_npz:
             write_properties(properties, f"{case}.pkl")
         write_segmentation(labels, properties, target, plans_manager)

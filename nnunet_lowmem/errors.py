@@ -107,11 +107,12 @@ def twin(ours: type[Ours], *kinds: type[BaseException]) -> type[Ours]:
     ----------
     ours : type
     *kinds : type
-        Python's or torch's, or derived from these: the nearest of them counts.
+        Python's or torch's, or derived from these: the nearest of them counts, and all of which a twin is.
     """
     own: Any
     own, known = getattr(ours, "_twin_of", (ours, ()))
-    every = (own, *dict.fromkeys([*known, *map(_nearest, kinds)]))
+    others = [each for kind in kinds for each in (kind, *getattr(kind, "_twin_of", (kind, ()))[1])]
+    every = (own, *dict.fromkeys([*known, *map(_nearest, others)]))
     narrow = (kind for kind in every[1:] if not any(other is not kind and issubclass(other, kind) for other in every))
     made: type[Ours] = _made(own, tuple(narrow))
     return made

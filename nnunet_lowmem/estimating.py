@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
 from nnunet_lowmem.case_planning import CasePlanner
 from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.model_files import check_numbers
 from nnunet_lowmem.planner import Plan, refusal, smallest_ram_bytes
 
 # the command and one process each for preprocessing and export
@@ -73,11 +74,16 @@ class Estimate:
 
 
 def estimates(
-    cases: Iterable[tuple[str, list[str], str | None]], planner: CasePlanner, budget: Budget, probabilities: bool
+    cases: Iterable[tuple[str, list[str], str | None]],
+    planner: CasePlanner,
+    budget: Budget,
+    probabilities: bool,
+    file_ending: str,
 ) -> Iterator[Estimate]:
     """Estimate cases, each given as name, files and file of the previous stage."""
     for name, files, previous_stage in cases:
         try:
+            check_numbers(files, file_ending)
             facts = planner.facts_of_files(name, files, previous_stage, probabilities)
         except UsageError as error:
             yield Estimate(name, problem=str(error))

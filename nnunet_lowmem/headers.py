@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError, UsageError
+from nnunet_lowmem.names import check_utf8
 from nnunet_lowmem.stored_parts import Part
 
 # nnU-Net gives two-dimensional images a third axis of one slice, so thick that it is never resampled
@@ -172,9 +173,12 @@ def itk_information(path: Path) -> Any:
     ------
     DamagedFileError
         If SimpleITK reads no such file.
+    UsageError
+        If it takes no such name.
     """
     import SimpleITK
 
+    check_utf8(path)
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]  # SimpleITK ships no types
     reader.SetFileName(str(path))
     try:

@@ -141,9 +141,9 @@ class HtmlReport:
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters |= {"gib": format_gib, "duration": duration, "colour": stage_colour}
         template = environment.from_string((files("nnunet_lowmem") / "data" / "report.html").read_text("utf-8"))
-        with atomic_output(self._target / REPORT_FILE) as path, path.open("w", encoding="utf-8") as file:
+        with atomic_output(self._target / REPORT_FILE) as path, path.open("wb") as file:
             for piece in template.generate(self._content(ended_by)):
-                file.write(piece)
+                file.write(piece.encode("utf-8", "backslashreplace"))
 
     def _content(self, ended_by: str) -> dict[str, Any]:
         sizes = (_WIDE, _NARROW) if self._story.points else ()
@@ -201,9 +201,9 @@ def facts_of(predictor: Any) -> dict[str, str]:
     """Name what the labels and the times of a run depend on."""
     mirrored = bool(predictor._mirrored_axes())
     patch = " × ".join(map(str, predictor.configuration_manager.patch_size))
-    plans = predictor.plans_manager
+    known = predictor.plans_manager.plans  # nobody needs these to predict
     facts = {
-        "model": f"{plans.dataset_name}, {predictor.trainer_name}, {plans.plans_name}",
+        "model": ", ".join([known.get("dataset_name", "?"), predictor.trainer_name, known.get("plans_name", "?")]),
         "heads": str(predictor.label_manager.num_segmentation_heads),
         "checkpoints": str(1 if predictor.list_of_parameters is None else len(predictor.list_of_parameters)),
         "tiles": f"{patch} voxels, step {predictor.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",

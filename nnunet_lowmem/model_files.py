@@ -8,34 +8,84 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnunet_lowmem.errors import ModelError, UsageError, because, missing, twin
+from nnunet_lowmem.names import shown
 
 _SHOWN = 8
+# characters of a channel number, "_0000"
+_NUMBER = 5
 _logger = logging.getLogger(__name__)
+
+
+class Listing(NamedTuple):
+    """What a folder of images holds.
+
+    Attributes
+    ----------
+    cases : list of list of str
+        Files of each case, channel after channel, by the names of the cases.
+    strays : list of str
+        Files without a channel number, which stock takes none of.
+    earlier : list of str
+        Names of segmentations of these cases, made by an earlier run.
+    passed_over : list of str
+        Names without a channel number that stock takes for those of a case, and then does without.
+    """
+
+    cases: list[list[str]]
+    strays: list[str]
+    earlier: list[str]
+    passed_over: list[str]
+
+
+def listing(folder: str, file_ending: str) -> Listing:
+    """Sort the files of a folder that have the ending."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(file_ending))
+    names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    cases: dict[str, list[str]] = {}
+    for name in names:
+        if is_numbered(name, file_ending):
+            cases.setdefault(case_name([name], file_ending), []).append(os.path.join(folder, name))
+    found = Listing([cases[case] for case in sorted(cases)], [], [], [])
+    for name in (name for name in names if not is_numbered(name, file_ending)):
+        if name.removesuffix(file_ending) in cases:
+            found.earlier.append(name)
+        elif name[: -len(file_ending) - _NUMBER] in cases:
+            found.passed_over.append(name)
+        else:
+            found.strays.append(os.path.join(folder, name))
+    return found
 
 
 def list_cases(folder: str, file_ending: str) -> list[list[str]]:
     """List the files of each case in a folder, channel after channel, as stock does (without its process pool).
 
+    A file without a channel number is a case of its own, for `check_numbers` to refuse, unless it belongs to another.
+
     Raises
     ------
     UsageError
-        If a file has the ending but no channel number before it.
+        If no file has a channel number.
     """
-    names = sorted(name for name in os.listdir(folder) if name.endswith(file_ending))
-    names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
-    cases: dict[str, list[str]] = {}
-    for name in names:
-        match = re.fullmatch(r"(.+)_\d\d\d\d" + re.escape(file_ending), name)
-        if match is None:
-            raise UsageError(
-                f"{os.path.join(folder, name)} has no channel number: name the files CASE_0000{file_ending}, "
-                f"CASE_0001{file_ending} and so on, one for each channel"
-            )
-        cases.setdefault(match[1], []).append(os.path.join(folder, name))
-    return [cases[case] for case in sorted(cases)]
+    found = listing(folder, file_ending)
+    if found.strays and not found.cases:
+        raise _unnumbered(found.strays[0], file_ending)
+    cases = found.cases + [[file] for file in found.strays]
+    return sorted(cases, key=lambda files: case_name(files, file_ending)) if found.strays else cases
+
+
+def is_numbered(file: str, file_ending: str) -> bool:
+    """Whether a file is a channel of a case by its name."""
+    return re.fullmatch(r".*_\d\d\d\d" + re.escape(file_ending), os.path.basename(file), re.DOTALL) is not None
+
+
+def _unnumbered(file: str, file_ending: str) -> UsageError:
+    return twin(UsageError, IndexError)(
+        f"{shown(file)} has no channel number: name the files CASE_0000{file_ending}, CASE_0001{file_ending} and so "
+        "on, one for each channel"
+    )
 
 
 def check_numbers(files: Sequence[str], file_ending: str) -> None:
@@ -44,27 +94,51 @@ def check_numbers(files: Sequence[str], file_ending: str) -> None:
     Raises
     ------
     UsageError
-        With the first file that is missing.
+        With the first file that is missing, or that has no number.
     """
     for number, file in enumerate(files):
+        if not is_numbered(file, file_ending):
+            raise _unnumbered(file, file_ending)
         if not file.endswith(f"_{number:04d}{file_ending}"):
             wanted = file[: -(len(file_ending) + 4)] + f"{number:04d}{file_ending}"
             reason = "is a broken link" if os.path.islink(wanted) else "is not a file there"
             raise twin(UsageError, RuntimeError)(
-                f"channel {number} is missing: {wanted} {reason}, although there is {file}"
+                f"channel {number} is missing: {shown(wanted)} {reason}, although there is {shown(file)}"
             )
+
+
+def check_for_stock(folder: str, file_ending: str) -> None:
+    """Refuse a folder of which stock's command predicts nothing.
+
+    Raises
+    ------
+    UsageError
+        With the first file that keeps it from that.
+    """
+    found = listing(folder, file_ending)
+    known = {case_name(files, file_ending) for files in found.cases}
+    outputs = [name for name in found.earlier if name[: -len(file_ending) - _NUMBER] not in known]
+    alien = found.strays + [os.path.join(folder, name) for name in outputs]
+    if alien:
+        raise twin(UsageError, IndexError)(
+            f"{shown(alien[0])} has no channel number, and stock's command predicts no folder that holds such a file: "
+            "move it away"
+        )
 
 
 def tell_skipped(folder: str, file_ending: str) -> None:
     """Log once which names in a folder of images are no images, and why; hidden names are nobody's."""
+    found = listing(folder, file_ending)
     reasons: dict[str, list[str]] = {}
     for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
         reason = _why_skipped(os.path.join(folder, name), file_ending)
+        reason = "outputs of an earlier run, by their names" if name in found.earlier else reason
+        reason = "without a channel number" if name in found.passed_over else reason
         if reason:
-            reasons.setdefault(reason, []).append(name)
+            reasons.setdefault(reason, []).append(shown(name))
     for reason, names in reasons.items():
-        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        _logger.warning("%s: skipped, %s: %s", folder, reason, shown)
+        some = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        _logger.warning("%s: skipped, %s: %s", shown(folder), reason, some)
 
 
 def _why_skipped(path: str, file_ending: str) -> str | None:
@@ -104,7 +178,7 @@ def check_file_ending(dataset_json: dict[str, Any], path: Path) -> str:
     """
     ending = dataset_json.get("file_ending")
     if not isinstance(ending, str):
-        raise ModelError(f"{path} does not say which 'file_ending' the images have")
+        raise twin(ModelError, KeyError)(f"{path} does not say which 'file_ending' the images have")
     if not re.fullmatch(r"(\.\w[\w+-]*){1,4}", ending, re.ASCII) or len(ending) > 32:
         raise ModelError(f"{path}: 'file_ending' {ending!r} is not the ending of a file name, such as .nii.gz")
     return ending
@@ -116,8 +190,9 @@ def as_text(cases: Iterable[Iterable[str | os.PathLike[str]]]) -> list[list[str]
 
 
 def case_name(files: Sequence[str], file_ending: str) -> str:
-    """Name of a case: its first file without channel number and ending."""
-    return os.path.basename(files[0])[: -(len(file_ending) + 5)]
+    """Name of a case: its first file without channel number and ending; without the ending where it has no number."""
+    name = os.path.basename(files[0])
+    return name[: -len(file_ending) - _NUMBER] if is_numbered(name, file_ending) else name.removesuffix(file_ending)
 
 
 def label_names(dataset_json: Mapping[str, Any]) -> dict[int, str]:
@@ -141,13 +216,13 @@ def check_previous_stage(cases: Sequence[Sequence[str]], stages: Sequence[str | 
     lacking = [
         (case_name(files, file_ending), stage)
         for files, stage in zip(cases, stages, strict=True)
-        if stage is not None and not os.path.isfile(stage)
+        if stage is not None and not os.path.isfile(stage) and is_numbered(files[0], file_ending)
     ]
     if lacking:
         name, stage = lacking[0]
         raise twin(UsageError, RuntimeError)(
-            f"the previous stage of {len(lacking)} of {len(cases)} cases is missing; the first is case {name}, "
-            f"expected as {stage}"
+            f"the previous stage of {len(lacking)} of {len(cases)} cases is missing; the first is case {shown(name)}, "
+            f"expected as {shown(stage)}"
         )
 
 

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from nnunet_lowmem import model_files, model_limits, stock_calls
+from nnunet_lowmem import model_files, model_keys, model_limits, stock_calls
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.trust import Trust
 
@@ -60,11 +60,16 @@ def load_model(
     dataset_json = stock_calls.read_json(folder / "dataset.json")
     model_files.check_file_ending(dataset_json, folder / "dataset.json")
     plans = stock_calls.read_json(folder / "plans.json")
+    model_keys.check_files(plans, dataset_json, folder)
     checkpoint = trust.load_checkpoint(checkpoint_file, device)
     if not trust.everything:
         model_limits.check_raw_plans(plans)
     plans_manager = stock_calls.plans_manager(plans)
-    configuration = plans_manager.get_configuration(checkpoint["init_args"]["configuration"])
+    configuration_name = checkpoint["init_args"]["configuration"]
+    configuration = model_keys.configuration(plans_manager, configuration_name, folder)
+    model_keys.check_configuration(plans, configuration.configuration, configuration_name, folder)
+    if not trust.everything:
+        model_keys.check_architecture(configuration.configuration, configuration_name, folder)
     trust.check_plans(plans, configuration.configuration)
     name = checkpoint["trainer_name"]
     trainer = trainer_class or stock_calls.find_trainer(name) or trust.trainer_class(name)

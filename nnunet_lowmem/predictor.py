@@ -182,13 +182,9 @@ class LowMemPredictor(CasePredictor):
     def _require_space(self, jobs: list[Job], probabilities: bool) -> None:
         rule = nnunet_adapter.label_rule(self.label_manager)
         heads_bytes = self.label_manager.num_segmentation_heads * np.dtype(self.probabilities_dtype).itemsize
-        require_space(
-            jobs,
-            self.plans_manager.image_reader_writer_class,
-            self.dataset_json["file_ending"],
-            1 if rule is None else rule.dtype.itemsize,
-            heads_bytes if probabilities else 0,
-        )
+        voxel_bytes = 1 if rule is None else rule.dtype.itemsize
+        reader, ending = self.plans_manager.image_reader_writer_class, self.dataset_json["file_ending"]
+        require_space(jobs, reader, ending, voxel_bytes, heads_bytes if probabilities else 0)
 
     def _fingerprint(self, probabilities: bool) -> str:
         """Checksum of all that the labels depend on, beside the images."""

@@ -35,6 +35,7 @@ from nnunet_lowmem.image_reading import Volume, check_stored, read_channels
 from nnunet_lowmem.input_checks import check_case
 from nnunet_lowmem.nonzero import nonzero_box, nonzero_mask
 from nnunet_lowmem.overrides import is_class
+from nnunet_lowmem.refusals import check_names, telling_colours
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase, Shape3
 
@@ -111,6 +112,7 @@ def preprocess_case(
     reader = plans_manager.image_reader_writer_class
     check_headers(image_files, plans_manager, configuration_manager)
     if previous_stage_file is not None:
+        check_names([previous_stage_file], reader)
         check_stored(previous_stage_file, reader, accept_nan)
     if not is_own(configuration_manager.preprocessor_class):
         for file in image_files if not is_class(configuration_manager.preprocessor_class, DEFAULT_PREPROCESSOR) else ():
@@ -120,7 +122,9 @@ def preprocess_case(
             list(image_files), previous_stage_file, plans_manager, configuration_manager, dataset_json
         )
         return _from_preprocessor(result, result[2], previous_stage_file is not None, allocate)
-    channels, properties = read_channels(reader, image_files, accept_nan)
+    with telling_colours(image_files, reader, len(configuration_manager.normalization_schemes)) as read:
+        channels, properties = read_channels(reader, image_files, accept_nan)
+        read.append(len(channels))
     previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
     case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
     return case.preprocess(threads, allocate)
@@ -129,13 +133,14 @@ def preprocess_case(
 def check_headers(
     image_files: Sequence[str], plans_manager: PlansManager, configuration_manager: ConfigurationManager
 ) -> None:
-    """Refuse a case by its headers.
+    """Refuse a case by the names and headers of its files.
 
     Raises
     ------
     UsageError
         With the file and what is the matter.
     """
+    check_names(image_files, plans_manager.image_reader_writer_class)
     channels = len(configuration_manager.normalization_schemes)
     check_case(image_files, plans_manager.image_reader_writer_class, channels, configuration_manager.spacing)
 
@@ -243,8 +248,7 @@ class _Case:
 
     def _check(self, previous_stage: NDArray[Any] | None) -> None:
         if len(self.channels) != len(self.normalisers):
-            kind = RuntimeError if 0 < len(self.channels) < len(self.normalisers) else IndexError
-            raise twin(UsageError, kind)(
+            raise twin(UsageError, RuntimeError if 0 < len(self.channels) < len(self.normalisers) else IndexError)(
                 f"The image has {len(self.channels)} channels, the model takes {len(self.normalisers)}: "
                 f"give one file per channel, _0000 to _{len(self.normalisers) - 1:04d}."
             )

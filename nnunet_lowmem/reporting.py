@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunet_lowmem.errors import BudgetError, LowMemError, without_frames
 from nnunet_lowmem.files import atomic_output
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.planner import Plan
 
 FAILURES_FILE = "lowmem_failures.json"
@@ -76,7 +77,7 @@ class FailedCase:
         """Put an exception into words, and let go of its frames."""
         text = "".join(traceback.format_exception(error))
         known = isinstance(error, LowMemError)
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        reason = shown(str(error) if known else f"{type(error).__name__}: {error}")
         without_frames(error)
         return FailedCase(case, stage, reason, text, error.exit_code if isinstance(error, LowMemError) else 1, error)
 

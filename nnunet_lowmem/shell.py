@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from nnunet_lowmem import interruption
 from nnunet_lowmem.errors import LowMemError
+from nnunet_lowmem.names import shown
 
 
 def guarded(command: Callable[[], int], verbose: bool) -> int:
@@ -41,7 +42,7 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
             known = isinstance(error, LowMemError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             hint = "" if known or verbose else " (--verbose shows where)"
-            _tell(f"error: {text}{hint}")
+            _tell(f"error: {shown(text)}{hint}")
             return error.exit_code if isinstance(error, LowMemError) else 1
 
 
@@ -57,6 +58,7 @@ def _messages(verbose: bool) -> Iterator[None]:
     loud.setLevel(logging.WARNING)
     loud.setFormatter(_OneLine())
     quiet = logging.StreamHandler(sys.stdout)
+    quiet.setFormatter(_Told())
     quiet.addFilter(lambda record: record.levelno < logging.WARNING)
     former_level = logger.level
     logger.handlers += [loud, quiet]
@@ -72,7 +74,15 @@ class _OneLine(logging.Formatter):
     """``warning: what happened``, as the errors of a command."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{record.levelname.lower()}: {shown(record.getMessage())}"
+
+
+class _Told(logging.Formatter):
+    """What is done in one line each; what is for finding faults, tracebacks, as it stands."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return text if record.levelno < logging.INFO else shown(text)
 
 
 @contextlib.contextmanager
@@ -94,9 +104,12 @@ class _Lasting:
         self._stream: Any = stream if stream is not None else io.StringIO()
 
     def write(self, text: str) -> int:
-        """Write as far as somebody reads."""
+        """Write as far as somebody reads; what the stream cannot encode as Python writes it."""
         try:
             self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(self._stream, "encoding", None) or "ascii"
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError:
             self._silence()
         return len(text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from factory import ModelSpec
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from oracle import make_predictor
+from oracle import make_predictor, predict_stock
 
-from nnunet_lowmem import LowMemPredictor, cli
+from nnunet_lowmem import LowMemPredictor, cli, model_keys
 from nnunet_lowmem.errors import (
     BudgetError,
     CasesFailedError,
@@ -149,6 +152,65 @@ def files(tmp_path: Path, content: bytes | None) -> list[list[str]]:
     if content is not None:
         path.write_bytes(content)
     return [[str(path)]]
+
+
+def without(content: dict, *path: str) -> dict:
+    copied = copy.deepcopy(content)
+    holder = copied
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    return copied
+
+
+IN_PLANS = [(key,) for key in (*model_keys.PLANS, model_keys.INTENSITIES[0])]
+IN_CONFIGURATION = [(key,) for key in (*model_keys.CONFIGURATION, *model_keys.PREPROCESSING)]
+IN_ARCHITECTURE = [("architecture", key) for key in model_keys.ARCHITECTURE]
+
+
+def check_model(plans: dict, dataset_json: dict) -> None:
+    model_keys.check_files(plans, dataset_json, Path("model"))
+    resolved = plans["configurations"]["3d_fullres"]
+    model_keys.check_configuration(plans, resolved, "3d_fullres", Path("model"))
+    model_keys.check_architecture(resolved, "3d_fullres", Path("model"))
+
+
+def test_what_a_model_lacks_is_named():
+    plans, dataset_json = ModelSpec().plans(), ModelSpec().dataset_json()
+    check_model(plans, dataset_json)
+    check_model(ModelSpec(preprocessor="Other").plans(), {**dataset_json, "modality": {}})
+    cases = [(without(plans, *path), dataset_json, path) for path in [*IN_PLANS, (model_keys.INTENSITIES[0], "0")]]
+    for path in [*IN_CONFIGURATION, *IN_ARCHITECTURE]:
+        cases.append((without(plans, "configurations", "3d_fullres", *path), dataset_json, path))
+    cases += [(plans, without(dataset_json, key), (key,)) for key in ("labels", "channel_names")]
+    for wrong_plans, wrong_dataset, path in cases:
+        error = raised(lambda plans=wrong_plans, dataset=wrong_dataset: check_model(plans, dataset))
+        assert isinstance(error, ModelError), path
+        assert isinstance(error, KeyError), path
+        file = "plans.json" if wrong_dataset is dataset_json else "dataset.json"
+        assert re.match(rf"model.{file} lacks .*{path[-1]}", str(error)), (path, error)
+
+
+def test_missing_resampling_of_probabilities(model, images, tmp_path):
+    """Also where a configuration inherits: then it is not missing."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    plans = load_json(str(folder / "plans.json"))
+    configurations = plans["configurations"]
+    configurations["parent"] = dict(configurations["3d_fullres"])
+    configurations["3d_fullres"]["inherits_from"] = "parent"
+    del configurations["3d_fullres"]["resampling_fn_probabilities_kwargs"]
+    save_json(plans, str(folder / "plans.json"))
+    make_predictor(LowMemPredictor, str(folder), (0,))
+    del configurations["parent"]["resampling_fn_probabilities_kwargs"]
+    save_json(plans, str(folder / "plans.json"))
+    stock = raised(lambda: predict_stock(make_predictor(nnUNetPredictor, str(folder)), [images("small")], None))
+    ours = raised(lambda: make_predictor(LowMemPredictor, str(folder), (0,)))
+    assert kinds(ours) == kinds(stock)
+    words = (
+        "'resampling_fn_probabilities_kwargs' in configuration '3d_fullres', .*like 'resampling_fn_data_kwargs', with"
+    )
+    assert re.search(words, str(ours)), ours
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"], ids=["missing", "empty", "text"])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as imageio
 import nibabel
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from model_table import TWO_CHANNELS
 from nnunetv2.imageio import simpleitk_reader_writer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_file, make_predictor, predict_ours, predict_stock
+from PIL import Image
 from preprocessing_oracle import LABELS, ZSCORE, Model, as_type, changed, ct, write
 
-from nnunet_lowmem import LowMemPredictor, cli
+from nnunet_lowmem import LowMemPredictor, cli, model_files
 from nnunet_lowmem.errors import LowMemError, UsageError
 from nnunet_lowmem.finite_voxels import check_values
 from nnunet_lowmem.formats import read_header
@@ -251,6 +253,42 @@ def test_headers_agree_with_simpleitk(ending, dtype, tmp_path):
     assert header.is_read_in_place
 
 
+# -- pictures
+
+GREY = np.arange(40 * 50, dtype=np.uint8).reshape(40, 50)
+PICTURES = {
+    "alpha": (
+        np.dstack([GREY] * 4),
+        3,
+        r"has 4 channels: .*blue and alpha \(.*takes 3.*: save it as RGB, with",
+    ),
+    "gray": (GREY, 3, r"has 1 channel: gray; the model takes 3, .*: save it as RGB, where"),
+    "16 bits": (GREY.astype(np.uint16) * 257, 3, r"has 1 channel: gray; the model takes 3, .*: save it as RGB, where"),
+    "gray and alpha": (np.dstack([GREY] * 2), 3, r"has 2 channels: gray and alpha .*: save it as RGB, without alpha"),
+    "colours": (np.dstack([GREY] * 3), 1, r"has 3 channels: .*; the model takes 1, gray: save it as gray"),
+    "two": (GREY, 2, r"has 1 channel: gray; the model takes 2: give one file per channel, _0000 to _0001"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_other_colours(name, tmp_path):
+    voxels, channels, words = PICTURES[name]
+    file = tmp_path / "case_0000.png"
+    imageio.imwrite(file, voxels)
+    managers = Model(schemes=ZSCORE * channels, reader="NaturalImage2DIO", spacing=(1.0, 1.0)).managers()
+    with pytest.raises(UsageError, match=words) as caught:
+        preprocess_case([str(file)], None, *managers, LABELS)
+    assert str(caught.value).startswith(f"{file}: the picture has")
+    kinds = {"colours": IndexError, "gray and alpha": AssertionError, "alpha": IndexError}
+    assert isinstance(caught.value, kinds.get(name, RuntimeError))
+
+
+def test_picture_with_a_palette_is_one_of_colours(tmp_path):
+    Image.fromarray(np.dstack([GREY, GREY.T.reshape(40, 50), 255 - GREY])).quantize(64).save(tmp_path / "case_0000.png")
+    managers = Model(schemes=ZSCORE * 3, reader="NaturalImage2DIO", spacing=(1.0, 1.0)).managers()
+    assert len(preprocess_case([str(tmp_path / "case_0000.png")], None, *managers, LABELS).image) == 3
+
+
 # -- files that stock reads although they are unusual
 
 
@@ -413,6 +451,105 @@ def test_names_that_are_skipped_are_told_once(good, tmp_path, caplog):
         "folders: d_0000.nii.gz",
         "without the ending .nii.gz: notes.txt",
     ]
+
+
+def copies(image: Path, folder: Path, names: list[str], ending: str = ".nii.gz") -> Path:
+    folder.mkdir()
+    for name in names:
+        shutil.copy(image, folder / f"{name}{ending}")
+    return folder
+
+
+ODD_NAMES = ["two\nlines", "\x1b[31m[red] %s", "-v ", "'a' \"b\"\ttab"]
+
+
+@pytest.fixture
+def odd(images, models, tmp_path) -> tuple[str, Path]:
+    """Cases of odd names, one's segmentation of an earlier run, a stray file, and one that stock passes over."""
+    files = images("small")
+    numbered = [f"{name}_0000" for name in ODD_NAMES]
+    source = copies(Path(files[0]), tmp_path / "in", [*numbered, ODD_NAMES[0], "stray\x07", "-v _mask"])
+    return models(ModelSpec(), files), source
+
+
+def test_names_that_stock_predicts_are_predicted_and_break_no_line(odd, tmp_path, capsys):
+    """Each part of a run sees the same list; a file without a channel number costs the part that it falls to."""
+    model, source = odd
+    cases = [[str(source / f"{name}_0000.nii.gz")] for name in ODD_NAMES]
+    (tmp_path / "stock").mkdir()
+    predict_stock(make_predictor(nnUNetPredictor, model), cases, str(tmp_path / "stock"))
+    out = tmp_path / "out"
+    codes = [run(model, source, out, "-num_parts", "2", "-part_id", part) for part in "01"]
+    assert sorted(codes) == [0, 1]
+    assert sorted(p.name for p in out.glob("*.nii.gz")) == sorted(p.name for p in (tmp_path / "stock").glob("*.nii.gz"))
+    stdout, stderr = capsys.readouterr()
+    assert "\x1b" not in stderr + stdout
+    assert "│ two\\nlines" in stdout
+    assert "│ \\x1b[31m[red] %s" in stdout
+    lines = stderr.splitlines()
+    assert len([line for line in lines if "earlier run, by their names: two\\nlines.nii.gz" in line]) == 2
+    assert len([line for line in lines if line.endswith("without a channel number: -v _mask.nii.gz")]) == 2
+    (failed,) = [line for line in lines if line.startswith("error: ")]
+    assert "case stray\\x07, preprocessing: " in failed
+    assert "stray\\x07.nii.gz has no channel number" in failed
+    assert all(line.startswith(("error: ", "warning: ")) for line in lines)
+
+
+def test_stray_file_in_a_run_that_goes_on_and_in_an_estimate(odd, tmp_path, capsys):
+    """It has no output that could be there; where the images are is where the segmentations go."""
+    model, source = odd
+    (source / "stray_0000x.nii.gz").write_bytes(b"no image")
+    for name in ODD_NAMES[1:]:
+        (source / f"{name}_0000.nii.gz").unlink()
+    assert run(model, source, source, "--continue_prediction") == 1
+    assert "3 of 3 cases failed" in "".join(capsys.readouterr())
+    assert run(model, source, source, "--estimate") == 2
+    stdout, _ = capsys.readouterr()
+    assert stdout.count("has no channel number") == 3
+    assert "plan for two\\nlines: " in stdout
+
+
+def test_folder_without_channel_numbers_and_one_that_stock_cannot_predict(odd, images, tmp_path, capsys):
+    model, source = odd
+    only = copies(Path(images("small")[0]), tmp_path / "only", ["a", "b_000", "c_00000"])
+    assert run(model, only, tmp_path / "out") == 2
+    assert "a.nii.gz has no channel number" in capsys.readouterr().err
+    assert cli.main(["compare", "-i", str(source), "-m", model, "-f", "0", "-device", "cpu"]) == 2
+    assert "stray\\x07.nii.gz has no channel number, and stock's command" in capsys.readouterr().err
+
+
+def test_files_are_sorted_as_stock_sorts_them(odd):
+    from nnunetv2.utilities import utils
+
+    _, source = odd
+    found = model_files.listing(str(source), ".nii.gz")
+    if hasattr(utils, "create_paths_fn"):  # new in nnU-Net 2.7; a pool of processes calls it
+        names = utils.subfiles(str(source), suffix=".nii.gz", join=False, sort=True)
+        identifiers = utils.get_identifiers_from_splitted_dataset_folder(str(source), ".nii.gz")
+        stocks = [utils.create_paths_fn(str(source), names, ".nii.gz", name) for name in identifiers]
+        assert found.cases == [files for files in stocks if files]
+        assert [] in stocks  # of which stock takes the first
+    assert [os.path.basename(file) for file in found.strays] == ["stray\x07.nii.gz"]
+    assert (found.earlier, found.passed_over) == (["two\nlines.nii.gz"], ["-v _mask.nii.gz"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes")
+def test_name_that_is_no_text(images, models, tmp_path, capsys):
+    """It ends the process in SimpleITK; nibabel takes it, and so does its writer."""
+    files = images("small")
+    source = copies(Path(files[0]), tmp_path / "in", ["x\udcff_0000", "y_0000"])
+    for reader, code in (("SimpleITKIO", 1), ("NibabelIO", 0)):
+        model = models(ModelSpec(reader=reader), files)
+        assert run(model, source, tmp_path / reader) == code
+        made = sorted(path.name for path in (tmp_path / reader).glob("*.nii.gz"))
+        assert made == ["x\udcff.nii.gz", "y.nii.gz"][code == 1 :]
+    stdout, stderr = capsys.readouterr()
+    assert "x\\udcff_0000.nii.gz: the name is not UTF-8" in stderr
+    assert "│ x\\udcff │ done" in stdout
+    predictor = make_predictor(nnUNetPredictor, model)
+    (tmp_path / "stock").mkdir()
+    predict_stock(predictor, [[str(source / "x\udcff_0000.nii.gz")]], str(tmp_path / "stock"))
+    assert_same_file(tmp_path / "stock" / "x\udcff.nii.gz", tmp_path / "NibabelIO" / "x\udcff.nii.gz")
 
 
 def test_missing_channel_that_is_a_broken_link(images, models, tmp_path, capsys):

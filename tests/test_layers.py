@@ -30,7 +30,7 @@ validation
 iterating
 case_predictor case_loop
 next_stages
-probabilities logits_predictor prefetching loading
+probabilities logits_predictor prefetching loading writing
 options
 html_report
 export warming console training_data
@@ -38,9 +38,9 @@ estimating
 case_planning
 preprocessing_memory sliding_window weights
 preprocessing nnunet_adapter model_loading fast_network workers budget
-input_checks foreign
+input_checks foreign rehearsing
 trust model_limits image_reading labelling recovering cases reporting job network_memory stall_watch progress spill
-records label_comparison measured_command tiles stock_calls unpickling
+records refusals label_comparison measured_command tiles stock_calls unpickling
 files
 label_kernels device_labelling planner memory_chart process_tree
 kernels spline finite_voxels allocations memory
@@ -50,7 +50,7 @@ meta_image nrrd_files nifti_files gipl_files tiff_pages pictures
 headers
 stored_parts
 plugin rebinding running measuring allocator pending_write placing
-types interruption bypassed harmless signatures installed
+types interruption bypassed harmless signatures installed names model_keys
 errors
 """
 DEPTH = {module: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for module in row.split()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -42,6 +43,23 @@ def test_same_label_maps_as_without_a_worker(cases, models, tmp_path):
     assert predict(model, cases, tmp_path / "prefetched", prefetch=True) == expected
     assert len(expected) == 3
     assert not workers()
+
+
+def test_file_that_is_no_case_keeps_nobody_from_prefetching(images, models, tmp_path, monkeypatch):
+    asked_for: list[str] = []
+
+    def cannot(*args, **kwargs):
+        asked_for.append(kwargs["case"])
+        raise WorkerStartError("no processes here")
+
+    monkeypatch.setattr(prefetching, "Worker", cannot)
+    (tmp_path / "in").mkdir()
+    for name in ("a_0000", "b", "c_0000"):
+        shutil.copy(images("small")[0], tmp_path / "in" / f"{name}.nii.gz")
+    predictor = make_predictor(LowMemPredictor, models(ModelSpec(), images("small")), prefetch=True)
+    with pytest.raises(CasesFailedError, match=r"1 of 3 cases failed: case b, .*b\.nii\.gz has no channel number"):
+        predictor.predict_from_files(str(tmp_path / "in"), str(tmp_path / "out"), num_processes_preprocessing=2)
+    assert asked_for == ["c"]
 
 
 def test_worker_that_is_killed_is_replaced_once(cases, models, tmp_path, monkeypatch):

@@ -1,0 +1,120 @@
+"""The table of what plans.json and dataset.json must have: what nnU-Net, or this package, looks up without asking.
+
+Stock finds out when it needs an entry, which may be once a case is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_lowmem.errors import ModelError, because, twin
+
+DATASET = ("labels",)
+PLANS = ("configurations", "image_reader_writer", "transpose_forward", "transpose_backward")
+#: Of the configuration that the checkpoint asks for, what it inherits included.
+CONFIGURATION = (
+    "preprocessor_name",
+    "patch_size",
+    "spacing",
+    "normalization_schemes",
+    "resampling_fn_probabilities",
+    "resampling_fn_probabilities_kwargs",
+)
+#: What nnU-Net's own preprocessor looks up; others have their own needs.
+PREPROCESSING = (
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+#: Of the architecture, which nnU-Net itself makes of plans in old formats.
+ARCHITECTURE = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+#: Either of these, where the second is how older versions called it.
+CHANNELS = ("channel_names", "modality")
+INTENSITIES = ("foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality")
+
+_OWN_PREPROCESSOR = "DefaultPreprocessor"
+
+
+def check_files(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], folder: Path) -> None:
+    """Check what is needed whatever the configuration.
+
+    Raises
+    ------
+    ModelError
+        With the file and the entry; of the kind that stock raises where it looks for it.
+    """
+    for key in DATASET:
+        _need(key in dataset_json, folder / "dataset.json", repr(key), "dataset.json of the training data has it")
+    either = " or ".join(map(repr, CHANNELS))
+    _need(_has(CHANNELS, dataset_json), folder / "dataset.json", either, "dataset.json of the training data has it")
+    for key in PLANS:
+        _need(key in plans, folder / "plans.json", repr(key), _ADVICE)
+
+
+def configuration(plans_manager: Any, name: str, folder: Path) -> Any:
+    """Return nnU-Net's manager of a configuration.
+
+    Raises
+    ------
+    ModelError
+        If it is of an old format and lacks an entry.
+    """
+    try:
+        return plans_manager.get_configuration(name)
+    except KeyError as error:
+        told = f"{folder / 'plans.json'}: configuration {name!r} lacks {error}, and 'architecture' as well; {_ADVICE}"
+        raise because(ModelError, told, error) from error
+
+
+def check_configuration(plans: Mapping[str, Any], resolved: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Check a configuration, with what it inherits, and what of the plans belongs to its channels.
+
+    Raises
+    ------
+    ModelError
+        With the file, the configuration and the entry.
+    """
+    file, own = folder / "plans.json", resolved.get("preprocessor_name") == _OWN_PREPROCESSOR
+    for key in (*CONFIGURATION, *(PREPROCESSING if own else ())):
+        _need(key in resolved, file, f"{key!r} in configuration {name!r}", _advice(key, resolved))
+    if own:
+        _need(_has(INTENSITIES, plans), file, repr(INTENSITIES[0]), _ADVICE)
+        known = next(plans[key] for key in INTENSITIES if key in plans)
+        for channel in range(len(resolved["normalization_schemes"])):
+            _need(str(channel) in known, file, f"{INTENSITIES[0]!r} for channel {channel}", _ADVICE)
+
+
+def check_architecture(resolved: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Check what nnU-Net's trainers build their network from; trainers of others have their own needs.
+
+    Raises
+    ------
+    ModelError
+        With the file, the configuration and the entry.
+    """
+    for key in ARCHITECTURE:
+        where = f"{key!r} in 'architecture' of configuration {name!r}"
+        _need(key in resolved["architecture"], folder / "plans.json", where, _ADVICE)
+
+
+def _has(either: Sequence[str], holder: Mapping[str, Any]) -> bool:
+    return any(key in holder for key in either)
+
+
+_ADVICE = "take it from the plans that the model was trained with"
+
+
+def _advice(key: str, resolved: Mapping[str, Any]) -> str:
+    """Say what stands in the place of an entry as a rule, where another tells."""
+    like = key.replace("_probabilities", "_data")
+    as_rule = f"; as a rule it is like {like!r}" if like != key and like in resolved else ""
+    return _ADVICE + (as_rule + (", with 'order': 1" if as_rule and key.endswith("_kwargs") else ""))
+
+
+def _need(is_there: bool, file: Path, entry: str, advice: str) -> None:
+    if not is_there:
+        raise twin(ModelError, KeyError)(f"{file} lacks {entry}, which prediction needs: {advice}")
