@@ -35,23 +35,24 @@ class Format:
 
     Attributes
     ----------
+    raw : callable or None
+        Gives the header as it is stored; DamagedFileError where ITK does not read it, would end the process or never
+        return. None for pictures, which are decoded as a whole.
     layout : callable or None
-        Where ITK looks for the voxels, by path and by what it makes of the header; whether they are compressed and can
-        be sliced is seen in it. None for pictures, which are decoded as a whole.
+        Where ITK looks for the voxels, by path, header as stored and what ITK makes of it; whether they are compressed
+        and can be sliced is seen in it.
     decode : callable or None
         Decodes a file without a layout to its end; DamagedFileError where something is missing or changed.
     nibabel_header : callable or None
         What nibabel makes of a header, layout included; None where it reads no such file.
-    screen : callable or None
-        Raises a DamagedFileError where ITK does not read a header, would end the process or never return.
     verified_by : Library
         Whose rules a file goes by of which nobody says who reads it.
     """
 
-    layout: Callable[[Path, Header], Layout] | None = None
+    raw: Callable[[Path], Any] | None = None
+    layout: Callable[[Path, Any, Header], Layout] | None = None
     decode: Callable[[Path], Contents] | None = None
     nibabel_header: Callable[[Path], Header] | None = None
-    screen: Callable[[Path], None] | None = None
     verified_by: Library = Library.ITK
 
     @property
@@ -63,10 +64,9 @@ class Format:
         """Read the header of a file; whatever is wrong with it is raised as it comes."""
         if library is Library.NIBABEL and self.nibabel_header is not None:
             return self.nibabel_header(path)
-        if self.screen is not None:
-            self.screen(path)
+        raw = None if self.raw is None else self.raw(path)
         header = itk_header(path)
-        return header if self.layout is None else header.with_layout(self.layout(path, header))
+        return header if self.layout is None else header.with_layout(self.layout(path, raw, header))
 
     def contents(self, path: Path, library: Library | None = None) -> Contents:
         """Decode a file to its end; whatever is wrong with it is raised as it comes."""
@@ -80,12 +80,12 @@ class Format:
         return Contents((*header.shape, *values), header.layout.dtype or header.dtype)
 
 
-_PAIR = Format(nifti_files.layout, nibabel_header=nifti_files.nibabel_header, screen=nifti_files.screen)
+_PAIR = Format(nifti_files.raw_header, nifti_files.layout, nibabel_header=nifti_files.nibabel_header)
 # nibabel minds no geometry, of which ITK refuses some that nnU-Net's writers write
 _NIFTI = replace(_PAIR, verified_by=Library.NIBABEL)
-_NRRD = Format(nrrd_files.layout, screen=nrrd_files.screen)
-_META = Format(meta_image.layout, screen=meta_image.screen)
-_GIPL = Format(gipl_files.layout)
+_NRRD = Format(nrrd_files.raw_header, nrrd_files.layout)
+_META = Format(meta_image.raw_header, meta_image.layout)
+_GIPL = Format(gipl_files.raw_header, gipl_files.layout)
 _TIFF = Format(decode=tiff_pages.read_whole)
 #: What skimage decodes, with errors of its own where something is missing.
 PICTURE = Format(decode=pictures.read_whole)

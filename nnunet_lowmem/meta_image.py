@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.headers import Header, Layout, is_plain, stored_spacing
@@ -26,24 +26,45 @@ _MOST_AXES, _LONGEST_NAME, _SHOWN = 10, 255, 40
 _PATTERN_WORDS = 4
 
 
-def screen(path: Path) -> None:
-    """Refuse headers at which MetaIO ends the process or never returns.
+class Raw(NamedTuple):
+    """The fields of a header, and where it ends: after its field ElementDataFile."""
+
+    fields: dict[str, str]
+    end: int
+
+
+def raw_header(path: Path) -> Raw:
+    """Return the header as it is stored.
 
     Raises
     ------
     DamagedFileError
-        With the field.
+        If it has no end, or a field at which MetaIO ends the process or never returns.
     OSError
         If it cannot be read.
     """
-    for key, value in _fields(path):
-        if key == "NDims" and not 0 <= _number(value) <= _MOST_AXES:
-            raise DamagedFileError(f"its header says NDims = {value[:_SHOWN]}; {_MOST_AXES} are the most")
-        if key == "Name" and len(value) > _LONGEST_NAME:
-            raise DamagedFileError(f"its header has a Name of {len(value)} letters; {_LONGEST_NAME} are the most")
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        while file.tell() < _HEADER_LIMIT_BYTES and (line := file.readline(_HEADER_LIMIT_BYTES)):
+            key, found, value = map(
+                str.strip, _SEPARATOR.sub("=", line.decode("utf-8", "surrogateescape"), count=1).partition("=")
+            )
+            if found:
+                _check_field(key, value)
+                fields[key] = value
+            if key == _LAST_FIELD:
+                return Raw({_LAST_FIELD: "", **fields}, file.tell())
+    raise DamagedFileError(f"{path.name} ends within its header")
 
 
-def layout(path: Path, header: Header) -> Layout:
+def _check_field(key: str, value: str) -> None:
+    if key == "NDims" and not 0 <= _number(value) <= _MOST_AXES:
+        raise DamagedFileError(f"its header says NDims = {value[:_SHOWN]}; {_MOST_AXES} are the most")
+    if key == "Name" and len(value) > _LONGEST_NAME:
+        raise DamagedFileError(f"its header has a Name of {len(value)} letters; {_LONGEST_NAME} are the most")
+
+
+def layout(path: Path, raw: Raw, header: Header) -> Layout:
     """Return where MetaIO looks for the voxels.
 
     Raises
@@ -51,9 +72,9 @@ def layout(path: Path, header: Header) -> Layout:
     DamagedFileError
         If the header names too few files, or names them in a way that MetaIO does not read.
     OSError
-        If the header cannot be read.
+        If a list of files cannot be read.
     """
-    fields, end = _header(path)
+    fields, end = raw
     is_known = is_plain(fields) and _is_true(fields.get("BinaryData", "True"))
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
@@ -78,31 +99,6 @@ def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list
     if len(names) < needed:
         raise DamagedFileError(f"its header names {len(names)} of {needed} files with its voxels")
     return [_part(path.parent / name, 0, whole_bytes // needed, fields) for name in names[:needed]]
-
-
-def _header(path: Path) -> tuple[dict[str, str], int]:
-    """Return the fields, and where the header ends: after its field ElementDataFile."""
-    fields: dict[str, str] = {}
-    with path.open("rb") as file:
-        for key, value in _fields_of(file):
-            fields[key] = value
-            if key == _LAST_FIELD:
-                return fields, file.tell()
-    raise DamagedFileError(f"{path.name} ends within its header")
-
-
-def _fields(path: Path) -> list[tuple[str, str]]:
-    with path.open("rb") as file:
-        return list(_fields_of(file))
-
-
-def _fields_of(file: IO[bytes]) -> Iterator[tuple[str, str]]:
-    while file.tell() < _HEADER_LIMIT_BYTES and (line := file.readline(_HEADER_LIMIT_BYTES)):
-        key, found, value = _SEPARATOR.sub("=", line.decode("utf-8", "surrogateescape"), count=1).partition("=")
-        if found:
-            yield key.strip(), value.strip()
-        if key.strip() == _LAST_FIELD:
-            return
 
 
 def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:

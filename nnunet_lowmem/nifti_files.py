@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from nnunet_lowmem.headers import UNSCALED, Header, Layout, Library
 from nnunet_lowmem.stored_parts import Encoding, Part, first_bytes
 
 _HEADER_BYTES = 348
+_NIFTI2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
 _ONE_FILE = re.compile(rb"n\+[1-9]")
 # symmetric matrices and displacements, of which ITK makes no image
 _INTENTS_OF_NO_IMAGE = (1005, 1006)
@@ -28,47 +29,55 @@ _PAIR_ENDING = re.compile(r"(?i)\.(hdr|img)(\.gz)?$")
 _LARGEST_VOXELS = 2**62
 
 
-def layout(path: Path, header: Header) -> Layout:
-    """Return where ITK looks for the voxels.
+class Raw(NamedTuple):
+    """The fields of NIfTI-1 as stored, and the type of the voxels in its byte order."""
+
+    fields: Any
+    stored: np.dtype[Any]
+
+
+def raw_header(path: Path) -> Raw:
+    """Return the header as it is stored, in the byte order in which its number of dimensions is one.
 
     Raises
     ------
     DamagedFileError
-        If the header is none.
+        If ITK does not read it.
     OSError
         If it cannot be read.
     """
-    raw, order = _raw_header(_header_file(path))
-    stored = _stored_type(int(raw["datatype"])).newbyteorder(order)
+    import nibabel
+
+    block = first_bytes(_header_file(path), _HEADER_BYTES)
+    if len(block) < _HEADER_BYTES:
+        raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
+    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+    for order in orders:
+        fields = np.frombuffer(block, nibabel.nifti1.header_dtype.newbyteorder(order))[0]
+        if 1 <= int(fields["dim"][0]) <= 7:
+            sizes = [int(size) for size in fields["dim"][1 : 1 + int(fields["dim"][0])]]
+            if sizes[0] < 1:
+                raise DamagedFileError(f"its header says {len(sizes)} dimensions of sizes {sizes}")
+            return Raw(fields, _stored_type(int(fields["datatype"])).newbyteorder(order))
+    kind = "NIfTI-2, which SimpleITK does not read" if block[:4] in _NIFTI2 else "not a NIfTI file"
+    raise DamagedFileError(f"it is {kind}")
+
+
+def layout(path: Path, raw: Raw, header: Header) -> Layout:
+    """Return where ITK looks for the voxels; the pieces need not be there."""
+    fields, stored = raw
     # of colours the type is that of all values of a voxel
     per_voxel = 1 if stored.fields else header.components
     needed_bytes = header.voxels * per_voxel * stored.itemsize
-    part, axes = _part(path, raw, needed_bytes), min(int(raw["dim"][0]), len(header.shape))
-    is_lost = _offset(raw) < 0 and not part.is_raw
-    is_left_to_itk = stored.fields or is_lost or int(raw["intent_code"]) in _INTENTS_OF_NO_IMAGE
+    part, axes = _part(path, fields, needed_bytes), min(int(fields["dim"][0]), len(header.shape))
+    is_lost = _offset(fields) < 0 and not part.is_raw
+    is_left_to_itk = stored.fields or is_lost or int(fields["intent_code"]) in _INTENTS_OF_NO_IMAGE
     return Layout(
         (part,),
         None if is_left_to_itk else stored,
-        tuple(abs(float(step)) for step in raw["pixdim"][1 : 1 + axes]),
-        _itk_scale(float(raw["scl_slope"]), float(raw["scl_inter"])),
+        tuple(abs(float(step)) for step in fields["pixdim"][1 : 1 + axes]),
+        _itk_scale(float(fields["scl_slope"]), float(fields["scl_inter"])),
     )
-
-
-def screen(path: Path) -> None:
-    """Refuse what ITK does not read, in words that say why.
-
-    Raises
-    ------
-    DamagedFileError
-        With the field.
-    OSError
-        If it cannot be read.
-    """
-    raw, _ = _raw_header(_header_file(path))
-    _stored_type(int(raw["datatype"]))
-    sizes = [int(size) for size in raw["dim"][1 : 1 + int(raw["dim"][0])]]
-    if sizes[0] < 1:
-        raise DamagedFileError(f"its header says {len(sizes)} dimensions of sizes {sizes}")
 
 
 def nibabel_header(path: Path) -> Header:
@@ -140,43 +149,28 @@ def _header_file(path: Path) -> Path:
     raise DamagedFileError(f"its header should be in {Path(stem).name}.hdr, which is not there")
 
 
-def _part(path: Path, raw: Any, needed_bytes: int) -> Part:
+def _part(path: Path, fields: Any, needed_bytes: int) -> Part:
     stem, is_pair = _PAIR_ENDING.subn("", str(path))
     file = path
     if is_pair:
         held = [Path(stem + ending) for ending in (".img", ".img.gz") if Path(stem + ending).is_file()]
         file = held[0] if held else Path(stem + ".img")
-    part, start = Part(file, 0, needed_bytes, _encoding(file)), _offset(raw)
+    part, start = Part(file, 0, needed_bytes, _encoding(file)), _offset(fields)
     if start < 0 and file.is_file() and part.is_raw:  # the last bytes count
         start = max(0, file.stat().st_size - needed_bytes)
     return replace(part, skipped_bytes=max(0, start))
 
 
-def _offset(raw: Any) -> int:
+def _offset(fields: Any) -> int:
     """Return the offset as C makes a number of it; what that cannot hold is less than 0."""
-    offset = float(raw["vox_offset"])
+    offset = float(fields["vox_offset"])
     start = int(offset) if abs(offset) < 2**31 else -1
-    return max(start, _HEADER_BYTES) if _ONE_FILE.fullmatch(bytes(raw["magic"])) else start
+    return max(start, _HEADER_BYTES) if _ONE_FILE.fullmatch(bytes(fields["magic"])) else start
 
 
 def _encoding(file: Path) -> Encoding:
     """Libraries decode what is named so, and find out themselves whether it is compressed."""
     return Encoding.GZIP if file.name.lower().endswith(".gz") else Encoding.RAW
-
-
-def _raw_header(path: Path) -> tuple[Any, Literal["<", ">"]]:
-    """Return the fields of NIfTI-1 and their byte order: that in which the number of dimensions is one."""
-    import nibabel
-
-    block = first_bytes(path, _HEADER_BYTES)
-    if len(block) < _HEADER_BYTES:
-        raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
-    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
-    for order in orders:
-        raw = np.frombuffer(block, nibabel.nifti1.header_dtype.newbyteorder(order))[0]
-        if 1 <= int(raw["dim"][0]) <= 7:
-            return raw, order
-    raise DamagedFileError("it is not a NIfTI file: its number of dimensions is not 1 to 7")
 
 
 def _stored_type(code: int) -> np.dtype[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.headers import Header, Layout, is_plain, stored_spacing
@@ -28,22 +28,39 @@ _PATTERN = re.compile(r"%[0-9]*d\S*\s+\S")
 _ALIASES = {"datafile": _DATA_FILE, "lineskip": "line skip", "byteskip": "byte skip"}
 
 
-def screen(path: Path) -> None:
-    """Refuse headers at which ITK ends the process: with lines too long for the message that they are none.
+class Raw(NamedTuple):
+    """The fields of a header, names in lower case, and where the voxels or the list of their files begin."""
+
+    fields: dict[str, str]
+    end: int
+
+
+def raw_header(path: Path) -> Raw:
+    """Return the header as it is stored.
 
     Raises
     ------
     DamagedFileError
-        With the line.
+        If it has no end, or a line at which ITK ends the process: too long for the message that it is none.
     OSError
         If it cannot be read.
     """
-    for line, _ in _lines(path):
+    fields: dict[str, str] = {}
+    for line, end in _lines(path):
         if len(line) > _LONGEST_LINE and not _MAY_BE_LONG.match(line):
             raise DamagedFileError(f"its header has a line of {len(line)} letters, {line[:_SHOWN]!r}...")
+        key, found, value = line.partition(":")
+        # "key:=value" is somebody's note, and no field
+        if found and not value.startswith("=") and not line.startswith("#"):
+            fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
+        if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
+            return Raw(fields, end)
+    if _DATA_FILE in fields:
+        return Raw(fields, path.stat().st_size)
+    raise DamagedFileError(f"{path.name} ends within its header")
 
 
-def layout(path: Path, header: Header) -> Layout:
+def layout(path: Path, raw: Raw, header: Header) -> Layout:
     """Return where ITK looks for the voxels.
 
     Raises
@@ -53,7 +70,7 @@ def layout(path: Path, header: Header) -> Layout:
     OSError, ValueError
         If it cannot be read.
     """
-    fields, end = _header(path)
+    fields, end = raw
     order = "=" if header.dtype.itemsize == 1 else _ORDERS.get(fields.get("endian", "").lower())
     parts, skipped = _parts(path, fields, end, header), whole_number(fields.get("byte skip", ""))
     # of compressed voxels, the last ones are found by the library alone
@@ -76,21 +93,6 @@ def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list
         return [_part(path, end, header.needed_bytes, fields)]
     names = _names(path, end, fields[_DATA_FILE], math.prod(header.shape[:-1]))
     return [_part(path.parent / name, 0, header.needed_bytes // len(names), fields) for name in names]
-
-
-def _header(path: Path) -> tuple[dict[str, str], int]:
-    """Return the fields, names in lower case, and where the voxels or the list of their files begin."""
-    fields: dict[str, str] = {}
-    for line, end in _lines(path):
-        key, found, value = line.partition(":")
-        # "key:=value" is somebody's note, and no field
-        if found and not value.startswith("=") and not line.startswith("#"):
-            fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
-        if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
-            return fields, end
-    if _DATA_FILE in fields:
-        return fields, path.stat().st_size
-    raise DamagedFileError(f"{path.name} ends within its header")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int]]:

@@ -108,7 +108,7 @@ REFUSED = {
     "line break": (SimpleITKIO, "two\nlines", ".nhdr", r"two\\nlines.*give the case another name"),
     "bytes": (SimpleITKIO, "x\udcff", ".nii.gz", r"x\\udcff.*not UTF-8.*give the case another name"),
     "other library": (NibabelIO, "case", ".mha", "Cannot work out file type.*made for .nii, .nii.gz"),
-    "other format": (Tiff3DIO, "case", ".nii.gz", "Not a gzipped file"),
+    "other format": (Tiff3DIO, "case", ".nii.gz", "not a gzip file"),
     "lossy": (NaturalImage2DIO, "case", ".jpg", "other labels than were written.*made for .png, .bmp, .tif"),
 }
 
