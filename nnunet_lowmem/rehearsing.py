@@ -167,11 +167,12 @@ class _Trial:
                 raise twin(WriteError, RuntimeError)(f"SimpleITK cannot be given this name with {ending}: {why}")
 
     def _told(self, error: Exception, *folders: Path) -> WriteError:
-        reason = " ".join(str(error).split()) or "it gives no reason"
+        reason = " ".join(str(error).split())
         for folder in folders:
             reason = reason.replace(f"{folder}{os.sep}", "")
-        kind = "" if isinstance(error, DamagedFileError) else f"{type(error).__name__}: "
-        told = because(WriteError, f"{self._class.__name__} would not write the labels: {kind}{reason}", error)
+        kind = "" if isinstance(error, DamagedFileError) else type(error).__name__
+        why = ": ".join(word for word in (kind, reason) if word)
+        told = because(WriteError, f"{self._class.__name__} would not write the labels: {why}", error)
         return of_kinds(told, *[RuntimeError] * (self._by_itk and isinstance(error, DamagedFileError)))
 
     def _check_values(self, writer: Any, file: Path, voxels: NDArray[Any]) -> None:
