@@ -128,13 +128,7 @@ class Part:
             If it cannot be read.
         """
         self._size_bytes()
-        position = -self.skipped_bytes
-        for piece in self._as_they_are() if self.is_raw else self._decoded():
-            begin, end = max(0, position), min(position + len(piece), self.needed_bytes)
-            if begin < end:
-                target[begin:end] = piece[begin - position : end - position]
-            position += len(piece)
-        self._check_count(position)
+        self._check_count(self._copy_into(target) if self.is_raw else self._decode_into(target))
 
     def _check_count(self, held_bytes: int) -> None:
         if held_bytes < self.needed_bytes:
@@ -150,14 +144,23 @@ class Part:
             raise DamagedFileError(f"{self.path.name} holds {size_bytes:,} of {self.stored_bytes:,} compressed bytes")
         return size_bytes
 
-    def _as_they_are(self) -> Iterator[bytes]:
-        """Read what is needed and no more."""
-        left = self.skipped_bytes + self.needed_bytes
+    def _copy_into(self, target: memoryview) -> int:
+        """Read what is needed and no more; return how much there is."""
+        filled = 0
         with self.path.open("rb") as file:
-            file.seek(self.start)
-            while left > 0 and (piece := file.read(min(left, _CHUNK_BYTES))):
-                left -= len(piece)
-                yield piece
+            file.seek(self.start + self.skipped_bytes)
+            while count := file.readinto(target[filled : filled + _CHUNK_BYTES]):
+                filled += count
+        return filled
+
+    def _decode_into(self, target: memoryview) -> int:
+        position = -self.skipped_bytes
+        for piece in self._decoded():
+            begin, end = max(0, position), min(position + len(piece), self.needed_bytes)
+            if begin < end:
+                target[begin:end] = piece[begin - position : end - position]
+            position += len(piece)
+        return position
 
     def _decoded(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:
