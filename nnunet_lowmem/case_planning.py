@@ -113,7 +113,7 @@ class CasePlanner:
             If the header cannot be read.
         """
         header = read_header(files[0], library_of(self.description.plans.image_reader_writer_class))
-        source = Source(len(files), header.dtype, header.is_read_in_place)
+        source = Source(len(files), header.dtype, header.beside_bytes)
         return self._upper_bounds(name, source, *header.grid(), previous_stage is not None, probabilities)
 
     def facts_of_job(self, job: Job, probabilities: bool) -> CaseFacts | None:
@@ -133,7 +133,7 @@ class CasePlanner:
         if not isinstance(image, np.ndarray) or len(shape) != 4 or len(spacing) != 3:  # nnU-Net will say it
             raise UsageError(f"an image of shape (channels, x, y, z) is needed, with a spacing: {shape}, {spacing}")
         stage = previous_stage is not None
-        source = Source(0, image.dtype, True)
+        source = Source(0, image.dtype, 0)
         return self._upper_bounds(job.name, source, shape[1:], spacing, stage, probabilities)
 
     def facts_of_image(

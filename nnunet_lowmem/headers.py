@@ -113,6 +113,13 @@ class Header:
             return False
         return layout.dtype.newbyteorder("=") == self.dtype
 
+    @property
+    def beside_bytes(self) -> int:
+        """What reading holds beside the array that it gives: the values as stored, or as the library has them."""
+        if self.is_read_in_place and self.dtype.kind != "c":
+            return 0
+        return max(self.needed_bytes, self.voxels * self.components * self.dtype.itemsize)
+
     def with_layout(self, layout: Layout) -> Header:
         """Return the header of a file of which it is known where its voxels are."""
         return replace(self, layout=layout)

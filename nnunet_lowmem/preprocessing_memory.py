@@ -19,7 +19,7 @@ from nnunet_lowmem import preprocessing
 from nnunet_lowmem.nnunet_adapter import CaseGeometry
 from nnunet_lowmem.spline import working_bytes
 
-_SINGLE_BYTES, _DOUBLE_BYTES = 4, 8
+_SINGLE_BYTES = 4
 # of a masked normalisation: masks, their filled copy, the masked values and their deviation
 _MASK_BYTES = 16
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
@@ -44,13 +44,13 @@ class Source(NamedTuple):
         How many; 0 for an array in memory.
     dtype : numpy dtype
         Of the values that reading gives.
-    is_in_place : bool
-        Whether nothing is held beside these while a file is read.
+    beside_bytes : int
+        Held beside these while a file is read.
     """
 
     files: int
     dtype: np.dtype[Any]
-    is_in_place: bool
+    beside_bytes: int
 
 
 def input_bytes(
@@ -94,10 +94,7 @@ def _reading(reader: type, source: Source, voxels: int, channels: int) -> tuple[
         return 0, channels * voxels * _SINGLE_BYTES
     if reader in (SimpleITKIO, NibabelIO):
         stored = channels * voxels * source.dtype.itemsize
-        # else one file is held twice: as the library has it and as an array, or as stored and scaled
-        return stored + (
-            0 if source.is_in_place else max(stored, _DOUBLE_BYTES * channels * voxels) // source.files
-        ), stored
+        return stored + source.beside_bytes, stored
     whole = channels * voxels * _SINGLE_BYTES
     return voxels * (8 * channels + _SINGLE_BYTES + source.dtype.itemsize), whole
 

@@ -67,10 +67,10 @@ INPUT = [
     # a single slice: the hole filling is three-dimensional, so nothing is filled
     Row("mask_for_norm_one_slice", ModelSpec(use_mask_for_norm=(True,)), "one_slice", "head", classes=2),
     # minimum to 0, maximum to 1
-    Row("rescale_to_01", ModelSpec(normalisation=("RescaleTo01Normalization",))),
+    Row("rescale_to_01", ModelSpec(normalisation=("RescaleTo01Normalization",)), slow=True),
     # clipped and scaled by the plans' intensities
     Row("ct_normalisation", ModelSpec(normalisation=("CTNormalization",)), "ct"),
-    Row("no_normalisation", ModelSpec(normalisation=("NoNormalization",))),
+    Row("no_normalisation", ModelSpec(normalisation=("NoNormalization",)), slow=True),
     # a different scheme for each channel
     Row(
         "mixed_normalisation",

@@ -123,7 +123,7 @@ def test_slabs_give_stocks_labels(task):
     assert np.array_equal(slab_labels(task), expected_labels(task))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(task=tasks(), block_bytes=st.sampled_from([1, 2_000, 1 << 28]))
 def test_device_path_gives_stocks_labels(task, block_bytes):
     assert np.array_equal(device_labels(task, block_bytes), expected_labels(task))

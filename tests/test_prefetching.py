@@ -108,6 +108,7 @@ def test_bad_input_in_the_worker_is_reported_as_in_process(cases, models, tmp_pa
     assert (tmp_path / "out" / "head.nii.gz").exists()
 
 
+@pytest.mark.slow
 def test_bad_first_case_costs_itself_and_no_prefetching(cases, models, tmp_path, monkeypatch):
     started = []
 
