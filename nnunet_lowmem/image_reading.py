@@ -168,8 +168,10 @@ def _scaled(stored: NDArray[Any], header: Header, file: str, accept_nan: bool) -
     assert header.layout is not None, "what is scaled has a layout"
     slope, intercept = map(np.float64, header.layout.scale)
     voxels = np.empty(stored.shape, np.float32)
-    for plane, values in zip(voxels, stored, strict=True):
-        plane[...] = apply_read_scaling(values.real, slope, intercept).astype(np.float64)
+    with np.errstate(over="ignore"):  # what comes to infinity is told below
+        for plane, values in zip(voxels, stored, strict=True):
+            plane[...] = apply_read_scaling(values.real, slope, intercept).astype(np.float64)
+    check_values(voxels, file, accept_nan)
     return voxels
 
 

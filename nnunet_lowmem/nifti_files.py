@@ -112,17 +112,25 @@ def nibabel_header(path: Path) -> Header:
         _nibabel_type(stored, scale),
         {"affine": image.affine},
         Layout(
-            (Part(file, 0, math.prod(shape) * stored.itemsize, _encoding(file), skipped_bytes=int(proxy.offset)),),
+            (_nibabel_part(file, int(proxy.offset), math.prod(shape) * stored.itemsize),),
             None if stored.fields else stored,
-            _nibabel_spacing(path, image.header)[: len(shape)],
+            _nibabel_spacing(image)[: len(shape)],
             scale,
         ),
     )
 
 
-def _nibabel_spacing(path: Path, header: Any) -> tuple[float, ...]:
+def _nibabel_part(file: Path, offset: int, needed_bytes: int) -> Part:
+    encoding = _encoding(file)
+    if offset < 0 and encoding is Encoding.RAW:  # Python's gzip takes it for 0
+        raise DamagedFileError(f"its header says that its voxels begin at byte {offset}")
+    return Part(file, 0, needed_bytes, encoding, skipped_bytes=max(0, offset))
+
+
+def _nibabel_spacing(image: Any) -> tuple[float, ...]:
     """Return the spacing as it is stored: nibabel makes 1 of 0."""
-    block = first_bytes(path, len(header.binaryblock))
+    header, files = image.header, image.file_map
+    block = first_bytes(Path(files.get("header", files["image"]).filename), len(header.binaryblock))
     return tuple(abs(float(step)) for step in type(header)(block, header.endianness, check=False)["pixdim"][1:4])
 
 
@@ -157,7 +165,7 @@ def _part(path: Path, fields: Any, needed_bytes: int) -> Part:
         file = held[0] if held else Path(stem + ".img")
     part, start = Part(file, 0, needed_bytes, _encoding(file)), _offset(fields)
     if start < 0 and file.is_file() and part.is_raw:  # the last bytes count
-        start = max(0, file.stat().st_size - needed_bytes)
+        start = max(0 if is_pair else _HEADER_BYTES, file.stat().st_size - needed_bytes)
     return replace(part, skipped_bytes=max(0, start))
 
 
