@@ -254,7 +254,7 @@ def require_space(
         With the bytes needed and free.
     """
     shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
-    for folder, voxels in _voxels_by_folder(jobs, library_of(reader)).items():
+    for folder, voxels in _voxels_by_folder(jobs, library_of(reader) or Library.ITK).items():
         require_free_bytes(
             folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
         )

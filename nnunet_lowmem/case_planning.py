@@ -16,6 +16,7 @@ from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Plac
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.formats import read_header
+from nnunet_lowmem.headers import Library
 from nnunet_lowmem.image_reading import library_of
 from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
@@ -105,16 +106,19 @@ class CasePlanner:
     def facts_of_files(
         self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool
     ) -> CaseFacts:
-        """Return upper bounds from the first header, as if nothing were cropped.
+        """Return upper bounds from the headers, as if nothing were cropped.
 
         Raises
         ------
         UsageError
             If the header cannot be read.
         """
-        header = read_header(files[0], library_of(self.description.plans.image_reader_writer_class))
-        source = Source(len(files), header.dtype, header.beside_bytes)
-        return self._upper_bounds(name, source, *header.grid(), previous_stage is not None, probabilities)
+        library = library_of(self.description.plans.image_reader_writer_class) or Library.ITK
+        headers = [read_header(file, library) for file in files]
+        stored_bytes = sum(header.voxels * header.dtype.itemsize for header in headers)
+        dtype = min((header.dtype for header in headers), key=lambda dtype: dtype.itemsize)
+        source = Source(len(files), dtype, stored_bytes, max(header.beside_bytes for header in headers))
+        return self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
 
     def facts_of_job(self, job: Job, probabilities: bool) -> CaseFacts | None:
         """Return upper bounds by the first header of a case, or by its array; None where there is neither.
@@ -133,7 +137,7 @@ class CasePlanner:
         if not isinstance(image, np.ndarray) or len(shape) != 4 or len(spacing) != 3:  # nnU-Net will say it
             raise UsageError(f"an image of shape (channels, x, y, z) is needed, with a spacing: {shape}, {spacing}")
         stage = previous_stage is not None
-        source = Source(0, image.dtype, 0)
+        source = Source(0, image.dtype, image.nbytes, 0)
         return self._upper_bounds(job.name, source, shape[1:], spacing, stage, probabilities)
 
     def facts_of_image(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, next_stages, nnunet_adapter, stock_calls
+from nnunet_lowmem import export, model_files, model_keys, next_stages, nnunet_adapter, stock_calls
 from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, Place, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
@@ -67,6 +67,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
 
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
+        model_keys.check_case(self.plans_manager.plans, self.configuration_manager.configuration, True, True)
         self._warm_up()
         budget = self._without_weights(machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir))
         planner = CasePlanner(self._description(), self._model_facts(self._tile_bytes_of_zeros(budget).with_margin()))
@@ -99,6 +100,16 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
         finally:
             self.network, self.allowed_mirroring_axes = network, axes
 
+    def _check_keys(self, job: Job) -> None:
+        given = job.files is None and job.array is None
+        preprocesses = not given and not replaced(self, Step.READING, Step.PREPROCESSING)
+        model_keys.check_case(
+            self.plans_manager.plans,
+            self.configuration_manager.configuration,
+            preprocesses,
+            exports=not replaced(self, Step.EXPORT),
+        )
+
     def _begin(self, job: Job, folder: Path, probabilities: bool) -> CasePlanning:
         """Measure what is in use, and refuse a case that cannot fit by its header alone.
 
@@ -108,6 +119,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
         UsageError
             If the header is not to be believed: that comes first, or its size would be blamed.
         """
+        self._check_keys(job)
         if job.files is not None:
             check_headers(job.files[0], self.plans_manager, self.configuration_manager)
         self._warm_up()

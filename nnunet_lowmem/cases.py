@@ -120,7 +120,13 @@ def _with_a_copy(
     return preprocess(image, stage, dict(properties))
 
 
-def unless_misnumbered(job: Job, file_ending: str) -> Job:
+def of_folder(jobs: Sequence[Job], folder: str, file_ending: str, overwrites: bool) -> list[Job]:
+    """Let those cases of a folder of images fail, when their turn comes, that cannot be right."""
+    jobs = [_unless_misnumbered(job, file_ending) for job in jobs]
+    return [_unless_among_images(job, folder) for job in jobs] if overwrites else jobs
+
+
+def _unless_misnumbered(job: Job, file_ending: str) -> Job:
     """Let a case of a folder fail when its turn comes: a channel is missing, or there is no number at all.
 
     A file without a number has no output that could have been made before.
@@ -132,6 +138,17 @@ def unless_misnumbered(job: Job, file_ending: str) -> Job:
         is_stray = not model_files.is_numbered(job.files[0][0], file_ending)
         return _refused(replace(job, recipe=None) if is_stray else job, error)
     return job
+
+
+def _unless_among_images(job: Job, folder: str) -> Job:
+    """Let a case fail whose output would take the place of a file in the folder of images that nobody has recorded."""
+    output = None if job.recipe is None else job.recipe.outputs[0]
+    if output is None or not output.is_file() or not os.path.samefile(output.parent, folder):
+        return job
+    if job.recipe is None or job.recipe.is_recorded():
+        return job
+    told = f"{shown(str(output))} is among the images, and no record says that it is an output"
+    return _refused(job, UsageError(f"{told}: move it, or give another folder with -o"))
 
 
 def unless_unwritable(job: Job) -> Job:

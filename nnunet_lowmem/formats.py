@@ -11,8 +11,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from nnunet_lowmem import gipl_files, meta_image, nifti_files, nrrd_files, pictures, tiff_pages
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.headers import Header, Layout, Library, itk_header, last_line
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.stored_parts import Contents
 
 # a header is read once per case: when the run begins, when the case is checked and planned, and when it is read
-_REMEMBERED_HEADERS = 2**12
+_REMEMBERED_HEADERS, _REMEMBERED_PARTS = 2**12, 16
 _logger = logging.getLogger(__name__)
 
 
@@ -45,15 +46,12 @@ class Format:
         Decodes a file without a layout to its end; DamagedFileError where something is missing or changed.
     nibabel_header : callable or None
         What nibabel makes of a header, layout included; None where it reads no such file.
-    verified_by : Library
-        Whose rules a file goes by of which nobody says who reads it.
     """
 
     raw: Callable[[Path], Any] | None = None
     layout: Callable[[Path, Any, Header], Layout] | None = None
     decode: Callable[[Path], Contents] | None = None
     nibabel_header: Callable[[Path], Header] | None = None
-    verified_by: Library = Library.ITK
 
     @property
     def is_volume(self) -> bool:
@@ -68,11 +66,20 @@ class Format:
         header = itk_header(path)
         return header if self.layout is None else header.with_layout(self.layout(path, raw, header))
 
+    def known_header(self, path: Path) -> Header:
+        """Read the header of a file of which nobody says who reads it: by nibabel's rules, which mind no geometry."""
+        if self.nibabel_header is not None:
+            try:
+                return self.nibabel_header(path)
+            except Exception as error:
+                _logger.debug("%s: nibabel does not read it: %s", path, error)
+        return self.header(path)
+
     def contents(self, path: Path, library: Library | None = None) -> Contents:
         """Decode a file to its end; whatever is wrong with it is raised as it comes."""
         if self.decode is not None:
             return self.decode(path)
-        header = self.header(path, library or self.verified_by)
+        header = self.known_header(path) if library is None else self.header(path, library)
         assert header.layout is not None, "what is not decoded as a whole has a layout"
         for part in header.layout.parts:
             part.verify()
@@ -80,9 +87,7 @@ class Format:
         return Contents((*header.shape, *values), header.layout.dtype or header.dtype)
 
 
-_PAIR = Format(nifti_files.raw_header, nifti_files.layout, nibabel_header=nifti_files.nibabel_header)
-# nibabel minds no geometry, of which ITK refuses some that nnU-Net's writers write
-_NIFTI = replace(_PAIR, verified_by=Library.NIBABEL)
+_NIFTI = Format(nifti_files.raw_header, nifti_files.layout, nibabel_header=nifti_files.nibabel_header)
 _NRRD = Format(nrrd_files.raw_header, nrrd_files.layout)
 _META = Format(meta_image.raw_header, meta_image.layout)
 _GIPL = Format(gipl_files.raw_header, gipl_files.layout)
@@ -94,10 +99,10 @@ PICTURE = Format(decode=pictures.read_whole)
 FORMATS: dict[str, Format] = {
     ".nii": _NIFTI,
     ".nii.gz": _NIFTI,
-    ".hdr": _PAIR,
-    ".hdr.gz": _PAIR,
-    ".img": _PAIR,
-    ".img.gz": _PAIR,
+    ".hdr": _NIFTI,
+    ".hdr.gz": _NIFTI,
+    ".img": _NIFTI,
+    ".img.gz": _NIFTI,
     ".nrrd": _NRRD,
     ".nhdr": _NRRD,
     ".mha": _META,
@@ -136,17 +141,43 @@ def read_header(path: str, library: Library = Library.ITK) -> Header:
         If it is none, or promises more voxels than its files can hold.
     """
     with _named(path):
-        state = os.stat(path)
-        if state.st_size == 0:
+        if os.path.getsize(path) == 0:
             raise DamagedFileError("the file is empty")
-        return _read_header(path, library, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
-
-
-@lru_cache(_REMEMBERED_HEADERS)
-def _read_header(path: str, library: Library, identity: tuple[int, ...]) -> Header:
-    header = (format_of(path) or _UNKNOWN).header(Path(path), library)
-    header.check_size()
+        known, before = _remembered.get((path, library)), _state(Path(path))
+        if known is not None and _states(known[1]) == known[0]:
+            return known[1]
+        header = (format_of(path) or _UNKNOWN).header(Path(path), library)
+        header.check_size()
+        if _state(Path(path)) == before:
+            _remember(path, header)
     return header
+
+
+# by path and library: the files as they were, and what is in the header
+_remembered: dict[tuple[str, Library], tuple[list[Any], Header]] = {}
+
+
+def _remember(path: str, header: Header) -> None:
+    if header.layout is not None and len(header.layout.parts) > _REMEMBERED_PARTS:
+        return
+    while len(_remembered) >= _REMEMBERED_HEADERS:
+        _remembered.pop(next(iter(_remembered)), None)
+    _remembered[path, header.library] = _states(header), header
+
+
+def _states(header: Header) -> list[Any]:
+    """Return what tells a file from the one that was there before, of every file that says where the voxels are."""
+    layout = header.layout
+    beside = () if layout is None else (*layout.beside, *(part.path for part in layout.parts))
+    return [_state(file) for file in dict.fromkeys((header.path, *beside))]
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_voxels(header: Header) -> NDArray[Any]:
@@ -179,10 +210,11 @@ def read_voxels(header: Header) -> NDArray[Any]:
     return voxels
 
 
-def verify_voxels(path: str, library: Library = Library.ITK) -> None:
+def verify_voxels(path: str, library: Library | None = Library.ITK) -> None:
     """Decode a file once, and those that it names, to see that all the voxels are there that a library will read.
 
-    Of a format that has no row nothing is known; a warning says so.
+    Of a format that has no row nothing is known; a warning says so. Without a library, somebody else's reader is to
+    judge the header; where that is known here, no voxels may be missing.
 
     Raises
     ------
@@ -196,7 +228,20 @@ def verify_voxels(path: str, library: Library = Library.ITK) -> None:
     with _named(path):
         if os.path.getsize(path) == 0:
             raise DamagedFileError("the file is empty")
+        if library is None and row.is_volume and not _is_known(row, path):
+            return
         row.contents(Path(path), library)
+
+
+def _is_known(row: Format, path: str) -> bool:
+    try:
+        row.known_header(Path(path))
+    except MemoryError:
+        raise
+    except Exception as error:
+        _logger.debug("%s: its header is for its reader to judge: %s", path, error)
+        return False
+    return True
 
 
 @cache
@@ -213,4 +258,4 @@ def _named(path: str) -> Iterator[None]:
     except (UsageError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"{path} cannot be read: {last_line(error)}") from error
+        raise UsageError(f"{path} cannot be read: {shown(last_line(error))}") from error

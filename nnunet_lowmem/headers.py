@@ -24,6 +24,8 @@ from nnunet_lowmem.stored_parts import Part
 # nnU-Net gives two-dimensional images a third axis of one slice, so thick that it is never resampled
 _SLICE_THICKNESS_FACTOR = 999
 # who speaks, and the address of an object
+# the number of an error that was before
+_STALE = "Reason: "
 _PREAMBLE = re.compile(r"^(s?itk::ERROR|ITK ERROR): (\w+\(0x[0-9a-f]+\): )?")
 UNSCALED = (1.0, 0.0)
 
@@ -49,12 +51,15 @@ class Layout:
         As stored, fastest axis first; empty where the header says none in a way that is known here.
     scale : (float, float)
         Slope and intercept by which the library makes its values of those that are stored.
+    beside : tuple of Path
+        Files that tell where the voxels are, beside the one that was asked for and those of the parts.
     """
 
     parts: tuple[Part, ...]
     dtype: np.dtype[Any] | None
     spacing: tuple[float, ...] = ()
     scale: tuple[float, float] = UNSCALED
+    beside: tuple[Path, ...] = ()
 
     @property
     def is_sliceable(self) -> bool:
@@ -115,10 +120,11 @@ class Header:
 
     @property
     def beside_bytes(self) -> int:
-        """What reading holds beside the array that it gives: the values as stored, or as the library has them."""
+        """What reading holds beside the array that it gives: the values as stored, and as the library has them."""
         if self.is_read_in_place and self.dtype.kind != "c":
             return 0
-        return max(self.needed_bytes, self.voxels * self.components * self.dtype.itemsize)
+        library_bytes = self.voxels * self.components * self.dtype.itemsize if self.library is Library.ITK else 0
+        return self.needed_bytes + library_bytes
 
     def with_layout(self, layout: Layout) -> Header:
         """Return the header of a file of which it is known where its voxels are."""
@@ -253,4 +259,5 @@ def last_line(error: BaseException) -> str:
     """Return the last line of an error's text, where SimpleITK says what is the matter; its type if there is none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _PREAMBLE.sub("", next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__))
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(_STALE)]
+    return _PREAMBLE.sub("", lines[-1] if lines else type(error).__name__)

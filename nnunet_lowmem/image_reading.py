@@ -83,27 +83,28 @@ def _read_channels(
     return list(image), properties
 
 
-def library_of(reader: type) -> Library:
-    """Return by whose rules a reader class reads volumes."""
-    return Library.NIBABEL if issubclass(reader, (NibabelIO, NibabelIOWithReorient)) else Library.ITK
+def library_of(reader: type) -> Library | None:
+    """Return by whose rules a reader class reads volumes; None where it is not nnU-Net's, nor made of one of those."""
+    if issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
+        return Library.NIBABEL
+    return Library.ITK if issubclass(reader, SimpleITKIO) else None
 
 
 def check_stored(file: str, reader: type, accept_nan: bool) -> None:
     """Check what a reader is about to read by itself: all is there, and every stored value is a number."""
-    if not is_volume(file):
-        verify_voxels(file)
-        return
-    header = read_header(file, library_of(reader))
-    if _loses_nan(header):
-        check_values(read_voxels(header), file, accept_nan)
-    else:
-        verify_voxels(file, header.library)
+    library = library_of(reader)
+    if library is Library.ITK and is_volume(file):
+        header = read_header(file)
+        if _loses_nan(header):
+            check_values(read_voxels(header), file, accept_nan)
+            return
+    verify_voxels(file, library)
 
 
 def _loses_nan(header: Header) -> bool:
     """Whether the library may make numbers of stored values that are none: in NIfTI files, ITK makes 0 of them."""
-    is_float = _stored_kind(header) in ("f", "c")
-    return is_float and header.library is Library.ITK and header.path.name.lower().endswith(_OF_NIFTI)
+    is_float = _stored_kind(header) in ("f", "c") and header.components == 1
+    return is_float and header.path.name.lower().endswith(_OF_NIFTI)
 
 
 def _stored_kind(header: Header) -> str:

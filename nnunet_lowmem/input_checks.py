@@ -46,10 +46,11 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
     UsageError
         With the file and what is the matter.
     """
-    if not all(is_volume(file) for file in files) or overrides.found(Step.READING, reader):
+    library = library_of(reader)
+    if library is None or not all(map(is_volume, files)) or overrides.found(Step.READING, reader):
         return
     with read_by(reader):
-        headers = [read_header(file, library_of(reader)) for file in files]
+        headers = [read_header(file, library) for file in files]
     for file, header in zip(files, headers, strict=True):
         _check_spacing(file, header)
     if reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.formats import is_volume
+from nnunet_lowmem.formats import format_of, read_voxels
 from nnunet_lowmem.verifying import DamagedFileError, verify_whole
 
 
@@ -73,7 +73,12 @@ def read_labels(file: Path) -> NDArray[Any]:
         If it cannot be read.
     """
     verify_whole(file)
-    if is_volume(file):
+    row = format_of(file)
+    if row is not None and row.is_volume:
+        header = row.known_header(file)
+        if header.is_read_in_place:
+            voxels = read_voxels(header)
+            return voxels.astype(header.dtype, copy=False)
         import SimpleITK
 
         return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file))))

@@ -18,7 +18,7 @@ from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.headers import Header, Layout, is_plain, stored_spacing
 from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names, whole_number
 
-_HEADER_LIMIT_BYTES = 2**20
+_HEADER_LIMIT_BYTES = 2**24
 _LAST_FIELD = "ElementDataFile"
 _REAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*[=:][\s=:]*")
@@ -90,7 +90,7 @@ def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list
     whole_bytes = header.needed_bytes
     if where in ("LOCAL", "Local", "local"):
         return [_part(path, end, whole_bytes, fields)]
-    if where.startswith("LIST"):
+    if where.startswith("LIST"):  # LISTE.raw, too
         names, needed = _listed(path, end, where, sizes)
     elif "%" in where:
         names, needed = _numbered(where, sizes)

@@ -29,7 +29,7 @@ class Listing(NamedTuple):
     strays : list of str
         Files without a channel number, which stock takes none of.
     earlier : list of str
-        Names of segmentations of these cases, made by an earlier run.
+        Names that the segmentations of these cases have: those of an earlier run, as a rule.
     passed_over : list of str
         Names without a channel number that stock takes for those of a case, and then does without.
     """

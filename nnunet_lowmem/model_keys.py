@@ -12,17 +12,13 @@ from typing import Any
 from nnunet_lowmem.errors import ModelError, because, twin
 
 DATASET = ("labels",)
-PLANS = ("configurations", "image_reader_writer", "transpose_forward", "transpose_backward")
+PLANS = ("configurations", "image_reader_writer", "transpose_forward")
 #: Of the configuration that the checkpoint asks for, what it inherits included.
-CONFIGURATION = (
-    "preprocessor_name",
-    "patch_size",
-    "spacing",
-    "normalization_schemes",
-    "resampling_fn_probabilities",
-    "resampling_fn_probabilities_kwargs",
-)
-#: What nnU-Net's own preprocessor looks up; others have their own needs.
+CONFIGURATION = ("preprocessor_name", "patch_size", "spacing", "normalization_schemes")
+#: What becomes of logits goes by: programs that make labels of them by themselves do without.
+EXPORT = ("resampling_fn_probabilities", "resampling_fn_probabilities_kwargs")
+EXPORT_PLANS = ("transpose_backward",)
+#: What nnU-Net's own preprocessor looks up; others have their own needs, and so have programs that preprocess.
 PREPROCESSING = (
     "use_mask_for_norm",
     "resampling_fn_data",
@@ -70,22 +66,40 @@ def configuration(plans_manager: Any, name: str, folder: Path) -> Any:
         raise because(ModelError, told, error) from error
 
 
-def check_configuration(plans: Mapping[str, Any], resolved: Mapping[str, Any], name: str, folder: Path) -> None:
-    """Check a configuration, with what it inherits, and what of the plans belongs to its channels.
+def check_configuration(resolved: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Check a configuration, with what it inherits, for what every prediction needs.
 
     Raises
     ------
     ModelError
         With the file, the configuration and the entry.
     """
-    file, own = folder / "plans.json", resolved.get("preprocessor_name") == _OWN_PREPROCESSOR
-    for key in (*CONFIGURATION, *(PREPROCESSING if own else ())):
-        _need(key in resolved, file, f"{key!r} in configuration {name!r}", _advice(key, resolved))
+    for key in CONFIGURATION:
+        _need(key in resolved, folder / "plans.json", f"{key!r} in configuration {name!r}", _advice(key, resolved))
+
+
+def check_case(plans: Mapping[str, Any], resolved: Mapping[str, Any], preprocesses: bool, exports: bool) -> None:
+    """Check what one case needs, before it is computed.
+
+    Parameters
+    ----------
+    plans, resolved : dict
+        plans.json, and its configuration with what that inherits.
+    preprocesses, exports : bool
+        Whether nnU-Net's way, or ours in its place, makes the image, and labels of the logits.
+
+    Raises
+    ------
+    ModelError
+        With the file and the entry.
+    """
+    file, own = Path("plans.json"), preprocesses and resolved.get("preprocessor_name") == _OWN_PREPROCESSOR
+    for key in EXPORT_PLANS if exports else ():
+        _need(key in plans, file, repr(key), _ADVICE)
+    for key in (*(EXPORT if exports else ()), *(PREPROCESSING if own else ())):
+        _need(key in resolved, file, f"{key!r} in the configuration", _advice(key, resolved))
     if own:
         _need(_has(INTENSITIES, plans), file, repr(INTENSITIES[0]), _ADVICE)
-        known = next(plans[key] for key in INTENSITIES if key in plans)
-        for channel in range(len(resolved["normalization_schemes"])):
-            _need(str(channel) in known, file, f"{INTENSITIES[0]!r} for channel {channel}", _ADVICE)
 
 
 def check_architecture(resolved: Mapping[str, Any], name: str, folder: Path) -> None:

@@ -67,7 +67,7 @@ def load_model(
     plans_manager = stock_calls.plans_manager(plans)
     configuration_name = checkpoint["init_args"]["configuration"]
     configuration = model_keys.configuration(plans_manager, configuration_name, folder)
-    model_keys.check_configuration(plans, configuration.configuration, configuration_name, folder)
+    model_keys.check_configuration(configuration.configuration, configuration_name, folder)
     if not trust.everything:
         model_keys.check_architecture(configuration.configuration, configuration_name, folder)
     trust.check_plans(plans, configuration.configuration)

@@ -51,6 +51,8 @@ def raw_header(path: Path) -> Raw:
     block = first_bytes(_header_file(path), _HEADER_BYTES)
     if len(block) < _HEADER_BYTES:
         raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
+    if block[:4] in _NIFTI2 and block[4:7] in (b"n+2", b"ni2"):
+        raise DamagedFileError("it is NIfTI-2, which SimpleITK does not read")
     orders: tuple[Literal["<", ">"], ...] = ("<", ">")
     for order in orders:
         fields = np.frombuffer(block, nibabel.nifti1.header_dtype.newbyteorder(order))[0]
@@ -59,8 +61,7 @@ def raw_header(path: Path) -> Raw:
             if sizes[0] < 1:
                 raise DamagedFileError(f"its header says {len(sizes)} dimensions of sizes {sizes}")
             return Raw(fields, _stored_type(int(fields["datatype"])).newbyteorder(order))
-    kind = "NIfTI-2, which SimpleITK does not read" if block[:4] in _NIFTI2 else "not a NIfTI file"
-    raise DamagedFileError(f"it is {kind}")
+    raise DamagedFileError("it is not a NIfTI file")
 
 
 def layout(path: Path, raw: Raw, header: Header) -> Layout:
@@ -77,6 +78,7 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
         None if is_left_to_itk else stored,
         tuple(abs(float(step)) for step in fields["pixdim"][1 : 1 + axes]),
         _itk_scale(float(fields["scl_slope"]), float(fields["scl_inter"])),
+        _pair(path),
     )
 
 
@@ -93,6 +95,7 @@ def nibabel_header(path: Path) -> Header:
     # takes a quarter of a second to import, which the command line need not wait for
     import nibabel
 
+    _header_file(path)
     try:
         image: Any = nibabel.load(path)
     except MemoryError as error:
@@ -116,6 +119,7 @@ def nibabel_header(path: Path) -> Header:
             None if stored.fields else stored,
             _nibabel_spacing(image)[: len(shape)],
             scale,
+            _pair(path),
         ),
     )
 
@@ -144,6 +148,12 @@ def _itk_scale(slope: float, intercept: float) -> tuple[float, float]:
     """Take a slope of 0, or that is no number, for no scaling, whatever the intercept."""
     is_scaled = math.isfinite(slope) and slope != 0 and (slope, intercept) != UNSCALED
     return (slope, intercept) if is_scaled else UNSCALED
+
+
+def _pair(path: Path) -> tuple[Path, ...]:
+    """Return all names that may belong to a pair, of which some are not there; nothing for one file."""
+    stem, is_pair = _PAIR_ENDING.subn("", str(path))
+    return tuple(Path(stem + ending) for ending in (".hdr", ".hdr.gz", ".img", ".img.gz")) if is_pair else ()
 
 
 def _header_file(path: Path) -> Path:

@@ -17,13 +17,14 @@ from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.headers import Header, Layout, is_plain, stored_spacing
 from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_names, whole_number
 
-_HEADER_LIMIT_BYTES = 2**20
+_HEADER_LIMIT_BYTES, _CHUNK_BYTES = 2**24, 2**16
+_END = re.compile(rb"\n\r?\n|\r\r")
 _ORDERS: dict[str, Literal["<", ">", "="]] = {"little": "<", "big": ">"}
 _ENCODINGS = {"raw": Encoding.RAW, "gzip": Encoding.GZIP, "gz": Encoding.GZIP}
 _DATA_FILE = "data file"
 _LINE = re.compile(rb"([^\r\n]*)(\r\n|\r|\n|$)")
 _LONGEST_LINE, _SHOWN = 500, 40
-_MAY_BE_LONG = re.compile(r"(?i)#|[^:]*:=|(content|labels|units|sample units|space units):")
+_MAY_BE_LONG = re.compile(r"(?i)#|.*?:=|(content|labels|units|sample units|space units):")
 _PATTERN = re.compile(r"%[0-9]*d\S*\s+\S")
 _ALIASES = {"datafile": _DATA_FILE, "lineskip": "line skip", "byteskip": "byte skip"}
 
@@ -54,10 +55,19 @@ def raw_header(path: Path) -> Raw:
         if found and not value.startswith("=") and not line.startswith("#"):
             fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
         if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
+            _check_data_file(path, fields)
             return Raw(fields, end)
     if _DATA_FILE in fields:
+        _check_data_file(path, fields)
         return Raw(fields, path.stat().st_size)
     raise DamagedFileError(f"{path.name} ends within its header")
+
+
+def _check_data_file(path: Path, fields: dict[str, str]) -> None:
+    """Refuse what is no file: ITK would wait for a pipe."""
+    data = path.parent / fields.get(_DATA_FILE, "")
+    if _DATA_FILE in fields and data.exists() and not (data.is_file() or data.is_dir()):
+        raise DamagedFileError(f"its voxels should be in {data.name}, which is no file")
 
 
 def layout(path: Path, raw: Raw, header: Header) -> Layout:
@@ -77,15 +87,16 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
     is_found = skipped >= 0 or (skipped == -1 and all(part.is_raw for part in parts))
     is_known = is_found and is_plain(fields) and all(part.encoding is not Encoding.TEXT for part in parts)
     dtype = header.dtype.newbyteorder(order) if order and is_known else None
-    return Layout(tuple(parts), dtype, _spacing(fields))
+    return Layout(tuple(parts), dtype, _spacing(fields, len(header.shape)))
 
 
-def _spacing(fields: dict[str, str]) -> tuple[float, ...]:
-    """Lengths of the axes' vectors, or the spacings; an axis without either has none."""
-    if "space directions" not in fields:
-        return stored_spacing(fields.get("spacings", "").split())
-    vectors = fields["space directions"].replace("none", " ").replace(")", " ").split("(")[1:]
-    return tuple(math.hypot(*stored_spacing(vector.split(","))) for vector in vectors)
+def _spacing(fields: dict[str, str], axes: int) -> tuple[float, ...]:
+    """Lengths of the axes' vectors, or the spacings; an axis of values has none, or NaN."""
+    if "space directions" in fields:
+        vectors = fields["space directions"].replace("none", " ").replace(")", " ").split("(")[1:]
+        return tuple(math.hypot(*stored_spacing(vector.split(","))) for vector in vectors)
+    steps = stored_spacing(fields.get("spacings", "").split())
+    return steps if len(steps) <= axes else tuple(step for step in steps if not math.isnan(step))
 
 
 def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list[Part]:
@@ -97,8 +108,10 @@ def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list
 
 def _lines(path: Path) -> Iterator[tuple[str, int]]:
     """Lines of the header and where each ends, whatever ends it."""
+    block = b""
     with path.open("rb") as file:
-        block = file.read(_HEADER_LIMIT_BYTES)
+        while len(block) < _HEADER_LIMIT_BYTES and not _END.search(block) and (more := file.read(_CHUNK_BYTES)):
+            block += more
     for line in _LINE.finditer(block):
         text = line[1].decode("utf-8", "surrogateescape")
         if line[0]:

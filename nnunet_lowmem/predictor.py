@@ -24,7 +24,7 @@ from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_loop import Failing, raise_failures, require_space, run_cases, without_those_done
 from nnunet_lowmem.case_predictor import CasePredictor, Result
-from nnunet_lowmem.cases import Job, in_a_row, job_of_item, jobs_of_arrays, unless_misnumbered, unless_unwritable
+from nnunet_lowmem.cases import Job, in_a_row, job_of_item, jobs_of_arrays, of_folder, unless_unwritable
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.files import temporary_folder
@@ -131,7 +131,8 @@ class LowMemPredictor(CasePredictor):
         model_files.check_previous_stage(cases, stages, self.dataset_json["file_ending"])
         jobs = self._jobs(cases, outputs, stages, save_probabilities)
         if from_folder:
-            jobs = [unless_misnumbered(job, self.dataset_json["file_ending"]) for job in jobs]
+            folder = arguments["list_of_lists_or_source_folder"]
+            jobs = of_folder(jobs, folder, self.dataset_json["file_ending"], overwrite)
         self.run_report = RunReport()
         processes = arguments.get("num_processes_preprocessing", 0)
         if not overwrite and outputs is not None and not is_listed:

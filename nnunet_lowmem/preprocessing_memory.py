@@ -43,13 +43,16 @@ class Source(NamedTuple):
     files : int
         How many; 0 for an array in memory.
     dtype : numpy dtype
-        Of the values that reading gives.
+        Of the values that reading gives; of several, the narrowest.
+    stored_bytes : int
+        Of all values that reading gives.
     beside_bytes : int
         Held beside these while a file is read.
     """
 
     files: int
     dtype: np.dtype[Any]
+    stored_bytes: int
     beside_bytes: int
 
 
@@ -82,7 +85,7 @@ def input_bytes(
         return InputBytes(0, own + stage)
     reader = plans_manager.image_reader_writer_class
     reading, stored = _reading(reader, source, voxels, len(rules))
-    kept_bytes = stored // max(1, len(rules) * voxels)
+    kept_bytes = min(source.dtype.itemsize, stored // max(1, len(rules) * voxels))
     work = max(_normalising(rule, kept_bytes) for rule in rules) * voxels
     work += _resampling(geometry, spacing, configuration_manager, len(rules))
     return InputBytes(reading, stored + work + stage)
@@ -93,10 +96,10 @@ def _reading(reader: type, source: Source, voxels: int, channels: int) -> tuple[
     if not source.files:
         return 0, channels * voxels * _SINGLE_BYTES
     if reader in (SimpleITKIO, NibabelIO):
-        stored = channels * voxels * source.dtype.itemsize
+        stored = source.stored_bytes
         return stored + source.beside_bytes, stored
     whole = channels * voxels * _SINGLE_BYTES
-    return voxels * (8 * channels + _SINGLE_BYTES + source.dtype.itemsize), whole
+    return voxels * (8 * channels + _SINGLE_BYTES) + source.stored_bytes, whole
 
 
 def _normalising(rule: Any, stored_voxel_bytes: int) -> int:

@@ -116,12 +116,16 @@ class Recipe:
             return Standing.CHANGED_INPUT
         return Standing.DONE if record.get("made_with") == self.made_with else Standing.OTHER_MODEL
 
+    def is_recorded(self) -> bool:
+        """Whether a record is about the files that are there now."""
+        return self._record(Records()) is not None
+
     def _record(self, records: Records) -> dict[str, Any] | None:
         """Return the latest record of the files that are there now."""
         contents: dict[str, list[int | str]] = {}
         with contextlib.suppress(OSError):
             for record in records.of(self.outputs[0]):
-                contents = contents or {path.name: _content(path) for path in self.outputs}
+                contents = contents or {path.name: _content(path) for path in self.outputs if path.is_file()}
                 if all(record["outputs"].get(name) == content for name, content in contents.items()):
                     return record
         return None

@@ -1,8 +1,8 @@
 """The writer is tried before a case is computed: a few voxels, under the case's name and with its properties.
 
 Writers of nnU-Net take their format from the ending and hand the name to a library, which may refuse it, write another
-file, or name a data file in the header that is not there. None of that depends on how many voxels there are, so it
-shows in a map of a few voxels, which is verified and read as the real one would be, after it was moved as that would.
+file, or name a data file in the header that is not there. That hardly depends on how many voxels there are, so it shows
+in a map of a few voxels, which is verified and read as the real one would be, after it was moved as that would.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from nnunet_lowmem.formats import format_of
 from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.names import is_utf8, shown
 from nnunet_lowmem.placing import place_of
-from nnunet_lowmem.progress import logging_prints
 from nnunet_lowmem.verifying import verify_label_file
 
 logger = logging.getLogger(__name__)
@@ -36,15 +37,24 @@ logger = logging.getLogger(__name__)
 _EXTENT = 6
 # the writers choose two bytes a voxel by what a map holds
 _ONE_BYTE = 255
-_ROOM_BYTES = 2**20
-_LIBRARIES = (("SimpleITK", "WriteImage"), ("nibabel", "save"), ("skimage.io", "imsave"), ("tifffile", "imwrite"))
-# left out of the copy: training's, and large
-_NOT_OF_WRITERS = ("class_locations",)
+_trying = threading.Lock()
+_ROOM_BYTES = 2**12
+_LIBRARIES = {
+    "SimpleITK": ("WriteImage", "GetImageFromArray", "DICOMOrient"),
+    "nibabel": ("save", "Nifti1Image"),
+    "skimage.io": ("imsave",),
+    "tifffile": ("imwrite",),
+}
+# how nnU-Net's readers call them
+_ALIASES = {"SimpleITK": ("sitk",), "nibabel": ("nibabel", "nib"), "skimage.io": ("io",), "tifffile": ("tifffile",)}
+# what nnU-Net's writers look up; the rest may be large, or nothing that can be copied
+_OF_WRITERS = ("sitk_stuff", "nibabel_stuff", "spacing")
 # What ends the process, or leaves voxels in the working folder, cannot be tried. ITK's MetaImage takes the name of the
 # data for a pattern of printf, and what begins like a user's home or a drive for an absolute path.
 _UNTRIED = (
-    ((".mhd",), re.compile(r"(?![^%]*(?:%0?\d?d[^%]*)?\Z)"), "it is taken for a pattern"),
-    ((".mhd", ".nhdr"), re.compile(r"~|.:", re.DOTALL), "it is taken for an absolute path"),
+    (".mhd", re.compile(r".*%[^a-zA-Z]*[^diouxX%\W0-9]", re.DOTALL), "it is taken for a pattern"),
+    (".mhd", re.compile("~"), "it is taken for an absolute path"),
+    (".nhdr", re.compile(".:", re.DOTALL), "it is taken for an absolute path"),
 )
 
 
@@ -76,16 +86,15 @@ def rehearse(
     WriteError
         With the file, the reason, and what to change; of the kind that the writer raises, too.
     """
-    if not is_tried(writer_class):
+    if not is_tried(writer_class) or not _has_room(folder):  # which says nothing of the disk that the output is on
         return
     trial = _Trial(writer_class, properties, shape, folder)
     labels = np.array([0, 1]) if rule is None else rule.values[: -1 if rule.ranked else None].astype(rule.dtype)
+    few = labels[labels < _ONE_BYTE]
     try:
-        names = trial.run(Path(output + ending), ending, labels[labels < _ONE_BYTE])
+        names = trial.run(Path(output + ending), ending, few)
     except WriteError as error:
-        if _is_full(folder):  # which says nothing of the disk that the output is on
-            return
-        error.args = (f"{shown(output + ending)}: {error}; {trial.advice(ending)}",)
+        error.args = (f"{shown(output + ending)}: {error}; {trial.advice(Path(output), ending, few)}",)
         raise
     for name in names:  # what is written beside it takes the place of what is there as well
         place_of(Path(output).parent / name)
@@ -97,13 +106,27 @@ def is_tried(writer_class: type) -> bool:
     """Whether a writer is nnU-Net's, and so is all that it calls."""
     own = any(overrides.is_class(writer_class, f"nnunetv2.imageio.{reader}") for reader in READERS)
     return (
-        own and not overrides.found(Step.WRITING, writer_class) and not any(_is_replaced(*each) for each in _LIBRARIES)
+        own
+        and not overrides.found(Step.WRITING, writer_class)
+        and not any(_is_replaced(*each) for each in _LIBRARIES.items())
     )
 
 
-def _is_replaced(package: str, name: str) -> bool:
-    module = __import__(package, fromlist=[name])
-    return not overrides.is_stocks(getattr(module, name), name, package.partition(".")[0])
+def _is_replaced(package: str, names: Sequence[str]) -> bool:
+    """Whether a library is another where nnU-Net's readers look for it, or one of its functions."""
+    module = __import__(package, fromlist=["*"])
+    home = package.partition(".")[0]
+    return any(
+        vars(reader).get(name, module) is not module for reader in _readers() for name in _ALIASES[package]
+    ) or any(not overrides.is_stocks(getattr(module, name), name, home) for name in names)
+
+
+def _readers() -> list[Any]:
+    return [
+        sys.modules[module]
+        for module in dict.fromkeys(f"nnunetv2.imageio.{reader.partition(':')[0]}" for reader in READERS)
+        if module in sys.modules
+    ]
 
 
 class _Trial:
@@ -111,7 +134,7 @@ class _Trial:
 
     def __init__(self, writer_class: Any, properties: dict[str, Any], shape: Sequence[int], folder: Path) -> None:
         self._class = writer_class
-        self._properties = {key: value for key, value in properties.items() if key not in _NOT_OF_WRITERS}
+        self._properties = {key: properties[key] for key in _OF_WRITERS if key in properties}
         self._shape = [min(extent, _EXTENT) for extent in shape]
         self._folder = folder
         self._by_itk = writer_class.__name__.startswith("SimpleITKIO")
@@ -127,7 +150,7 @@ class _Trial:
         if self._by_itk and (format_of(final) is None or not is_utf8(self._folder)):
             return []  # a few voxels as .dcm end the process, where a whole map is written
         voxels = np.resize(labels[::-1], self._shape).astype(np.uint16 if labels.max() >= _ONE_BYTE else np.uint8)
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder, logging_prints(logging.DEBUG):
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder, _quiet():
             written, moved = Path(folder, "written"), Path(folder, "moved")
             written.mkdir()
             try:
@@ -143,14 +166,16 @@ class _Trial:
                 raise self._told(error, written, moved) from error
             return names
 
-    def advice(self, ending: str) -> str:
+    def advice(self, output: Path, ending: str, labels: NDArray[Any]) -> str:
         """Say what to change, once a run has failed: what is to blame is found by another name."""
         spacing = self._properties.get("sitk_stuff", {}).get("spacing", ())
         if len(spacing) > 3:
             words = f"the image has {len(spacing)} dimensions, which a label map has not"
             return f"{words}: store every channel in a file of its own, CASE_0000, CASE_0001 and so on"
+        if self._by_itk and not is_utf8(output.parent):
+            return "give another folder"
         try:
-            self.run(Path("labels" + ending), ending, np.array([0, 1]))
+            self.run(Path("labels" + ending), ending, labels)
         except WriteError:
             known = getattr(self._class, "supported_file_endings", ())
             if ending not in known:
@@ -162,8 +187,8 @@ class _Trial:
     def _check_name(self, final: Path, ending: str) -> None:
         if self._by_itk and not is_utf8(final):
             raise twin(WriteError, RuntimeError)("the path is not UTF-8, and SimpleITK takes no other")
-        for endings, names, why in _UNTRIED if self._by_itk else ():
-            if ending in endings and names.match(final.name.removesuffix(ending)):
+        for untried, names, why in _UNTRIED if self._by_itk else ():
+            if ending == untried and names.match(final.name.removesuffix(ending)):
                 raise twin(WriteError, RuntimeError)(f"SimpleITK cannot be given this name with {ending}: {why}")
 
     def _told(self, error: Exception, *folders: Path) -> WriteError:
@@ -190,6 +215,23 @@ class _Trial:
             raise DamagedFileError(f"{shown(file.name)} holds other labels than were written, as the format keeps them")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log what nnU-Net's writers print: they will do so again, and what others print is none of ours."""
+    with _trying:
+        for reader in _readers():
+            reader.print = _logged
+        try:
+            yield
+        finally:
+            for reader in _readers():
+                del reader.print
+
+
+def _logged(*words: object, **_: object) -> None:
+    logger.debug("%s", " ".join(map(str, words)))
+
+
 def _checked_names(folder: Path, name: str) -> list[str]:
     names = sorted(os.listdir(folder))
     if name not in names:
@@ -199,11 +241,15 @@ def _checked_names(folder: Path, name: str) -> list[str]:
     return names
 
 
-def _is_full(folder: Path) -> bool:
+def _has_room(folder: Path) -> bool:
+    """Whether a folder takes the files of a trial: bytes or numbers of files may be used up, or it is for reading."""
     try:
-        return shutil.disk_usage(folder).free < _ROOM_BYTES
+        with tempfile.TemporaryDirectory(dir=folder) as trial:
+            for name in ("written", "moved", "more"):
+                Path(trial, name).write_bytes(bytes(_ROOM_BYTES))
     except OSError:
         return False
+    return True
 
 
 def _tell_of_two_bytes(trial: _Trial, final: Path, ending: str, labels: NDArray[Any]) -> None:

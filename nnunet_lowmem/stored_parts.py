@@ -23,6 +23,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 #: Into which an image can be cut: more planes than any volume has.
 MOST_FILES = 2**17
 _CHUNK_BYTES = 2**20
+# what is left of a piece is copied at the end of every member
+_STORED_CHUNK_BYTES = 2**16
 # a stream of deflate grows at most by this factor when it is decoded
 _INFLATION = 1032
 # a digit and a space are two bytes, the longest number eight
@@ -45,7 +47,7 @@ class Encoding(Enum):
     RAW = "as they are"
     DEFLATE = "one stream of zlib or gzip"
     GZIP = "members of gzip, or as they are where there is none"
-    TEXT = "in digits, of which the libraries notice themselves if they are too few"
+    TEXT = "in digits or by other means, of which the libraries notice themselves if they are too few"
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _inflated(read: Callable[[int], bytes], name: str, needed_bytes: int, member
     held_bytes, stream = 0, zlib.decompressobj(_ANY_DEFLATE)
     waiting = b""
     while True:
-        waiting = waiting or read(_CHUNK_BYTES)
+        waiting = waiting or read(_STORED_CHUNK_BYTES)
         if not waiting:
             raise DamagedFileError(
                 f"{name} ends within its compressed data (after {held_bytes:,} of {needed_bytes:,} bytes)"
@@ -208,7 +210,7 @@ def _inflated(read: Callable[[int], bytes], name: str, needed_bytes: int, member
                 return
             waiting = stream.unused_data
             if len(waiting) < len(GZIP_MAGIC):
-                waiting += read(_CHUNK_BYTES)
+                waiting += read(_STORED_CHUNK_BYTES)
             if not (members and waiting.startswith(GZIP_MAGIC)):
                 return
             stream = zlib.decompressobj(_ANY_DEFLATE)

@@ -19,7 +19,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, save
 from factory import ModelSpec
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from oracle import make_predictor, predict_stock
+from oracle import make_predictor, predict_ours, predict_stock
 
 from nnunet_lowmem import LowMemPredictor, cli, model_keys
 from nnunet_lowmem.errors import (
@@ -163,15 +163,16 @@ def without(content: dict, *path: str) -> dict:
     return copied
 
 
-IN_PLANS = [(key,) for key in (*model_keys.PLANS, model_keys.INTENSITIES[0])]
-IN_CONFIGURATION = [(key,) for key in (*model_keys.CONFIGURATION, *model_keys.PREPROCESSING)]
+IN_PLANS = [(key,) for key in (*model_keys.PLANS, *model_keys.EXPORT_PLANS, model_keys.INTENSITIES[0])]
+IN_CONFIGURATION = [(key,) for key in (*model_keys.CONFIGURATION, *model_keys.EXPORT, *model_keys.PREPROCESSING)]
 IN_ARCHITECTURE = [("architecture", key) for key in model_keys.ARCHITECTURE]
 
 
 def check_model(plans: dict, dataset_json: dict) -> None:
     model_keys.check_files(plans, dataset_json, Path("model"))
     resolved = plans["configurations"]["3d_fullres"]
-    model_keys.check_configuration(plans, resolved, "3d_fullres", Path("model"))
+    model_keys.check_configuration(resolved, "3d_fullres", Path("model"))
+    model_keys.check_case(plans, resolved, True, True)
     model_keys.check_architecture(resolved, "3d_fullres", Path("model"))
 
 
@@ -179,7 +180,7 @@ def test_what_a_model_lacks_is_named():
     plans, dataset_json = ModelSpec().plans(), ModelSpec().dataset_json()
     check_model(plans, dataset_json)
     check_model(ModelSpec(preprocessor="Other").plans(), {**dataset_json, "modality": {}})
-    cases = [(without(plans, *path), dataset_json, path) for path in [*IN_PLANS, (model_keys.INTENSITIES[0], "0")]]
+    cases = [(without(plans, *path), dataset_json, path) for path in IN_PLANS]
     for path in [*IN_CONFIGURATION, *IN_ARCHITECTURE]:
         cases.append((without(plans, "configurations", "3d_fullres", *path), dataset_json, path))
     cases += [(plans, without(dataset_json, key), (key,)) for key in ("labels", "channel_names")]
@@ -188,7 +189,7 @@ def test_what_a_model_lacks_is_named():
         assert isinstance(error, ModelError), path
         assert isinstance(error, KeyError), path
         file = "plans.json" if wrong_dataset is dataset_json else "dataset.json"
-        assert re.match(rf"model.{file} lacks .*{path[-1]}", str(error)), (path, error)
+        assert re.match(rf"(model.)?{file} lacks .*{path[-1]}", str(error)), (path, error)
 
 
 def test_missing_resampling_of_probabilities(model, images, tmp_path):
@@ -205,12 +206,11 @@ def test_missing_resampling_of_probabilities(model, images, tmp_path):
     del configurations["parent"]["resampling_fn_probabilities_kwargs"]
     save_json(plans, str(folder / "plans.json"))
     stock = raised(lambda: predict_stock(make_predictor(nnUNetPredictor, str(folder)), [images("small")], None))
-    ours = raised(lambda: make_predictor(LowMemPredictor, str(folder), (0,)))
-    assert kinds(ours) == kinds(stock)
-    words = (
-        "'resampling_fn_probabilities_kwargs' in configuration '3d_fullres', .*like 'resampling_fn_data_kwargs', with"
-    )
-    assert re.search(words, str(ours)), ours
+    ours = make_predictor(LowMemPredictor, str(folder), (0,))  # a client may do without
+    error = raised(lambda: predict_ours(ours, [images("small")], None))
+    assert kinds(error) == kinds(stock)
+    words = "'resampling_fn_probabilities_kwargs' in the configuration, .*like 'resampling_fn_data_kwargs', with"
+    assert re.search(words, str(error)), error
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"], ids=["missing", "empty", "text"])

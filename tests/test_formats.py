@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import SimpleITK
 from factory import ModelSpec
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from oracle import make_predictor, predict_ours
 
 from nnunet_lowmem import LowMemPredictor, headers
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.formats import FORMATS, format_of, is_volume, read_header, read_voxels, verify_voxels
 from nnunet_lowmem.headers import Library
+from nnunet_lowmem.image_reading import read_channels
+from nnunet_lowmem.input_checks import check_case
+from nnunet_lowmem.label_comparison import read_labels
+from nnunet_lowmem.verifying import verify_label_file
 
 VOXELS = np.random.default_rng(2).integers(-500, 1000, (6, 7, 8)).astype(np.int16)
 SPACING = (1.25, 2.0, 3.0)
@@ -169,3 +176,105 @@ def test_whatever_a_parser_raises_is_one_error(
         read(str(path))
     if not isinstance(error, MemoryError):
         assert str(path) in str(caught.value)
+
+
+# -- what lies beside the file that was asked for
+
+
+def meta_with_raw(folder: Path, before: bytes) -> str:
+    (folder / "v.raw").write_bytes(before + VOXELS.tobytes())
+    path = folder / "case_0000.mhd"
+    if not path.exists():
+        path.write_text(
+            "NDims = 3\nBinaryData = True\nHeaderSize = -1\nElementSpacing = 1 1 1\nDimSize = 8 7 6\n"
+            "ElementType = MET_SHORT\nElementDataFile = v.raw\n"
+        )
+    return str(path)
+
+
+def test_voxels_that_move_in_another_file_are_found_anew(tmp_path) -> None:
+    for before in (b"", b"more"):
+        assert np.array_equal(read_voxels(read_header(meta_with_raw(tmp_path, before))), VOXELS)
+
+
+@pytest.mark.parametrize("library", Library)
+def test_header_of_a_pair_that_changes_is_read_anew(library: Library, tmp_path) -> None:
+    for step in (1.0, 2.5):
+        nibabel.save(nibabel.Nifti1Pair(np.zeros((8, 7, 6), np.int16), np.diag([1, 1, step, 1])), tmp_path / "a.img")
+        assert read_header(str(tmp_path / "a.img"), library).spacing == (step, 1.0, 1.0)
+
+
+def nrrd(fields: str, data: str = "") -> str:
+    return f"NRRD0004\ntype: short\ndimension: 3\nsizes: 8 7 6\nendian: little\nencoding: raw\n{fields}{data}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.nrrd", nrrd("DICOM:0010:=" + "x" * 600 + "\n")),
+        ("a.nrrd", nrrd("key:=" + "x" * 2**21 + "\n")),
+        ("a.nrrd", nrrd("content: " + "x" * 3000 + "\n")),
+        (
+            "a.nrrd",
+            nrrd("kinds: vector domain domain domain\nspacings: nan 1 1 2\n")
+            .replace("n: 3", "n: 4")
+            .replace("8 7 6", "1 8 7 6"),
+        ),
+    ],
+    ids=["key with a colon", "long notes", "long content", "vector of one"],
+)
+def test_headers_that_itk_reads(name: str, header: str, tmp_path) -> None:
+    path = tmp_path / name
+    path.write_bytes(header.encode() + VOXELS.tobytes())
+    read = read_header(str(path))
+    assert np.array_equal(read_voxels(read).ravel(), VOXELS.ravel())
+    assert np.array_equal(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))).ravel(), VOXELS.ravel())
+    check_case([str(path)], SimpleITKIO, 1, (1.0, 1.0, 1.0))
+
+
+SHEARED = np.array([[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".img"])
+def test_labels_in_a_grid_that_itk_refuses(ending: str, tmp_path) -> None:
+    labels = (VOXELS > 0).astype(np.uint8)
+    path = tmp_path / f"a{ending}"
+    NibabelIO().write_seg(labels, str(path), {"nibabel_stuff": {"original_affine": SHEARED}})
+    verify_label_file(path, labels.shape, np.uint8)
+    assert np.array_equal(read_labels(path), labels)
+
+
+class StrangersReader(BaseReaderWriter):
+    """Somebody's, who reads with nibabel and takes the first value of a voxel."""
+
+    def read_images(self, image_fnames: Any) -> Any:
+        images = [nibabel.load(name) for name in image_fnames]
+        data = [np.asarray(image.dataobj, np.float32).reshape(*image.shape[:3], -1)[..., 0].T for image in images]
+        return np.stack(data), {"spacing": [1.0, 1.0, 1.0]}
+
+    def read_seg(self, seg_fname: str) -> Any:
+        return self.read_images([seg_fname])
+
+    def write_seg(self, seg: Any, output_fname: str, properties: Any) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        nibabel.Nifti2Image(VOXELS.T, np.eye(4)),
+        nibabel.Nifti1Image(VOXELS.T, SHEARED),
+        nibabel.Nifti1Image(np.stack([VOXELS.T] * 3, -1)[..., None, :].astype(np.float32), np.eye(4)),
+    ],
+    ids=["NIfTI-2", "sheared", "vectors"],
+)
+def test_what_somebody_elses_reader_takes_is_its_own_business(image: Any, tmp_path) -> None:
+    path = str(tmp_path / "case_0000.nii.gz")
+    nibabel.save(image, path)
+    check_case([path], StrangersReader, 1, (1.0, 1.0, 1.0))
+    channels, _ = read_channels(StrangersReader, [path])
+    assert np.array_equal(channels[0], VOXELS)
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:-9])
+    with pytest.raises(UsageError, match="case_0000"):
+        read_channels(StrangersReader, [path])

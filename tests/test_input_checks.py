@@ -588,3 +588,19 @@ def test_infinite_logits_name_fold_and_tile(good):
     words = r"fold_0/checkpoint_final\.pth: .*first at \(\d+, \d+, \d+\) in the tiles that start at \("
     with pytest.raises(LowMemError, match=words):
         predict_ours(predictor, [[str(image)]], None)
+
+
+def test_file_among_the_images_is_only_replaced_if_it_is_an_output(good, tmp_path, capsys):
+    """With one folder for images and outputs, a segmentation there may be somebody's own."""
+    model, image = good
+    for name in ("a_0000", "b_0000", "b"):
+        shutil.copy(image, tmp_path / f"{name}.nii.gz")
+    own = (tmp_path / "b.nii.gz").read_bytes()
+    assert run(model, tmp_path, tmp_path) == 1
+    assert "b.nii.gz is among the images, and no record says that it is an output" in " ".join(capsys.readouterr())
+    assert (tmp_path / "b.nii.gz").read_bytes() == own
+    (tmp_path / "b_0000.nii.gz").unlink()
+    (tmp_path / "b.nii.gz").unlink()
+    before = (tmp_path / "a.nii.gz").stat().st_mtime_ns
+    assert run(model, tmp_path, tmp_path) == 0
+    assert (tmp_path / "a.nii.gz").stat().st_mtime_ns > before

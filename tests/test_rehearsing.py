@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,7 @@ REFUSED = {
     "upper case that is changed": (SimpleITKIO, "case", ".MHA", "writes case.mhd, case.zraw instead"),
     "two endings": (SimpleITKIO, "x.nii", ".nii.gz", "writes x.nii.gz instead; give the case another name"),
     "slices lost": (SimpleITKIO, "case", ".png", r"has shape \(6, 6\), not \(6, 6, 6\)"),
-    "pattern": (SimpleITKIO, "100%", ".mhd", "pattern; give the case another name"),
+    "pattern": (SimpleITKIO, "100%", ".mhd", "which is none for a number; give the case another name"),
     "pattern that ends the process": (SimpleITKIO, "%s", ".mhd", "pattern; give the case another name"),
     "home": (SimpleITKIO, "~x", ".mhd", "absolute path; give the case another name"),
     "drive": (SimpleITKIO, "a:b", ".nhdr", "absolute path; give the case another name"),
@@ -108,7 +110,7 @@ REFUSED = {
     "line break": (SimpleITKIO, "two\nlines", ".nhdr", r"two\\nlines.*give the case another name"),
     "bytes": (SimpleITKIO, "x\udcff", ".nii.gz", r"x\\udcff.*not UTF-8.*give the case another name"),
     "other library": (NibabelIO, "case", ".mha", "Cannot work out file type.*made for .nii, .nii.gz"),
-    "other format": (Tiff3DIO, "case", ".nii.gz", "not a gzip file"),
+    "other format": (Tiff3DIO, "case", ".nii.gz", "it is not a NIfTI file"),
     "lossy": (NaturalImage2DIO, "case", ".jpg", "other labels than were written.*made for .png, .bmp, .tif"),
 }
 
@@ -215,3 +217,42 @@ def test_lossy_pictures_are_refused_before_they_are_computed(images, models, tmp
     predictor = make_predictor(LowMemPredictor, models(replace(spec, file_ending=".jpg"), png))
     with pytest.raises(CasesFailedError, match=r"picture\.jpg holds other labels than were written"):
         predictor.predict_from_files([[str(jpg)]], [str(tmp_path / "picture")])
+
+
+class Untouchable:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot be copied")
+
+
+def test_what_else_is_in_the_properties_is_left_alone(tmp_path) -> None:
+    assert tried(SimpleITKIO, "case", ".nii.gz", tmp_path, client=Untouchable()) == ""
+
+
+@pytest.mark.parametrize("patched", ["GetImageFromArray", "WriteImage"])
+def test_functions_that_somebody_counts_are_not_called(patched: str, tmp_path, monkeypatch) -> None:
+    calls = []
+    own = getattr(SimpleITK, patched)
+    monkeypatch.setattr(SimpleITK, patched, lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    assert tried(SimpleITKIO, "case", ".nii.gz", tmp_path) == ""
+    assert not calls
+
+
+def test_library_that_somebody_has_put_into_the_reader_is_not_called(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(simpleitk_reader_writer, "sitk", object())
+    assert tried(SimpleITKIO, "case", ".nii.gz", tmp_path) == ""
+
+
+def test_temporary_folder_that_takes_nothing_costs_no_case(tmp_path) -> None:
+    rehearse(SimpleITKIO, str(tmp_path / "case"), ".nii.gz", PROPERTIES, SHAPE, FOUR_LABELS, tmp_path / "nowhere")
+
+
+def test_trials_in_threads_leave_the_output_of_the_process_alone(tmp_path) -> None:
+    before = sys.stdout
+    with ThreadPoolExecutor(4) as pool:
+        folders = [tmp_path / str(number) for number in range(12)]
+        for folder in folders:
+            folder.mkdir()
+        told = list(pool.map(lambda folder: tried(NibabelIOWithReorient, "case", ".nii.gz", folder), folders))
+    assert told == [""] * 12
+    assert sys.stdout is before
+    assert "print" not in vars(simpleitk_reader_writer)
