@@ -7,6 +7,7 @@ in a map of a few voxels, which is verified and read as the real one would be, a
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -114,7 +115,7 @@ def is_tried(writer_class: type) -> bool:
 
 def _is_replaced(package: str, names: Sequence[str]) -> bool:
     """Whether a library is another where nnU-Net's readers look for it, or one of its functions."""
-    module = __import__(package, fromlist=["*"])
+    module = importlib.import_module(package)
     home = package.partition(".")[0]
     return any(
         vars(reader).get(name, module) is not module for reader in _readers() for name in _ALIASES[package]
