@@ -22,6 +22,7 @@ _HEADER_LIMIT_BYTES = 2**24
 _LAST_FIELD = "ElementDataFile"
 _REAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*[=:][\s=:]*")
+_PER_AXIS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin")
 _MOST_AXES, _LONGEST_NAME, _SHOWN = 10, 255, 40
 _PATTERN_WORDS = 4
 
@@ -75,7 +76,9 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
         If a list of files cannot be read.
     """
     fields, end = raw
-    is_known = is_plain(fields) and _is_true(fields.get("BinaryData", "True"))
+    # where there are not as many numbers as axes, MetaIO takes the following fields for other than they are
+    axes = {len(fields[key].split()) for key in _PER_AXIS if key in fields}
+    is_known = is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
     return Layout(

@@ -107,6 +107,12 @@ def _verify_page(page: Any) -> None:
                     f"page {page.index} of {file.name} has data up to byte {start + count:,}, and the file ends at "
                     f"{file.size:,}"
                 )
+    elif max(page.databytecounts, default=0) > file.size:
+        # as many are read as a page needs; a buffer for all that are promised may be more than there is
+        needed_bytes = page.keyframe.nbytes
+        if page.dataoffsets[0] + needed_bytes > file.size:
+            raise DamagedFileError(f"page {page.index} of {file.name} lacks some of its {needed_bytes:,} bytes")
+        return
     for _ in page.segments(maxworkers=1):
         pass
 
