@@ -19,6 +19,7 @@ from nnunet_lowmem.stored_parts import MOST_FILES, Encoding, Part, numbered_name
 
 _HEADER_LIMIT_BYTES, _CHUNK_BYTES = 2**24, 2**16
 _END = re.compile(rb"\n\r?\n|\r\r")
+_DIGITS = ("ascii", "text", "txt")
 _ORDERS: dict[str, Literal["<", ">", "="]] = {"little": "<", "big": ">"}
 _ENCODINGS = {"raw": Encoding.RAW, "gzip": Encoding.GZIP, "gz": Encoding.GZIP}
 _DATA_FILE = "data file"
@@ -83,11 +84,29 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
     fields, end = raw
     order = "=" if header.dtype.itemsize == 1 else _ORDERS.get(fields.get("endian", "").lower())
     parts, skipped = _parts(path, fields, end, header), whole_number(fields.get("byte skip", ""))
+    if fields.get("encoding", "").lower() in _DIGITS:
+        for part in parts:
+            _check_digits(part, header.voxels * header.components // len(parts))
     # of compressed voxels, the last ones are found by the library alone
     is_found = skipped >= 0 or (skipped == -1 and all(part.is_raw for part in parts))
     is_known = is_found and is_plain(fields) and all(part.encoding is not Encoding.TEXT for part in parts)
     dtype = header.dtype.newbyteorder(order) if order and is_known else None
     return Layout(tuple(parts), dtype, _spacing(fields, len(header.shape)))
+
+
+def _check_digits(part: Part, count: int) -> None:
+    """Refuse words too long for ITK's message that they are no numbers: it ends the process."""
+    held = b""
+    with part.path.open("rb") as file:
+        file.seek(part.start)
+        while count > 0 and len(held) <= _LONGEST_LINE and (piece := file.read(_CHUNK_BYTES)):
+            *words, held = re.split(rb"[\s,]+", held + piece)
+            longest = max(map(len, words), default=0)
+            count -= sum(map(bool, words))
+            if longest > _LONGEST_LINE:
+                raise DamagedFileError(f"{part.path.name} has a word of {longest} letters among its numbers")
+    if count > 0 and len(held) > _LONGEST_LINE:
+        raise DamagedFileError(f"{part.path.name} has a word of {len(held)} letters among its numbers")
 
 
 def _spacing(fields: dict[str, str], axes: int) -> tuple[float, ...]:

@@ -278,3 +278,20 @@ def test_what_somebody_elses_reader_takes_is_its_own_business(image: Any, tmp_pa
     Path(path).write_bytes(content[:-9])
     with pytest.raises(UsageError, match="case_0000"):
         read_channels(StrangersReader, [path])
+
+
+@pytest.mark.parametrize("behind", [bytes(600), b" more text"])
+def test_what_follows_digits_is_nobodys(behind: bytes, tmp_path) -> None:
+    path = tmp_path / "a.nrrd"
+    digits = " ".join(map(str, VOXELS.flat)).encode()
+    path.write_bytes(nrrd("").replace("raw", "ascii").encode() + digits + b"\n" + behind)
+    assert np.array_equal(read_channels(SimpleITKIO, [str(path)])[0][0], VOXELS)
+
+
+@pytest.mark.parametrize("word", [bytes(2000), b"9" * 5000, b"x" * 5000])
+def test_words_among_digits_that_end_the_process(word: bytes, tmp_path) -> None:
+    path = tmp_path / "a.nrrd"
+    digits = " ".join(map(str, VOXELS.flat[:-1])).encode()
+    path.write_bytes(nrrd("").replace("raw", "ascii").encode() + digits + b"\n" + word)
+    with pytest.raises(UsageError, match=rf"a\.nrrd has a word of {len(word)} letters among its numbers"):
+        read_channels(SimpleITKIO, [str(path)])
