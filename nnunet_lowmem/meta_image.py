@@ -78,10 +78,10 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
     fields, end = raw
     # where there are not as many numbers as axes, MetaIO takes the following fields for other than they are
     axes = {len(fields[key].split()) for key in _PER_AXIS if key in fields}
-    if not axes <= {len(header.shape)} and _is_true(fields.get("CompressedData", "")):
+    sizes = fields.get("ElementSize", "").split()
+    if sizes and len(sizes) != len(header.shape) and _is_true(fields.get("CompressedData", "")):
         raise DamagedFileError(
-            f"its header has lists of {sorted(axes)} numbers for {len(header.shape)} axes, and MetaIO then loses some "
-            "compressed bytes"
+            f"its ElementSize has {len(sizes)} numbers for {len(header.shape)} axes: MetaIO then loses compressed bytes"
         )
     is_known = is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
