@@ -23,6 +23,7 @@ _LAST_FIELD = "ElementDataFile"
 _REAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*[=:][\s=:]*")
 _PER_AXIS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin")
+_LOSING = ("ElementSize", "Position")
 _MOST_AXES, _LONGEST_NAME, _SHOWN = 10, 255, 40
 _PATTERN_WORDS = 4
 
@@ -78,11 +79,11 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
     fields, end = raw
     # where there are not as many numbers as axes, MetaIO takes the following fields for other than they are
     axes = {len(fields[key].split()) for key in _PER_AXIS if key in fields}
-    sizes = fields.get("ElementSize", "").split()
-    if sizes and len(sizes) != len(header.shape) and _is_true(fields.get("CompressedData", "")):
-        raise DamagedFileError(
-            f"its ElementSize has {len(sizes)} numbers for {len(header.shape)} axes: MetaIO then loses compressed bytes"
-        )
+    for key in _LOSING if _is_true(fields.get("CompressedData", "")) else ():
+        count = len(fields[key].split()) if key in fields else len(header.shape)
+        if count != len(header.shape):
+            told = f"its {key} has {count} numbers for {len(header.shape)} axes"
+            raise DamagedFileError(f"{told}: MetaIO then loses compressed bytes")
     is_known = is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
