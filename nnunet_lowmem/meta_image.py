@@ -54,6 +54,8 @@ def raw_header(path: Path) -> Raw:
             if found:
                 _check_field(key, value)
                 fields[key] = value
+            elif not key.isprintable():
+                fields.setdefault(key, "")  # so that the header counts as one that ITK alone can read
             if key == _LAST_FIELD:
                 return Raw({_LAST_FIELD: "", **fields}, file.tell())
     raise DamagedFileError(f"{path.name} ends within its header")
