@@ -162,7 +162,7 @@ def _remember(path: str, header: Header) -> None:
         return
     while len(_remembered) >= _REMEMBERED_HEADERS:
         _remembered.pop(next(iter(_remembered)), None)
-    _remembered[path, header.library] = _states(header), header
+    _remembered[path, header.read_with] = _states(header), header
 
 
 def _states(header: Header) -> list[Any]:

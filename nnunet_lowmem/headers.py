@@ -74,7 +74,7 @@ class Header:
     Attributes
     ----------
     path : Path
-    library : Library
+    read_with : Library
     shape : tuple of int
         Of the array, slowest axis first, without the values of a voxel.
     spacing : tuple of float
@@ -90,7 +90,7 @@ class Header:
     """
 
     path: Path
-    library: Library
+    read_with: Library
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
     components: int
@@ -123,7 +123,7 @@ class Header:
         """What reading holds beside the array that it gives: the values as stored, and as the library has them."""
         if self.is_read_in_place and self.dtype.kind != "c":
             return 0
-        library_bytes = self.voxels * self.components * self.dtype.itemsize if self.library is Library.ITK else 0
+        library_bytes = self.voxels * self.components * self.dtype.itemsize if self.read_with is Library.ITK else 0
         return self.needed_bytes + library_bytes
 
     def with_layout(self, layout: Layout) -> Header:

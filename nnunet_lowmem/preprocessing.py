@@ -113,8 +113,7 @@ def preprocess_case(
     check_headers(image_files, plans_manager, configuration_manager)
     if previous_stage_file is not None:
         check_names([previous_stage_file], reader)
-        if not overrides.found(Step.READING, reader):
-            check_stored(previous_stage_file, reader, accept_nan)
+        check_stored(previous_stage_file, reader, accept_nan)
     if not is_own(configuration_manager.preprocessor_class):
         for file in image_files if not is_class(configuration_manager.preprocessor_class, DEFAULT_PREPROCESSOR) else ():
             check_stored(file, reader, accept_nan)

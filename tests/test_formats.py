@@ -127,7 +127,7 @@ def test_nibabels_view_of_a_header(dtype: str, tmp_path) -> None:
     path = tmp_path / "case_0000.nii.gz"
     nibabel.save(nibabel.Nifti1Image(VOXELS.T.astype(dtype), np.diag([1.25, 2, 3, 1]), dtype=dtype), path)
     header = read_header(str(path), Library.NIBABEL)
-    assert (header.shape, header.spacing, header.library) == (VOXELS.shape, SPACING[::-1], Library.NIBABEL)
+    assert (header.shape, header.spacing, header.read_with) == (VOXELS.shape, SPACING[::-1], Library.NIBABEL)
     assert np.array_equal(read_voxels(header), VOXELS.astype(dtype))
     assert header.is_read_in_place == ("c" not in dtype)
 
