@@ -29,10 +29,11 @@ _PATTERN_WORDS = 4
 
 
 class Raw(NamedTuple):
-    """The fields of a header, and where it ends: after its field ElementDataFile."""
+    """The fields of a header, where it ends (after ElementDataFile), and whether each is in a line of its own."""
 
     fields: dict[str, str]
     end: int
+    is_known: bool
 
 
 def raw_header(path: Path) -> Raw:
@@ -46,6 +47,7 @@ def raw_header(path: Path) -> Raw:
         If it cannot be read.
     """
     fields: dict[str, str] = {}
+    is_known = True
     with path.open("rb") as file:
         while file.tell() < _HEADER_LIMIT_BYTES and (line := file.readline(_HEADER_LIMIT_BYTES)):
             key, found, value = map(
@@ -54,10 +56,10 @@ def raw_header(path: Path) -> Raw:
             if found:
                 _check_field(key, value)
                 fields[key] = value
-            elif not key.isprintable():
-                fields.setdefault(key, "")  # so that the header counts as one that ITK alone can read
+            elif key:
+                is_known = False  # MetaIO takes the name of a field from one line and its value from another
             if key == _LAST_FIELD:
-                return Raw({_LAST_FIELD: "", **fields}, file.tell())
+                return Raw({_LAST_FIELD: "", **fields}, file.tell(), is_known)
     raise DamagedFileError(f"{path.name} ends within its header")
 
 
@@ -78,7 +80,7 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
     OSError
         If a list of files cannot be read.
     """
-    fields, end = raw
+    fields, end, is_known = raw
     # where there are not as many numbers as axes, MetaIO takes the following fields for other than they are
     axes = {len(fields[key].split()) for key in _PER_AXIS if key in fields}
     for key in _LOSING if _is_true(fields.get("CompressedData", "")) else ():
@@ -86,7 +88,9 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
         if count != len(header.shape):
             told = f"its {key} has {count} numbers for {len(header.shape)} axes"
             raise DamagedFileError(f"{told}: MetaIO then loses compressed bytes")
-    is_known = is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))
+    is_known = (
+        is_known and is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))
+    )
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
     return Layout(

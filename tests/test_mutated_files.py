@@ -413,7 +413,6 @@ def check_strange(judge: Judge, drawn: tuple[str, Files]) -> None:
     assert not wrong, f"{reader}, {files}: {wrong}"
 
 
-@slow  # not green yet: see issue 15
 @given(drawn=strangers())
 @drawn(250)
 def test_bytes_of_strangers(judge: Judge, drawn: tuple[str, Files]) -> None:
