@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import Contents
+from nnunet_lowmem.stored_parts import PICTURE_INFLATION, Contents
 
 
 def read_whole(path: Path) -> Contents:
@@ -21,14 +22,31 @@ def read_whole(path: Path) -> Contents:
     from skimage import io
 
     try:
+        _verify_promise(path)
         if path.name.lower().endswith(".png"):
             _verify_chunks(path)
         array = np.asarray(io.imread(path))
-    except MemoryError:
+    except (DamagedFileError, MemoryError):
         raise
     except Exception as error:
         raise DamagedFileError(f"{path.name}: {error}") from error
     return Contents(array.shape, array.dtype)
+
+
+def _verify_promise(path: Path) -> None:
+    """Refuse a size that the file cannot hold, before memory is taken: without it, libjpeg ends the process."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            promised_bytes = math.prod(picture.size) * len(picture.getbands())
+    except UnidentifiedImageError:  # other decoders may know it
+        return
+    size_bytes = path.stat().st_size
+    if promised_bytes > PICTURE_INFLATION * size_bytes:
+        raise DamagedFileError(
+            f"{path.name} promises {promised_bytes:,} bytes, and a file of {size_bytes:,} bytes cannot hold them"
+        )
 
 
 def _verify_chunks(path: Path) -> None:

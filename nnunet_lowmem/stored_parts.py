@@ -29,6 +29,8 @@ _STORED_CHUNK_BYTES = 2**16
 _INFLATION = 1032
 # a digit and a space are two bytes, the longest number eight
 _TEXT_INFLATION = 4
+#: More than deflate, LZW, JPEG or a scanner's black page come to.
+PICTURE_INFLATION = 2**14
 _ANY_DEFLATE = zlib.MAX_WBITS | 32  # zlib's header or gzip's, whichever is there
 _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}")
 _NUMBERED = re.compile(r"[^%]*%0?[0-9]{0,2}[diu][^%]*")

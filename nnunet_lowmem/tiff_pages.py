@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import Contents
+from nnunet_lowmem.stored_parts import PICTURE_INFLATION, Contents
 
 _UNCOMPRESSED = 1
-# more than deflate, LZW or a scanner's black page come to
-_INFLATION = 2**14
 
 
 def read_whole(path: Path) -> Contents:
@@ -90,7 +88,7 @@ def _verify_promise(page: Any) -> None:
     """Refuse pieces that the file cannot hold, before memory is taken for one."""
     piece_bytes = math.prod(page.keyframe.chunks) * page.keyframe.dtype.itemsize
     size_bytes = page.parent.filehandle.size
-    if piece_bytes > _INFLATION * size_bytes:
+    if piece_bytes > PICTURE_INFLATION * size_bytes:
         raise DamagedFileError(
             f"page {page.index} of {page.parent.filehandle.name} promises pieces of {piece_bytes:,} bytes, and a file "
             f"of {size_bytes:,} bytes cannot hold them"

@@ -130,9 +130,10 @@ def serve(pipe: Connection, folder: Path, memory_bytes: int, patience_s: int) ->
             _answer_all(pipe, folder, memory_bytes, patience_s)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
+        if status == 0:
             return
-        pipe.send(("died", signal.Signals(os.WTERMSIG(status)).name))
+        by_itself = os.WIFEXITED(status)  # a library may end the process
+        pipe.send(("died", f"exit {status >> 8}" if by_itself else signal.Signals(os.WTERMSIG(status)).name))
 
 
 def _answer_all(pipe: Connection, folder: Path, memory_bytes: int, patience_s: int) -> None:
