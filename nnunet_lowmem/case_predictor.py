@@ -46,11 +46,9 @@ from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.warming import warm_up
-from nnunet_lowmem.writing import CaseWriting, Result, Segmentation
+from nnunet_lowmem.writing import CaseWriting, Result
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["CasePredictor", "Result", "Segmentation"]
 
 
 class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):

@@ -53,6 +53,8 @@ class Layout:
         Slope and intercept by which the library makes its values of those that are stored.
     beside : tuple of Path
         Files that tell where the voxels are, beside the one that was asked for and those of the parts.
+    loses_nan : bool
+        Whether the library makes 0 of what is no number.
     """
 
     parts: tuple[Part, ...]
@@ -60,6 +62,7 @@ class Layout:
     spacing: tuple[float, ...] = ()
     scale: tuple[float, float] = UNSCALED
     beside: tuple[Path, ...] = ()
+    loses_nan: bool = False
 
     @property
     def is_sliceable(self) -> bool:

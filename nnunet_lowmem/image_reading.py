@@ -31,7 +31,6 @@ from nnunet_lowmem.headers import Header, Library, last_line
 Volume = NDArray[Any]
 """One channel, shape (x, y, z) in nnU-Net's order of axes, of any real type."""
 
-_OF_NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 _logger = logging.getLogger(__name__)
 
 
@@ -104,9 +103,9 @@ def check_stored(file: str, reader: type, accept_nan: bool) -> None:
 
 
 def _loses_nan(header: Header) -> bool:
-    """Whether the library may make numbers of stored values that are none: in NIfTI files, ITK makes 0 of them."""
+    """Whether there may be stored values that are no numbers, of which the library would make some."""
     is_float = _stored_kind(header) in ("f", "c") and header.components == 1
-    return is_float and header.path.name.lower().endswith(_OF_NIFTI)
+    return is_float and header.layout is not None and header.layout.loses_nan
 
 
 def _stored_kind(header: Header) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 from nnunet_lowmem import stock_calls
 from nnunet_lowmem.bypassed import Step
-from nnunet_lowmem.case_predictor import CasePredictor, Result
+from nnunet_lowmem.case_predictor import CasePredictor
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.overrides import IN_WORKERS_BEFORE, tell
+from nnunet_lowmem.writing import Result
 
 
 def predict_iterated(

@@ -79,6 +79,7 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
         tuple(abs(float(step)) for step in fields["pixdim"][1 : 1 + axes]),
         _itk_scale(float(fields["scl_slope"]), float(fields["scl_inter"])),
         _pair(path),
+        loses_nan=True,
     )
 
 

@@ -23,7 +23,7 @@ from nnunet_lowmem import export, model_files, nnunet_adapter, overrides, plugin
 from nnunet_lowmem.budget import vram_limit
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_loop import Failing, raise_failures, require_space, run_cases, without_those_done
-from nnunet_lowmem.case_predictor import CasePredictor, Result
+from nnunet_lowmem.case_predictor import CasePredictor
 from nnunet_lowmem.cases import Job, in_a_row, job_of_item, jobs_of_arrays, of_folder, unless_unwritable
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError, twin
@@ -41,6 +41,7 @@ from nnunet_lowmem.reporting import CaseReport, RunReport
 from nnunet_lowmem.stall_watch import LINE_S, StallWatch
 from nnunet_lowmem.watchdog import WorkerLimits
 from nnunet_lowmem.weights import digests
+from nnunet_lowmem.writing import Result
 
 logger = logging.getLogger(__name__)
 
