@@ -19,7 +19,7 @@ from nnunet_lowmem.files import require_free_bytes
 from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.headers import Library
-from nnunet_lowmem.image_reading import library_of
+from nnunet_lowmem.image_reading import counted_by
 from nnunet_lowmem.memory import format_gib, free_disk_bytes
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.placing import place_of
@@ -254,7 +254,7 @@ def require_space(
         With the bytes needed and free.
     """
     shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
-    for folder, voxels in _voxels_by_folder(jobs, library_of(reader) or Library.ITK).items():
+    for folder, voxels in _voxels_by_folder(jobs, counted_by(reader)).items():
         require_free_bytes(
             folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
         )

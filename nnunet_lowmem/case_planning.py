@@ -16,8 +16,7 @@ from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Plac
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.formats import read_header
-from nnunet_lowmem.headers import Library
-from nnunet_lowmem.image_reading import library_of
+from nnunet_lowmem.image_reading import counted_by
 from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, Source, input_bytes
@@ -113,7 +112,7 @@ class CasePlanner:
         UsageError
             If the header cannot be read.
         """
-        library = library_of(self.description.plans.image_reader_writer_class) or Library.ITK
+        library = counted_by(self.description.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
         stored_bytes = sum(header.voxels * header.dtype.itemsize for header in headers)
         dtype = min((header.dtype for header in headers), key=lambda dtype: dtype.itemsize)

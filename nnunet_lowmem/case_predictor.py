@@ -65,7 +65,8 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
 
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
-        model_keys.check_case(self.plans_manager.plans, self.configuration_manager.configuration, True, True)
+        plans, configuration = self.plans_manager.plans, self.configuration_manager.configuration
+        model_keys.check_case(plans, configuration, preprocesses=True, exports=True)
         self._warm_up()
         budget = self._without_weights(machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir))
         planner = CasePlanner(self._description(), self._model_facts(self._tile_bytes_of_zeros(budget).with_margin()))

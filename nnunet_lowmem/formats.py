@@ -75,16 +75,18 @@ class Format:
                 _logger.debug("%s: nibabel does not read it: %s", path, error)
         return self.header(path)
 
-    def contents(self, path: Path, library: Library | None = None) -> Contents:
-        """Decode a file to its end; whatever is wrong with it is raised as it comes."""
-        if self.decode is not None:
-            return self.decode(path)
-        header = self.known_header(path) if library is None else self.header(path, library)
-        assert header.layout is not None, "what is not decoded as a whole has a layout"
-        for part in header.layout.parts:
-            part.verify()
-        values = (header.components,) * (header.components > 1)
-        return Contents((*header.shape, *values), header.layout.dtype or header.dtype)
+    def contents(self, path: Path) -> Contents:
+        """Decode a file to its end, whoever reads it; whatever is wrong with it is raised as it comes."""
+        return self.decode(path) if self.decode is not None else _decoded(self.known_header(path))
+
+
+def _decoded(header: Header) -> Contents:
+    """Decode all that holds the voxels to its end."""
+    assert header.layout is not None, "what is not decoded as a whole has a layout"
+    for part in header.layout.parts:
+        part.verify()
+    values = (header.components,) * (header.components > 1)
+    return Contents((*header.shape, *values), header.layout.dtype or header.dtype)
 
 
 _NIFTI = Format(nifti_files.raw_header, nifti_files.layout, nibabel_header=nifti_files.nibabel_header)
@@ -228,20 +230,21 @@ def verify_voxels(path: str, library: Library | None = Library.ITK) -> None:
     with _named(path):
         if os.path.getsize(path) == 0:
             raise DamagedFileError("the file is empty")
-        if library is None and row.is_volume and not _is_known(row, path):
-            return
-        row.contents(Path(path), library)
+        if not row.is_volume:
+            row.contents(Path(path))
+        elif header := _header_for_reader(row, path) if library is None else read_header(path, library):
+            _decoded(header)
 
 
-def _is_known(row: Format, path: str) -> bool:
+def _header_for_reader(row: Format, path: str) -> Header | None:
+    """Return what is known here of a header that somebody else's reader is to judge."""
     try:
-        row.known_header(Path(path))
+        return row.known_header(Path(path))
     except MemoryError:
         raise
     except Exception as error:
         _logger.debug("%s: its header is for its reader to judge: %s", path, error)
-        return False
-    return True
+        return None
 
 
 @cache

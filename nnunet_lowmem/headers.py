@@ -23,9 +23,9 @@ from nnunet_lowmem.stored_parts import Part
 
 # nnU-Net gives two-dimensional images a third axis of one slice, so thick that it is never resampled
 _SLICE_THICKNESS_FACTOR = 999
-# who speaks, and the address of an object
-# the number of an error that was before
+# before the number of an error that happened earlier
 _STALE = "Reason: "
+# who speaks, and the address of an object
 _PREAMBLE = re.compile(r"^(s?itk::ERROR|ITK ERROR): (\w+\(0x[0-9a-f]+\): )?")
 UNSCALED = (1.0, 0.0)
 

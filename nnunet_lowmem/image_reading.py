@@ -89,6 +89,11 @@ def library_of(reader: type) -> Library | None:
     return Library.ITK if issubclass(reader, SimpleITKIO) else None
 
 
+def counted_by(reader: type) -> Library:
+    """Return by whose rules voxels are counted before anything is read: SimpleITK's where a reader has its own."""
+    return library_of(reader) or Library.ITK
+
+
 def check_stored(file: str, reader: type, accept_nan: bool) -> None:
     """Check what a reader is about to read by itself: all is there, and every stored value is a number."""
     if overrides.found(Step.READING, reader):  # what a program's own function makes of names is its business

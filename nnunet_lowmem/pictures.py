@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import PICTURE_INFLATION, Contents
+from nnunet_lowmem.stored_parts import Contents, check_promise
 
 
 def read_whole(path: Path) -> Contents:
@@ -34,7 +34,7 @@ def read_whole(path: Path) -> Contents:
 
 
 def _verify_promise(path: Path) -> None:
-    """Refuse a size that the file cannot hold, before memory is taken: without it, libjpeg ends the process."""
+    """Refuse a size that the file cannot hold: without the memory for it, libjpeg ends the process."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -42,11 +42,7 @@ def _verify_promise(path: Path) -> None:
             promised_bytes = math.prod(picture.size) * len(picture.getbands())
     except UnidentifiedImageError:  # other decoders may know it
         return
-    size_bytes = path.stat().st_size
-    if promised_bytes > PICTURE_INFLATION * size_bytes:
-        raise DamagedFileError(
-            f"{path.name} promises {promised_bytes:,} bytes, and a file of {size_bytes:,} bytes cannot hold them"
-        )
+    check_promise(path.name, promised_bytes, path.stat().st_size)
 
 
 def _verify_chunks(path: Path) -> None:

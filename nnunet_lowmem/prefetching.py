@@ -23,8 +23,7 @@ import numpy as np
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.formats import read_header
-from nnunet_lowmem.headers import Library
-from nnunet_lowmem.image_reading import library_of
+from nnunet_lowmem.image_reading import counted_by
 from nnunet_lowmem.job import Report
 from nnunet_lowmem.preprocessing import preprocess_case
 from nnunet_lowmem.types import PreprocessedCase
@@ -64,7 +63,7 @@ class Prefetcher:
     ) -> None:
         self._model_file = folder / "model.pkl"
         self._model_file.write_bytes(pickle.dumps(model))
-        self._library = library_of(model[0].image_reader_writer_class) or Library.ITK
+        self._library = counted_by(model[0].image_reader_writer_class)
         self._folder = folder
         self._stall_s = stall_s
         self._threads = threads

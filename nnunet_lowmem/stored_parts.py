@@ -29,8 +29,8 @@ _STORED_CHUNK_BYTES = 2**16
 _INFLATION = 1032
 # a digit and a space are two bytes, the longest number eight
 _TEXT_INFLATION = 4
-#: More than deflate, LZW, JPEG or a scanner's black page come to.
-PICTURE_INFLATION = 2**14
+# more than deflate, LZW, JPEG or a scanner's black page come to
+_PICTURE_INFLATION = 2**14
 _ANY_DEFLATE = zlib.MAX_WBITS | 32  # zlib's header or gzip's, whichever is there
 _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}")
 _NUMBERED = re.compile(r"[^%]*%0?[0-9]{0,2}[diu][^%]*")
@@ -239,6 +239,20 @@ def first_bytes(path: Path, count: int) -> bytes:
             if len(held) == count:
                 break
     return bytes(held)
+
+
+def check_promise(what: str, promised_bytes: int, file_bytes: int) -> None:
+    """Refuse what a picture's file cannot hold however it is compressed, before memory is taken for it.
+
+    Raises
+    ------
+    DamagedFileError
+        With both numbers.
+    """
+    if promised_bytes > _PICTURE_INFLATION * file_bytes:
+        raise DamagedFileError(
+            f"{what} promises {promised_bytes:,} bytes, and a file of {file_bytes:,} bytes cannot hold them"
+        )
 
 
 def numbered_names(pattern: str, numbers: Sequence[int]) -> list[str]:

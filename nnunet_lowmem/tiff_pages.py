@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError
-from nnunet_lowmem.stored_parts import PICTURE_INFLATION, Contents
+from nnunet_lowmem.stored_parts import Contents, check_promise
 
 _UNCOMPRESSED = 1
 
@@ -85,14 +85,10 @@ def _verify_series(series: Any, name: str) -> None:
 
 
 def _verify_promise(page: Any) -> None:
-    """Refuse pieces that the file cannot hold, before memory is taken for one."""
+    """Refuse pieces that the file cannot hold."""
     piece_bytes = math.prod(page.keyframe.chunks) * page.keyframe.dtype.itemsize
-    size_bytes = page.parent.filehandle.size
-    if piece_bytes > PICTURE_INFLATION * size_bytes:
-        raise DamagedFileError(
-            f"page {page.index} of {page.parent.filehandle.name} promises pieces of {piece_bytes:,} bytes, and a file "
-            f"of {size_bytes:,} bytes cannot hold them"
-        )
+    file = page.parent.filehandle
+    check_promise(f"a piece of page {page.index} of {file.name}", piece_bytes, file.size)
 
 
 def _verify_page(page: Any) -> None:
