@@ -14,7 +14,8 @@ import signal
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,19 +57,24 @@ class Verdict:
 
 @dataclass
 class Judge:
-    """Asks a child; where that died, another is asked about ours alone."""
+    """Asks a child; where that died, another is asked about ours alone.
+
+    Stock's libraries write beyond their memory at some files, and the child dies of it at a later one.
+    """
 
     memory_bytes: int = MEMORY_BYTES
     patience_s: int = PATIENCE_S
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="judging")))
     _parent: Any = None
     _pipe: Any = None
+    _asked: deque[tuple[str, Files, bool]] = field(default_factory=lambda: deque(maxlen=1000))  # of the present child
 
     def __call__(self, reader: str, files: Files, other: Files | None = None, stock: bool = True) -> Verdict:
         """Judge the first of `files`; `other` are the same with other voxels."""
         if self._parent is None:
             self._start()
         self._pipe.send((reader, files, other, stock))
+        self._asked.append((reader, files, stock))
         step = "start"
         while True:
             kind, content = self._pipe.recv()
@@ -78,10 +84,22 @@ class Judge:
                 step = content
             if kind == "died":
                 break
+        *earlier, _ = self._asked
+        self._asked.clear()
+        if step == "start" and any(with_stock for *_, with_stock in earlier):
+            return self._once_more(earlier, reader, files, other, stock)
         if step == "stock":
             ours = self(reader, files, None, stock=False)
             return replace(ours, stock=Answer(f"{step} died: {content}", "Crash", step="stock"))
         return Verdict(crashed=f"{step} died: {content}")
+
+    def _once_more(self, earlier: Sequence[tuple[str, Files, bool]], *question: Any) -> Verdict:
+        """Ask of the earlier files what ours alone makes of them: if the child dies again, it is ours that hurts it."""
+        for reader, files, _ in earlier:
+            verdict = self(reader, files, stock=False)
+            if verdict.crashed:
+                return verdict
+        return self(*question)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
