@@ -157,7 +157,10 @@ def _append(file: Path, record: dict[str, Any]) -> None:
 
 
 def _is_torn(file: Path) -> bool:
-    """Whether a line was not written to its end, on a disk that was full."""
+    """Whether a line was not written to its end: on a full disk, or because another thread writes it right now.
+
+    Then one newline too many is written, and an empty line is no record.
+    """
     try:
         with file.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)

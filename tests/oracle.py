@@ -61,7 +61,7 @@ def record_files(folder: Path) -> list[Path]:
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
     """Every record in the folder, file by file."""
-    return [json.loads(line) for file in record_files(folder) for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in record_files(folder) for line in file.read_text().splitlines() if line]
 
 
 def recorded_names(folder: Path) -> list[str]:
