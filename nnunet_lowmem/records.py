@@ -157,9 +157,9 @@ def _append(file: Path, record: dict[str, Any]) -> None:
 
 
 def _is_torn(file: Path) -> bool:
-    """Whether a line was not written to its end: on a full disk, or because another thread writes it right now.
+    """Whether the last line has no end: the disk was full, or another thread is writing it right now.
 
-    Then one newline too many is written, and an empty line is no record.
+    After the one that is being written, the newline that ends it twice leaves an empty line, which is no record.
     """
     try:
         with file.open("rb") as stream:
