@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem import nnunet_adapter, preprocessing
+from nnunet_lowmem import nnunet_adapter, preprocessing, rules
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Placement, Stage
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.image_reading import counted_by
-from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.recovering import Recovery, error_of
+from nnunet_lowmem.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.spill import spilled_array
 from nnunet_lowmem.tiling import tile_grid
 from nnunet_lowmem.types import PreprocessedCase
@@ -217,9 +217,9 @@ class CasePlanner:
         if rule is None or not resampling.per_head:
             # stock converts all logits at once: float64, halves, float32 of the activation
             return False, heads * (10 * network + 6 * cropped) + 12 * original
-        if nnunet_adapter.streams(resampling, rule, probabilities):
+        if rules.streams(resampling, rule, probabilities):
             return True, 0
-        by_softmax = nnunet_adapter.takes_softmax(rule, probabilities)
+        by_softmax = rules.takes_softmax(rule, probabilities)
         # one head in the original grid
         head = _SINGLE_BYTES * original if by_softmax else 0
         return False, self._whole_heads(network, cropped, resampling, by_softmax) + head
@@ -229,20 +229,16 @@ class CasePlanner:
         described, network = self.description, math.prod(case.image.shape[1:])
         rule = nnunet_adapter.label_rule(described.labels)
         working, maps = [0], [0]
-        for stage in case.next_stages:
-            geometry = nnunet_adapter.next_stage_geometry(case.image.shape[1:], stage)
-            resampling = nnunet_adapter.next_stage_resampling(
-                described.plans, described.configuration, geometry, case.properties
-            )
-            maps.append(math.prod(stage.shape) * self.model.label_bytes)
-            if not nnunet_adapter.streams(resampling, rule):
-                by_softmax = nnunet_adapter.takes_softmax(rule)
-                working.append(self._whole_heads(network, math.prod(stage.shape), resampling, by_softmax))
+        for target in nnunet_adapter.next_stage_targets(case, described.plans, described.configuration):
+            maps.append(math.prod(target.stage.shape) * self.model.label_bytes)
+            if not rules.streams(target.resampling, rule):
+                by_softmax = rules.takes_softmax(rule)
+                working.append(self._whole_heads(network, math.prod(target.stage.shape), target.resampling, by_softmax))
         return sum(maps) + max(maps) + max(working)
 
     def _whole_heads(self, network: int, cropped: int, resampling: LogitsResampling, by_softmax: bool) -> int:
         """Working arrays of labelling head after head; voxels of both grids are given."""
-        group = 1 if resampling.tables is not None else min(self.model.heads, nnunet_adapter.HEADS_PER_CALL)
+        group = 1 if resampling.tables is not None else min(self.model.heads, rules.HEADS_PER_CALL)
         resampled = _HALF_BYTES * cropped if group == 1 else group * 8 * (network + cropped)
         # largest logit, sum of exponentials, close calls
         decision = 12 * cropped if by_softmax else 6 * cropped

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, model_keys, next_stages, nnunet_adapter, stock_calls
+from nnunet_lowmem import export, model_files, model_keys, next_stages, nnunet_adapter, rules, stock_calls
 from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, Place, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
@@ -27,7 +27,7 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.foreign import foreign
-from nnunet_lowmem.labelling import LabelRule, SlabLimits
+from nnunet_lowmem.labelling import SlabLimits
 from nnunet_lowmem.loading import CaseLoading
 from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.model_loading import uncompiled
@@ -40,6 +40,8 @@ from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.prefetching import Prefetcher
 from nnunet_lowmem.preprocessing import check_headers
 from nnunet_lowmem.probabilities import label_and_export, npz_sink
+from nnunet_lowmem.rules import LabelRule
+from nnunet_lowmem.slabs import collect_slabs, store_slabs, whole_slab
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads
 from nnunet_lowmem.tiles import PredictedTiles
@@ -230,7 +232,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
         resampling = nnunet_adapter.logits_resampling(
             self.plans_manager, self.configuration_manager, geometry, case.properties
         )
-        by_softmax = nnunet_adapter.takes_softmax(rule, probabilities)
+        by_softmax = rules.takes_softmax(rule, probabilities)
         plan, folds = self._planned(case, job, clock, planning, probabilities)
         grid, folder = self._grid(case), planning.folder
         map_folder = folder if plan.placement.label_map is Place.DISK else None
@@ -243,17 +245,17 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
             if held is None:
                 slabs = stack.enter_context(self._final_slabs(folds, grid, plan, threads, folder, clock, recovery))
             elif self._are_plain(held, grid):
-                slabs = iter([export.whole_slab(held.contiguous())])
+                slabs = iter([whole_slab(held.contiguous())])
             else:
                 return self._convert_as_stock(held, case, job, clock, probabilities), plan
             if rule is None or not resampling.per_head:
                 self._tell_of_held_logits(rule)
-                logits = export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
+                logits = collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
                 return self._convert_as_stock(logits.cpu(), case, job, clock, probabilities), plan
             limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
-            targets = next_stages.targets(case, self.plans_manager, self.configuration_manager)
+            targets = nnunet_adapter.next_stage_targets(case, self.plans_manager, self.configuration_manager)
             slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery, folder)
-            if nnunet_adapter.streams(resampling, rule, probabilities):
+            if rules.streams(resampling, rule, probabilities):
                 labels = export.label_slabs(
                     slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery
                 )
@@ -262,7 +264,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
             store = stack.enter_context(
                 PlaneStore(self.label_manager.num_segmentation_heads, grid.image_shape, grid.roll_axis, planes_folder)
             )
-            export.store_slabs(slabs, store)
+            store_slabs(slabs, store)
             recovery.listeners.clear()
             heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
             passes = 1 if not (by_softmax and rule.ranked) else 3 if probabilities else 2
@@ -280,7 +282,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
     def _probabilities(
         self,
         heads: export.ResampledHeads,
-        geometry: nnunet_adapter.CaseGeometry,
+        geometry: rules.CaseGeometry,
         rule: LabelRule,
         job: Job,
         properties: dict[str, Any],

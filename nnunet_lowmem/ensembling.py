@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.files import atomic_output
-from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.nnunet_adapter import label_rule, write_properties, write_segmentation
 from nnunet_lowmem.probabilities import npz_sink
 from nnunet_lowmem.rehearsing import rehearse
+from nnunet_lowmem.rules import LabelRule
 
 _ENTRY = "probabilities.npy"
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem import kernels
 from nnunet_lowmem.clock import StageClock
-from nnunet_lowmem.labelling import NO_LIMITS, LabelRule, LogitsSlab, SlabLabeller, SlabLimits
-from nnunet_lowmem.nnunet_adapter import HEADS_PER_CALL, CaseGeometry, LogitsResampling
+from nnunet_lowmem.labelling import NO_LIMITS, SlabLabeller, SlabLimits
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.resampling import flat_tables
+from nnunet_lowmem.rules import HEADS_PER_CALL, CaseGeometry, LabelRule, LogitsResampling
+from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.types import Shape3
@@ -75,39 +76,11 @@ def slab_labeller(
     return labeller
 
 
-def store_slabs(slabs: Iterable[LogitsSlab], store: PlaneStore) -> None:
-    """Put all final planes into `store`."""
-    for slab in slabs:
-        logits = slab.logits
-        for position in range(slab.start, slab.stop):
-            store.write_plane(position, logits.select(slab.axis + 1, position - slab.start))
-
-
-def collect_slabs(slabs: Iterable[LogitsSlab], heads: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return all logits as one half tensor, shape (heads, z, y, x), on the device of the slabs.
-
-    For callers that ask for logits; nothing else in this package holds them.
-    """
-    result: torch.Tensor | None = None
-    for slab in slabs:
-        if result is None:
-            result = torch.empty((heads, *shape), dtype=torch.half, device=slab.buffer.device)
-        result.narrow(slab.axis + 1, slab.start, slab.stop - slab.start).copy_(slab.logits)
-    assert result is not None, "a grid has at least one tile"
-    return result
-
-
 def plain(result: Any) -> Any:
     """Return arrays as what clients expect of stock, numpy's own class, where they lie in mapped files."""
     if isinstance(result, tuple):
         return tuple(map(plain, result))
     return np.asarray(result) if isinstance(result, np.memmap) else result
-
-
-def whole_slab(logits: torch.Tensor) -> LogitsSlab:
-    """Take logits that exist as a whole, half and contiguous, shape (heads, z, y, x), for the only slab of a case."""
-    z, y, x = logits.shape[1:]
-    return LogitsSlab(axis=0, start=0, stop=z, first=0, buffer=logits, origin=(0, 0, 0), shape=(z, y, x))
 
 
 def label_heads(heads: Iterable[NDArray[Any]], geometry: CaseGeometry, rule: LabelRule) -> NDArray[Any]:

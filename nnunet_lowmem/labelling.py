@@ -22,65 +22,10 @@ from numpy.typing import NDArray
 from nnunet_lowmem import device_labelling, label_kernels
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.resampling import AxisTable, flat_tables
+from nnunet_lowmem.rules import LabelRule
+from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.transfers import HostBuffer
-from nnunet_lowmem.types import Shape3
-
-
-@dataclass(frozen=True)
-class LabelRule:
-    """How heads become label values.
-
-    Attributes
-    ----------
-    ranked : bool
-        True: the largest head wins, the lowest index on a tie. False: regions, the last one whose sigmoid exceeds 0.5.
-    values : uint16, shape (heads + 1,)
-        Label value of each winner; for regions entry 0 is the background.
-    dtype : numpy dtype
-        Of the label map; larger values wrap as in stock nnU-Net.
-    """
-
-    ranked: bool
-    values: NDArray[np.uint16]
-    dtype: np.dtype[Any]
-
-
-@dataclass
-class LogitsSlab:
-    """Final logits of some planes, as a box of a larger buffer that stays alive until the next slab is asked for.
-
-    Attributes
-    ----------
-    axis : int
-        The axis along which slabs follow each other.
-    start, stop : int
-        The planes that are new, in network space.
-    first : int
-        First plane that the box holds: `start`, or ``start - 1`` where the last plane of the slab before is kept.
-    buffer : half tensor, shape (heads, a, b, c), contiguous
-        Another one once the window has moved.
-    origin : int, 3
-        Buffer position of (first plane, 0, 0) or its permutation for another `axis`.
-    shape : int, 3
-        Extent of the box, halo included.
-    """
-
-    axis: int
-    start: int
-    stop: int
-    first: int
-    buffer: torch.Tensor
-    origin: Shape3
-    shape: Shape3
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """View of the new planes without the halo, shape (heads, z, y, x)."""
-        view = self.buffer
-        for axis in range(3):
-            view = view.narrow(axis + 1, self.origin[axis], self.shape[axis])
-        return view.narrow(self.axis + 1, self.start - self.first, self.stop - self.start)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.helpers import empty_cache
 
-from nnunet_lowmem import export, model_files, nnunet_adapter, stock_calls
+from nnunet_lowmem import model_files, nnunet_adapter, stock_calls
 from nnunet_lowmem.allocations import ModelFacts, Place
 from nnunet_lowmem.budget import ram_limit, spill_bytes
 from nnunet_lowmem.bypassed import Step
@@ -24,7 +24,6 @@ from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.errors import LowMemError, ModelError, NetworkOutputError, NonFiniteLogitsError, because
 from nnunet_lowmem.fast_network import FastNetwork, fast_network, parts_of
 from nnunet_lowmem.foreign import foreign
-from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import TileBytes, measure_ahead, weight_bytes
@@ -34,6 +33,7 @@ from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.progress import logging_prints, observed
 from nnunet_lowmem.recovering import Recovery, near_device_or_in_ram
 from nnunet_lowmem.reporting import CaseReport
+from nnunet_lowmem.slabs import LogitsSlab, collect_slabs
 from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads, usable_cores
@@ -259,7 +259,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
             def logits(place: Place) -> torch.Tensor:
                 with clock.stage("prediction", grid.tile_count):
                     slabs = self._roll(self._predicted(case, grid), grid, self._window(grid, threads, place), clock)
-                    return export.collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
+                    return collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
 
             return near_device_or_in_ram(logits) if self.perform_everything_on_device else logits(Place.RAM)
 

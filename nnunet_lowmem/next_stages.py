@@ -15,14 +15,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, nnunet_adapter
-from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLimits
-from nnunet_lowmem.nnunet_adapter import CaseGeometry, LogitsResampling
+from nnunet_lowmem import export
+from nnunet_lowmem.labelling import SlabLimits
 from nnunet_lowmem.probabilities import label_and_export
 from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.rules import CaseGeometry, LabelRule, LogitsResampling, streams, takes_softmax
+from nnunet_lowmem.slabs import LogitsSlab, store_slabs
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.types import NextStage, PreprocessedCase
+from nnunet_lowmem.types import NextStage
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,6 @@ class Target:
     stage: NextStage
     geometry: CaseGeometry
     resampling: LogitsResampling
-
-
-def targets(case: PreprocessedCase, plans_manager: Any, configuration_manager: Any) -> list[Target]:
-    """Return what the next stages of a case ask for."""
-    found = []
-    for stage in case.next_stages:
-        geometry = nnunet_adapter.next_stage_geometry(case.image.shape[1:], stage)
-        resampling = nnunet_adapter.next_stage_resampling(
-            plans_manager, configuration_manager, geometry, case.properties
-        )
-        found.append(Target(stage, geometry, resampling))
-    return found
 
 
 def label_along(
@@ -59,7 +48,7 @@ def label_along(
     with ExitStack() as stack:
         makers: list[_Streamed | _Stored] = []
         for target in wanted:
-            if nnunet_adapter.streams(target.resampling, rule):
+            if streams(target.resampling, rule):
                 makers.append(_Streamed(target, rule, threads, limits, recovery))
             else:
                 makers.append(_Stored(target, rule, threads, folder, stack))
@@ -99,12 +88,12 @@ class _Stored:
             shape = self._target.geometry.network_shape
             store = PlaneStore(slab.buffer.shape[0], shape, slab.axis, self._folder)
             self._store = self._stack.enter_context(store)
-        export.store_slabs([slab], self._store)
+        store_slabs([slab], self._store)
 
     def finish(self) -> NDArray[Any]:
         assert self._store is not None, "a grid has at least one tile"
         geometry = self._target.geometry
         heads = export.ResampledHeads(self._store, self._target.resampling, geometry.cropped_shape, self._threads)
-        if nnunet_adapter.takes_softmax(self._rule):
+        if takes_softmax(self._rule):
             return label_and_export(heads, geometry, self._rule, None)
         return export.label_heads(heads, geometry, self._rule)

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import LABEL_MANAGER, Step
 from nnunet_lowmem.errors import ModelError, also, because
 from nnunet_lowmem.files import atomic_output, remove_stale
-from nnunet_lowmem.labelling import LabelRule
+from nnunet_lowmem.next_stages import Target
 from nnunet_lowmem.overlays import Volume
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
+from nnunet_lowmem.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
 from nnunet_lowmem.verifying import verify_label_file
 
@@ -45,9 +45,6 @@ except ImportError:  # new in nnU-Net 2.6
 
 logger = logging.getLogger(__name__)
 
-#: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
-HEADS_PER_CALL = 8
-
 
 _PER_HEAD = (
     "resample_data_or_seg_to_shape",
@@ -55,45 +52,6 @@ _PER_HEAD = (
     "resample_torch_simple",
     "no_resampling_hack",
 )
-
-
-@dataclass(frozen=True)
-class CaseGeometry:
-    """Shapes of one case, axis order of the network.
-
-    Attributes
-    ----------
-    network_shape, cropped_shape, original_shape : int, 3
-    crop : 3 slices
-        Where the cropped box lies in the original grid.
-    """
-
-    network_shape: Shape3
-    cropped_shape: Shape3
-    original_shape: Shape3
-    crop: tuple[slice, slice, slice]
-
-
-@dataclass(frozen=True)
-class LogitsResampling:
-    """How logits get from network space to the cropped grid.
-
-    Attributes
-    ----------
-    function : callable
-        nnU-Net's configured function: (logits, shape, current spacing, new spacing) -> logits.
-    arguments : tuple
-        Its arguments after the logits.
-    tables : 3 AxisTable, or None
-        The same as tables, where the function is the default one with order 1; None where it must be called.
-    per_head : bool
-        Whether it treats heads one by one, as nnU-Net's own do; else it must be called with all of them.
-    """
-
-    function: Any
-    arguments: tuple[Any, ...]
-    tables: tuple[AxisTable, ...] | None
-    per_head: bool = True
 
 
 def label_rule(label_manager: LabelManager) -> LabelRule | None:
@@ -113,28 +71,18 @@ def label_rule(label_manager: LabelManager) -> LabelRule | None:
         values = np.array([0, *label_manager.regions_class_order], np.int64).astype(np.uint16)
     else:
         values = np.arange(heads + 1, dtype=np.uint16)
-    return LabelRule(ranked=not label_manager.has_regions, values=values, dtype=dtype)
-
-
-def takes_softmax(rule: LabelRule | None, probabilities: bool = False) -> bool:
-    """Whether stock decides by probabilities where this does."""
-    return probabilities or (rule is not None and rule.ranked and _always_takes_softmax())
+    by_softmax = not label_manager.has_regions and _takes_softmax_for_labels()
+    return LabelRule(ranked=not label_manager.has_regions, values=values, dtype=dtype, by_softmax=by_softmax)
 
 
 @cache
-def _always_takes_softmax() -> bool:
+def _takes_softmax_for_labels() -> bool:
     """Whether nnU-Net takes the softmax for labels alone, as 2.5 does: rounding can make its argmax another.
 
     It is asked with two logits that differ by less than their softmax can tell.
     """
     labels = LabelManager({"background": 0, "foreground": 1}, None)
     return not labels.convert_logits_to_segmentation(torch.tensor([0.0, 2.0**-30]).reshape(2, 1, 1, 1)).any()
-
-
-def streams(resampling: LogitsResampling, rule: LabelRule | None, probabilities: bool = False) -> bool:
-    """Whether labels can be found slab by slab, no head being needed as a whole."""
-    known = rule is not None and resampling.tables is not None and resampling.per_head
-    return known and not takes_softmax(rule, probabilities)
 
 
 def check_reader(plans_manager: PlansManager) -> None:
@@ -291,6 +239,16 @@ def next_stage_resampling(
     function = configuration_manager.resampling_fn_probabilities
     arguments = (geometry.cropped_shape, current, current)
     return _resampling(function, arguments, geometry, current, current)
+
+
+def next_stage_targets(case: PreprocessedCase, plans_manager: Any, configuration_manager: Any) -> list[Target]:
+    """Return what the next stages of a case ask for."""
+    found = []
+    for stage in case.next_stages:
+        geometry = next_stage_geometry(case.image.shape[1:], stage)
+        resampling = next_stage_resampling(plans_manager, configuration_manager, geometry, case.properties)
+        found.append(Target(stage, geometry, resampling))
+    return found
 
 
 def _spacings(

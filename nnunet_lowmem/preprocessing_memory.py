@@ -16,7 +16,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem import preprocessing
-from nnunet_lowmem.nnunet_adapter import CaseGeometry
+from nnunet_lowmem.rules import CaseGeometry
 from nnunet_lowmem.spline import working_bytes
 
 _SINGLE_BYTES = 4

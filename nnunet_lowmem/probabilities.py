@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem.export import ResampledHeads, empty_label_map
-from nnunet_lowmem.labelling import LabelRule
-from nnunet_lowmem.nnunet_adapter import CaseGeometry
+from nnunet_lowmem.rules import CaseGeometry, LabelRule
 
 #: Receives the probabilities of one head after the other: float32, shape (z, y, x), original grid, network axis order.
 ProbabilitySink = Callable[[NDArray[np.float32]], None]

@@ -27,9 +27,9 @@ from nnunet_lowmem import overrides
 from nnunet_lowmem.bypassed import READERS, Step
 from nnunet_lowmem.errors import DamagedFileError, WriteError, because, of_kinds, twin
 from nnunet_lowmem.formats import format_of
-from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.names import is_utf8, shown
 from nnunet_lowmem.placing import place_of
+from nnunet_lowmem.rules import LabelRule
 from nnunet_lowmem.verifying import verify_label_file
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from nnunet_lowmem import kernels
 from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.fast_network import Head
-from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.network_memory import storage_users
 from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiles import PredictedTiles

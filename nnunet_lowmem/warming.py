@@ -11,8 +11,9 @@ from torch import nn
 
 from nnunet_lowmem import network_memory, spline
 from nnunet_lowmem.fast_network import FastNorm, Head
-from nnunet_lowmem.labelling import LabelRule, SlabLabeller
+from nnunet_lowmem.labelling import SlabLabeller
 from nnunet_lowmem.resampling import resampling_tables
+from nnunet_lowmem.rules import LabelRule
 from nnunet_lowmem.sliding_window import RollingWindow
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiling import tile_grid

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from nnunet_lowmem import nnunet_adapter
 from nnunet_lowmem.cases import Job
 from nnunet_lowmem.clock import StageClock
-from nnunet_lowmem.labelling import LabelRule
 from nnunet_lowmem.rehearsing import rehearse
+from nnunet_lowmem.rules import LabelRule
 from nnunet_lowmem.types import Shape3
 
 Segmentation = NDArray[Any]

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from reference import argmax_labels, cuts, region_labels, resample
 
 from nnunet_lowmem import device_labelling
-from nnunet_lowmem.labelling import LabelRule, LogitsSlab, SlabLabeller
+from nnunet_lowmem.labelling import SlabLabeller
 from nnunet_lowmem.resampling import resampling_tables
+from nnunet_lowmem.rules import LabelRule
+from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.threads import RowThreads
 
 KINDS = ("normal", "integers", "close", "smooth", "constant", "near_threshold", "largest")

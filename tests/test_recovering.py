@@ -13,11 +13,12 @@ from torch import nn
 
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
 from nnunet_lowmem.errors import MemoryExhaustedError
-from nnunet_lowmem.labelling import LabelRule, SlabLabeller, SlabLimits
+from nnunet_lowmem.labelling import SlabLabeller, SlabLimits
 from nnunet_lowmem.network_memory import LiveTensorBytes
 from nnunet_lowmem.planner import all_plans, plan_case
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.resampling import resampling_tables
+from nnunet_lowmem.rules import LabelRule
 from nnunet_lowmem.sliding_window import RollingWindow, roll
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiles import PredictedTiles, TileSource

@@ -21,9 +21,8 @@ from torch import nn
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, NonFiniteLogitsError
-from nnunet_lowmem.export import collect_slabs
-from nnunet_lowmem.labelling import LogitsSlab
 from nnunet_lowmem.network_memory import LiveTensorBytes
+from nnunet_lowmem.slabs import LogitsSlab, collect_slabs
 from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
