@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nnunet_lowmem.tiling import TileGrid
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Place, Shape3
 
 MIB = 2**20
 HALF_BYTES = 2
@@ -34,14 +34,6 @@ _LOOKUP_BYTES = 10
 # a process that has imported torch and nnU-Net, and compiled the kernels of preprocessing
 WORKER_BYTES = 640 * MIB
 _BUFFER_BYTES = 16 * MIB
-
-
-class Place(Enum):
-    """Where an array lives."""
-
-    RAM = "RAM"
-    VRAM = "VRAM"
-    DISK = "disk"
 
 
 class Stage(Enum):

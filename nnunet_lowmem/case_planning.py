@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_lowmem import nnunet_adapter, preprocessing, rules
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Placement, Stage
-from nnunet_lowmem.cases import Job
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Placement, Stage
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.image_reading import counted_by
+from nnunet_lowmem.out_of_memory import error_of
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.preprocessing_memory import InputBytes, Source, input_bytes
-from nnunet_lowmem.recovering import Recovery, error_of
+from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.spill import spilled_array
 from nnunet_lowmem.tiling import tile_grid
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import Place, PreprocessedCase
 
 _SINGLE_BYTES, _HALF_BYTES = 4, 2
 
@@ -119,25 +119,22 @@ class CasePlanner:
         source = Source(len(files), dtype, stored_bytes, max(header.beside_bytes for header in headers))
         return self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
 
-    def facts_of_job(self, job: Job, probabilities: bool) -> CaseFacts | None:
-        """Return upper bounds by the first header of a case, or by its array; None where there is neither.
+    def facts_of_array(
+        self, name: str, image: Any, previous_stage: Any, properties: dict[str, Any], probabilities: bool
+    ) -> CaseFacts:
+        """Return upper bounds by an array that is not preprocessed, as if nothing were cropped.
 
         Raises
         ------
         UsageError
-            If the header cannot be read, or the array is no image.
+            If the array is no image.
         """
-        if job.files is not None:
-            return self.facts_of_files(job.name, *job.files, probabilities)
-        if job.array is None:
-            return None
-        image, previous_stage, properties = job.array
         shape, spacing = getattr(image, "shape", ()), properties.get("spacing", ())
         if not isinstance(image, np.ndarray) or len(shape) != 4 or len(spacing) != 3:  # nnU-Net will say it
             raise UsageError(f"an image of shape (channels, x, y, z) is needed, with a spacing: {shape}, {spacing}")
         stage = previous_stage is not None
         source = Source(0, image.dtype, image.nbytes, 0)
-        return self._upper_bounds(job.name, source, shape[1:], spacing, stage, probabilities)
+        return self._upper_bounds(name, source, shape[1:], spacing, stage, probabilities)
 
     def facts_of_image(
         self, name: str, case: PreprocessedCase, probabilities: bool, before: CaseFacts | None = None

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export, model_files, model_keys, next_stages, nnunet_adapter, rules, stock_calls
-from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, Place, writer_bytes
+from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.case_planning import CasePlanner, CasePlanning, ModelDescription
-from nnunet_lowmem.cases import Job
+from nnunet_lowmem.cases import Job, facts_of_job
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
@@ -33,7 +33,6 @@ from nnunet_lowmem.logits_predictor import LogitsPredictor
 from nnunet_lowmem.model_loading import uncompiled
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.network_memory import TileBytes, copy_of_zeros
-from nnunet_lowmem.overlays import overlays
 from nnunet_lowmem.overrides import replaced
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.planner import Plan
@@ -46,7 +45,7 @@ from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads
 from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.tiling import TileGrid
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import Place, PreprocessedCase
 from nnunet_lowmem.warming import warm_up
 from nnunet_lowmem.writing import CaseWriting, Result
 
@@ -135,7 +134,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
         header = None
         if not replaced(self, Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
-                header = planner.facts_of_job(job, probabilities)
+                header = facts_of_job(planner, job, probabilities)
         self._planning = CasePlanning(planner, budget, folder, header, move_weights=self._mover())
         if pending is not None:
             if not self._planning.fits():  # more is in use than when the case before was planned
@@ -156,7 +155,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
         facts: list[CaseFacts] = []
         for job in prefetcher.all_jobs:
             with suppress(UsageError):  # told of when its turn comes
-                case = planning.planner.facts_of_job(job, probabilities)
+                case = facts_of_job(planning.planner, job, probabilities)
                 if case is None:  # one that cannot be right
                     continue
                 facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
@@ -206,8 +205,8 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
         if self.on_plan is not None:
             with foreign(self._clock):
                 self.on_plan(plan)
-        if self._html_report is not None:
-            self._html_report.plan(plan)
+        if self._listener is not None:
+            self._listener.plan(plan)
         return_freed_memory()
         return plan
 
@@ -252,12 +251,16 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
                 self._tell_of_held_logits(rule)
                 logits = collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
                 return self._convert_as_stock(logits.cpu(), case, job, clock, probabilities), plan
-            limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
+
+            def limits() -> SlabLimits:
+                placement = recovery.plan.placement
+                return SlabLimits(placement.slab_planes, placement.block_bytes)
+
             targets = nnunet_adapter.next_stage_targets(case, self.plans_manager, self.configuration_manager)
-            slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery, folder)
+            slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery.run, folder)
             if rules.streams(resampling, rule, probabilities):
                 labels = export.label_slabs(
-                    slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery
+                    slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery.run
                 )
                 return self._to_file_axes(labels), plan
             planes_folder = folder if plan.placement.planes is Place.DISK else None
@@ -355,13 +358,13 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
 
     def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
         """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""
-        if self._html_report is None or result is None or job.output is None:
+        if self._listener is None or result is None or job.output is None:
             return
         with clock.stage("report"):
             try:
                 segmentation = result[0] if isinstance(result, tuple) else result
-                volume = nnunet_adapter.labelled_volume(case, segmentation, self.plans_manager.transpose_forward)
-                self._html_report.draw(job.output, overlays(volume), model_files.label_names(self.dataset_json))
+                forward, names = self.plans_manager.transpose_forward, model_files.label_names(self.dataset_json)
+                self._listener.draw(job.output, case, segmentation, forward, names)
             except Exception as error:
                 logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
 

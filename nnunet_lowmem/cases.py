@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import model_files
+from nnunet_lowmem.allocations import CaseFacts
+from nnunet_lowmem.case_planning import CasePlanner
 from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.placing import place_of
@@ -53,6 +55,19 @@ class Job:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", shown(self.name))
+
+
+def facts_of_job(planner: CasePlanner, job: Job, probabilities: bool) -> CaseFacts | None:
+    """Return upper bounds of a case by its headers, or by its array; None where there is neither.
+
+    Raises
+    ------
+    UsageError
+        If a header cannot be read, or the array is no image.
+    """
+    if job.files is not None:
+        return planner.facts_of_files(job.name, *job.files, probabilities)
+    return None if job.array is None else planner.facts_of_array(job.name, *job.array, probabilities)
 
 
 def in_a_row(jobs: Sequence[Job]) -> list[Job]:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts
 from nnunet_lowmem.case_planning import CasePlanner
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.model_files import check_numbers
 from nnunet_lowmem.planner import Plan, refusal, smallest_ram_bytes
+from nnunet_lowmem.types import Place
 
 # the command and one process each for preprocessing and export
 _STOCK_PROCESSES_BYTES = 3 * 2**29

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem import kernels
+from nnunet_lowmem import label_kernels
 from nnunet_lowmem.clock import StageClock
-from nnunet_lowmem.labelling import NO_LIMITS, SlabLabeller, SlabLimits
-from nnunet_lowmem.recovering import Recovery
+from nnunet_lowmem.labelling import SlabLabeller, SlabLimits
 from nnunet_lowmem.resampling import flat_tables
 from nnunet_lowmem.rules import HEADS_PER_CALL, CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Attempt, Shape3, once
 
 
 def empty_label_map(
@@ -38,9 +37,9 @@ def label_slabs(
     rule: LabelRule,
     threads: RowThreads,
     clock: StageClock,
-    limits: SlabLimits = NO_LIMITS,
+    limits: Callable[[], SlabLimits] = SlabLimits,
     folder: Path | None = None,
-    recovery: Recovery | None = None,
+    attempt: Attempt = once,
 ) -> NDArray[Any]:
     """Label slabs as they come, into a file of `folder` if one is given; needs a resampling that is known as tables.
 
@@ -48,8 +47,9 @@ def label_slabs(
     -------
     uint8 or uint16 array, original grid in the axis order of the network
     """
+    assert resampling.tables is not None
     whole, cropped = empty_label_map(geometry, rule, folder)
-    labeller = slab_labeller(resampling, rule, cropped, threads, limits, recovery)
+    labeller = SlabLabeller(resampling.tables, rule, cropped, threads, limits, attempt)
     for slab in slabs:
         with clock.stage("export", cropped.shape[slab.axis]):
             done = labeller.done
@@ -57,23 +57,6 @@ def label_slabs(
             clock.advance(labeller.done - done)
     labeller.finish()
     return whole
-
-
-def slab_labeller(
-    resampling: LogitsResampling,
-    rule: LabelRule,
-    labels: NDArray[Any],
-    threads: RowThreads,
-    limits: SlabLimits,
-    recovery: Recovery | None,
-) -> SlabLabeller:
-    """Make a labeller that writes `labels` and takes part in the recovery."""
-    assert resampling.tables is not None
-    labeller = SlabLabeller(resampling.tables, rule, labels, threads, limits)
-    if recovery is not None:
-        labeller.attempt = recovery.run
-        recovery.listeners.append(labeller.follow)
-    return labeller
 
 
 def plain(result: Any) -> Any:
@@ -155,5 +138,5 @@ class ResampledHeads:
             return resampled.cpu().numpy() if isinstance(resampled, torch.Tensor) else resampled
         out = np.empty(self._shape, np.uint16)
         rows = self._shape[0] * self._shape[1]
-        self._threads.run(kernels.resample_rows, rows, logits.view(np.uint16), *flat_tables(tables), out)
+        self._threads.run(label_kernels.resample_rows, rows, logits.view(np.uint16), *flat_tables(tables), out)
         return [out.view(np.float16)]

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nnunet_lowmem import kernels
+from nnunet_lowmem import norm_kernels
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network_memory import meta_copy
 from nnunet_lowmem.threads import RowThreads
@@ -250,7 +250,7 @@ class FastNorm(nn.Module):
 
     def _normalise(self, features: NDArray[np.float32]) -> None:
         sums = np.empty((_PARTS, 2, features.shape[1]))
-        self._threads.run(kernels.channel_sums, _PARTS, features, sums)
+        self._threads.run(norm_kernels.channel_sums, _PARTS, features, sums)
         mean, square = sums.sum(axis=0) / len(features)
         scale = 1 / np.sqrt(square - mean * mean + self.norm.eps)
         shift = -mean * scale
@@ -258,4 +258,4 @@ class FastNorm(nn.Module):
             weight, bias = self.norm.weight.detach().numpy(), self.norm.bias.detach().numpy()
             scale, shift = scale * weight, shift * weight + bias
         arguments = (features, scale.astype(np.float32), shift.astype(np.float32), self._slope)
-        self._threads.run(kernels.scale_and_bend, len(features), *arguments)
+        self._threads.run(norm_kernels.scale_and_bend, len(features), *arguments)

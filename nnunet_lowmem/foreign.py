@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import LowMemError
-from nnunet_lowmem.recovering import is_out_of_memory
+from nnunet_lowmem.out_of_memory import is_out_of_memory
 
 
 @contextmanager

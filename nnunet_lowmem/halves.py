@@ -1,4 +1,4 @@
-"""IEEE half-precision numbers for compiled CPU code, and the compiler itself.
+"""IEEE half-precision numbers for compiled CPU code.
 
 numba has no float16 on the CPU, so arrays of halves are handled as their ``uint16`` bits and converted by the functions
 below, which agree with IEEE 754 on all 65,536 halves and round to nearest, ties to even. A *key* is an integer that
@@ -7,40 +7,9 @@ orders halves as their values do.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-_logger = logging.getLogger(__name__)
-
-
-def jit(function: Callable[..., object]) -> Any:
-    """Compile `function` without the GIL, cached on disk where any folder can be written.
-
-    numba takes ``NUMBA_CACHE_DIR``, else the folder of the package, else the user's cache folder.
-    """
-    try:
-        compiled: Any = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no writable cache folder
-        return njit(nogil=True)(function)
-    cache = compiled._cache  # numba offers no other way to it
-    cache.save_overload = _where_there_is_room(cache.save_overload)
-    return compiled
-
-
-def _where_there_is_room(save: Callable[..., None]) -> Callable[..., None]:
-    """Do without the cache where the disk or the quota is full: the compiled function is there all the same."""
-
-    def save_overload(*arguments: Any) -> None:
-        try:
-            save(*arguments)
-        except OSError as error:
-            _logger.debug("a compiled kernel could not be cached: %s", error)
-
-    return save_overload
+from nnunet_lowmem.compiler import jit
 
 
 @jit

@@ -22,17 +22,18 @@ from types import TracebackType
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
 
-from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.installed import version_of
 from nnunet_lowmem.measuring import PeakSampler, Timeline
 from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
-from nnunet_lowmem.overlays import Overlay, colour
+from nnunet_lowmem.overlays import colour, labelled_volume, overlays
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.reporting import RunReport
+from nnunet_lowmem.types import Place, PreprocessedCase
 
 REPORT_FILE = "lowmem_report.html"
 
@@ -117,11 +118,18 @@ class HtmlReport:
         limits = Limits(self._now_s(), plan.projected_bytes(Place.RAM), plan.budget.limit(Place.RAM))
         self._story.limits.append(limits)
 
-    def draw(self, output: str, overlays: Sequence[Overlay], names: Mapping[int, str]) -> None:
-        """Keep the slices of the case that was written to `output`."""
+    def draw(
+        self,
+        output: str,
+        case: PreprocessedCase,
+        labels: NDArray[Any],
+        transpose_forward: Sequence[int],
+        names: Mapping[int, str],
+    ) -> None:
+        """Keep slices of the case that was written to `output`; its labels are in the axes of the file."""
         kept = self._pictures[output] = CasePictures()
         counts: Counter[int] = Counter()
-        for axis, overlay in enumerate(overlays):
+        for axis, overlay in enumerate(overlays(labelled_volume(case, labels, transpose_forward))):
             path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
             overlay.save(path)
             kept.pictures.append(Picture(overlay.title, path))

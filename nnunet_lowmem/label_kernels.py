@@ -1,4 +1,4 @@
-"""Compiled CPU kernels that find the labels of interpolated logits; the idea is told in `labelling`.
+"""Compiled CPU kernels that interpolate logits and find their labels; the idea is told in `labelling`.
 
 Same conventions as in `kernels`.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.halves import half_key, jit, key_to_double
-from nnunet_lowmem.kernels import interpolate
+from nnunet_lowmem.compiler import jit
+from nnunet_lowmem.halves import double_to_half_key, half_key, half_to_single, key_to_double, key_to_half
 
 # sigmoid(float32(x)) > 0.5 holds for a half x exactly from the second smallest positive half on, 2**-23
 REGION_THRESHOLD_KEY = 2
@@ -17,6 +17,32 @@ _NO_RIVAL = 127
 _SMALLEST_NORMAL_EXPONENT = -14
 # a half has 10 bits after the point; one more because the stored exponents are floors
 _SAFE_EXPONENT_DISTANCE = 9
+
+
+@jit
+def interpolate(
+    logits: NDArray[np.uint16],
+    head: int,
+    corner_rows: tuple[int, int, int, int],
+    weights: tuple[float, float, float, float],
+    x0: int,
+    x1: int,
+    wx0: float,
+    wx1: float,
+) -> np.int16:
+    """Key of the interpolated logit; corners in C order, each ((v * w0) * w1) * w2, plain additions (scipy's order)."""
+    z0, z1, y0, y1 = corner_rows
+    wz0, wz1, wy0, wy1 = weights
+    r00, r01, r10, r11 = logits[head, z0, y0], logits[head, z0, y1], logits[head, z1, y0], logits[head, z1, y1]
+    total = ((np.float64(half_to_single(r00[x0])) * wz0) * wy0) * wx0
+    total += ((np.float64(half_to_single(r00[x1])) * wz0) * wy0) * wx1
+    total += ((np.float64(half_to_single(r01[x0])) * wz0) * wy1) * wx0
+    total += ((np.float64(half_to_single(r01[x1])) * wz0) * wy1) * wx1
+    total += ((np.float64(half_to_single(r10[x0])) * wz1) * wy0) * wx0
+    total += ((np.float64(half_to_single(r10[x1])) * wz1) * wy0) * wx1
+    total += ((np.float64(half_to_single(r11[x0])) * wz1) * wy1) * wx0
+    total += ((np.float64(half_to_single(r11[x1])) * wz1) * wy1) * wx1
+    return double_to_half_key(total)  # type: ignore[no-any-return]  # numba has no types
 
 
 @jit
@@ -321,3 +347,29 @@ def label_rows(
             logits, corner_rows, weights, low, high, weight[4], weight[5], cell_first, boundary[:count],
             smallest, largest, ranked, values, target,
         )  # fmt: skip
+
+
+@jit
+def resample_rows(
+    logits: NDArray[np.uint16],
+    index: tuple[NDArray[np.int32], ...],
+    weight: tuple[NDArray[np.float64], ...],
+    out: NDArray[np.uint16],
+    row_start: int,
+    row_stop: int,
+) -> None:
+    """Interpolate one head, shape (1, a, b, c), onto the whole output grid `out`, shape (z, y, x); both uint16 bits.
+
+    The other parameters are as in `label_rows`.
+    """
+    rows = out.shape[1]
+    for flat in range(row_start, row_stop):
+        z = flat // rows
+        y = flat % rows
+        corner_rows = (index[0][z], index[1][z], index[2][y], index[3][y])
+        weights = (weight[0][z], weight[1][z], weight[2][y], weight[3][y])
+        for x in range(out.shape[2]):
+            key = interpolate(
+                logits, 0, corner_rows, weights, index[4][x], index[5][x], weight[4][x], weight[5][x]
+            )  # fmt: skip
+            out[z, y, x] = key_to_half(key)

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem import device_labelling, label_kernels
-from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.resampling import AxisTable, flat_tables
 from nnunet_lowmem.rules import LabelRule
 from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.transfers import HostBuffer
+from nnunet_lowmem.types import Attempt, once
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,6 @@ class SlabLimits:
     block_bytes: int = 1 << 28
 
 
-NO_LIMITS = SlabLimits()
-
-
 class SlabLabeller:
     """Turns slabs, in order, into a label map.
 
@@ -59,7 +56,10 @@ class SlabLabeller:
         Written.
     threads : RowThreads
         For the compiled kernels.
-    limits : SlabLimits
+    limits : callable
+        Returns the `SlabLimits` of now; asked before every part.
+    attempt : Attempt
+        Calls what labels a part.
 
     Attributes
     ----------
@@ -73,14 +73,15 @@ class SlabLabeller:
         rule: LabelRule,
         labels: NDArray[Any],
         threads: RowThreads,
-        limits: SlabLimits = NO_LIMITS,
+        limits: Callable[[], SlabLimits] = SlabLimits,
+        attempt: Attempt = once,
     ) -> None:
         self._tables = tables
         self._rule = rule
         self._labels = labels
         self._threads = threads
-        self.limits = limits
-        self.attempt: Callable[[Callable[[], None]], None] = lambda operation: operation()
+        self._limits = limits
+        self._attempt = attempt
         self._outbox: HostBuffer | None = None
         self._arriving: tuple[torch.Tensor, NDArray[Any]] | None = None
         self._axis = 0
@@ -92,17 +93,18 @@ class SlabLabeller:
         table = self._tables[slab.axis]
         ready = table.ready(slab.stop)
         while self.done < ready:
-            self.attempt(lambda: self._label_until(slab, self._next_stop(table, ready)))
+            self._attempt(lambda: self._label_part(slab, ready))
 
-    def _next_stop(self, table: AxisTable, ready: int) -> int:
+    def _next_stop(self, table: AxisTable, ready: int, planes: int | None) -> int:
         """End of the output planes that are labelled together."""
-        if self.limits.planes is None:
+        if planes is None:
             return ready
-        within = int(np.searchsorted(table.high, int(table.low[self.done]) + self.limits.planes))
+        within = int(np.searchsorted(table.high, int(table.low[self.done]) + planes))
         return min(ready, max(within, self.done + 1))
 
-    def _label_until(self, slab: LogitsSlab, ready: int) -> None:
-        table = self._tables[slab.axis]
+    def _label_part(self, slab: LogitsSlab, ready: int) -> None:
+        table, limits = self._tables[slab.axis], self._limits()
+        ready = self._next_stop(table, ready, limits.planes)
         first, last = int(table.low[self.done]), int(table.high[ready - 1])
         origin = list(slab.origin)
         origin[slab.axis] += first - slab.first
@@ -112,12 +114,8 @@ class SlabLabeller:
         tables[slab.axis] = table.part(self.done, ready, first)
         chosen: list[slice] = [slice(None)] * 3
         chosen[slab.axis] = slice(self.done, ready)
-        self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)])
+        self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)], limits)
         self.done = ready
-
-    def follow(self, plan: Plan) -> None:
-        """Work with the limits of a new plan from now on."""
-        self.limits = SlabLimits(plan.placement.slab_planes, plan.placement.block_bytes)
 
     def finish(self) -> None:
         """Write what is still on its way from a device, and check that nothing is missing."""
@@ -131,6 +129,7 @@ class SlabLabeller:
         shape: tuple[int, ...],
         tables: tuple[AxisTable, ...],
         labels: NDArray[Any],
+        limits: SlabLimits,
     ) -> None:
         if buffer.device.type == "cpu":
             self._label_on_cpu(buffer, origin, shape, tables, labels)
@@ -138,7 +137,7 @@ class SlabLabeller:
         box = buffer
         for axis in range(3):
             box = box.narrow(axis + 1, origin[axis], shape[axis])
-        winners = device_labelling.winners(box, tables, self._rule.ranked, self.limits.block_bytes)
+        winners = device_labelling.winners(box, tables, self._rule.ranked, limits.block_bytes)
         self._write_arrived()
         self._outbox = self._outbox or HostBuffer(buffer.device)
         self._arriving = self._outbox.receive(winners), labels

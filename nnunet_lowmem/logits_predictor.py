@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.helpers import empty_cache
 
 from nnunet_lowmem import model_files, nnunet_adapter, stock_calls
-from nnunet_lowmem.allocations import ModelFacts, Place
+from nnunet_lowmem.allocations import ModelFacts
 from nnunet_lowmem.budget import ram_limit, spill_bytes
 from nnunet_lowmem.bypassed import Step
 from nnunet_lowmem.clock import Progress, StageClock
@@ -26,7 +25,7 @@ from nnunet_lowmem.fast_network import FastNetwork, fast_network, parts_of
 from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.model_loading import load_model, uncompiled, why_not_loaded
-from nnunet_lowmem.network_memory import TileBytes, measure_ahead, weight_bytes
+from nnunet_lowmem.network_memory import TileBytes, weight_bytes
 from nnunet_lowmem.options import Options
 from nnunet_lowmem.overrides import as_installed, found, replaced, unless_replaced
 from nnunet_lowmem.planner import Plan
@@ -37,10 +36,10 @@ from nnunet_lowmem.slabs import LogitsSlab, collect_slabs
 from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads, torch_threads, usable_cores
-from nnunet_lowmem.tiles import PredictedTiles, TileSource
+from nnunet_lowmem.tiles import PredictedTiles, TileSource, measure_ahead
 from nnunet_lowmem.tiling import TileGrid, tile_grid
 from nnunet_lowmem.trust import Trust
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import Attempt, Place, PreprocessedCase, once
 from nnunet_lowmem.weights import FoldWeights, fold_count
 
 logger = logging.getLogger(__name__)
@@ -267,12 +266,19 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
         z, y, x = case.image.shape[1:]
         return tile_grid((z, y, x), tuple(self.configuration_manager.patch_size), self.tile_step_size)
 
-    def _window(self, grid: TileGrid, threads: RowThreads, place: Place, folder: Path | None = None) -> RollingWindow:
+    def _window(
+        self,
+        grid: TileGrid,
+        threads: RowThreads,
+        place: Place,
+        folder: Path | None = None,
+        attempt: Attempt = once,
+    ) -> RollingWindow:
         device = self.device if place is Place.VRAM else torch.device("cpu")
         importance = stock_calls.importance(self.configuration_manager, self.use_gaussian, device)
         heads = self.label_manager.num_segmentation_heads
         spill = folder if place is Place.DISK else None
-        return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill)
+        return RollingWindow(grid, heads, importance.reshape(grid.tile_shape), threads, spill, attempt)
 
     def _predicted(self, case: PreprocessedCase, grid: TileGrid) -> PredictedTiles:
         """Return what the network, with its current weights, makes of the tiles of a case."""
@@ -327,10 +333,10 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
     def _watched_window(
         self, grid: TileGrid, plan: Plan, threads: RowThreads, folder: Path, recovery: Recovery | None
     ) -> RollingWindow:
-        window = self._window(grid, threads, plan.placement.window, folder)
-        if recovery is not None:
-            window.attempt = recovery.run
-            recovery.listeners.append(partial(window.follow, folder=folder))
+        if recovery is None:
+            return self._window(grid, threads, plan.placement.window, folder)
+        window = self._window(grid, threads, plan.placement.window, folder, recovery.run)
+        recovery.listeners.append(lambda following: window.move_to(following.placement.window, folder))
         return window
 
     def _passes(
@@ -352,7 +358,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
 
     def _observed(self, clock: StageClock) -> AbstractContextManager[PeakSampler | None]:
         """Show and tell the progress of a case; give its memory where somebody asks for that."""
-        page = None if self._html_report is None else self._html_report.case
+        page = None if self._listener is None else self._listener.case
         asked = self.on_case is not None or self.on_progress is not None
         return observed(clock, self.allow_tqdm, asked, self.on_progress, page)
 

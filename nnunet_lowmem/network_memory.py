@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_lowmem.allocator import return_freed_memory
-from nnunet_lowmem.tiles import Attempt, PredictedTiles
 
 # oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
 _SCRATCH_FACTOR = 2.0
@@ -174,24 +173,6 @@ def measured(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
     start = _reset_peak()
     result = run()
     return result, 0 if start is None else max(0, _resident("VmHWM:") - start)
-
-
-def measure_ahead(tiles: PredictedTiles, attempt: Attempt, device: torch.device) -> int:
-    """Predict the first tile ahead and return what `measured` tells of it.
-
-    Where cuDNN looks for its fastest algorithms the first tile takes more than any other, and the second tells.
-    """
-    taken = 0
-
-    def watch(run: Callable[[], T]) -> T:
-        nonlocal taken
-        logits, taken = measured(run, device)
-        return logits
-
-    searches = device.type == "cuda" and torch.backends.cudnn.benchmark
-    for _ in range(2 if searches and tiles.count > 1 else 1):
-        tiles.look_ahead(attempt, watch)
-    return taken
 
 
 def warm_up(dimensions: int) -> None:

@@ -7,7 +7,7 @@ head once the last slab has passed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nnunet_lowmem import export
-from nnunet_lowmem.labelling import SlabLimits
+from nnunet_lowmem.labelling import SlabLabeller, SlabLimits
 from nnunet_lowmem.probabilities import label_and_export
-from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.rules import CaseGeometry, LabelRule, LogitsResampling, streams, takes_softmax
 from nnunet_lowmem.slabs import LogitsSlab, store_slabs
 from nnunet_lowmem.spill import PlaneStore
 from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.types import NextStage
+from nnunet_lowmem.types import Attempt, NextStage
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ def label_along(
     wanted: Sequence[Target],
     rule: LabelRule,
     threads: RowThreads,
-    limits: SlabLimits,
-    recovery: Recovery,
+    limits: Callable[[], SlabLimits],
+    attempt: Attempt,
     folder: Path,
 ) -> Iterator[LogitsSlab]:
     """Pass slabs on as they are; when they have ended, the labels of every target are written."""
@@ -49,7 +48,7 @@ def label_along(
         makers: list[_Streamed | _Stored] = []
         for target in wanted:
             if streams(target.resampling, rule):
-                makers.append(_Streamed(target, rule, threads, limits, recovery))
+                makers.append(_Streamed(target, rule, threads, limits, attempt))
             else:
                 makers.append(_Stored(target, rule, threads, folder, stack))
         for slab in slabs:
@@ -64,10 +63,16 @@ class _Streamed:
     """Labels slab by slab."""
 
     def __init__(
-        self, target: Target, rule: LabelRule, threads: RowThreads, limits: SlabLimits, recovery: Recovery
+        self,
+        target: Target,
+        rule: LabelRule,
+        threads: RowThreads,
+        limits: Callable[[], SlabLimits],
+        attempt: Attempt,
     ) -> None:
+        assert target.resampling.tables is not None
         self._labels, cropped = export.empty_label_map(target.geometry, rule)
-        self._labeller = export.slab_labeller(target.resampling, rule, cropped, threads, limits, recovery)
+        self._labeller = SlabLabeller(target.resampling.tables, rule, cropped, threads, limits, attempt)
         self.add = self._labeller.add
 
     def finish(self) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from nnunet_lowmem.bypassed import LABEL_MANAGER, Step
 from nnunet_lowmem.errors import ModelError, also, because
 from nnunet_lowmem.files import atomic_output, remove_stale
 from nnunet_lowmem.next_stages import Target
-from nnunet_lowmem.overlays import Volume
 from nnunet_lowmem.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
@@ -151,33 +150,6 @@ def write_properties(properties: dict[str, Any], path: str) -> None:
     """Write stock's .pkl."""
     with atomic_output(Path(path)) as partial_file:
         save_pickle(properties, str(partial_file))
-
-
-def labelled_volume(case: PreprocessedCase, segmentation: NDArray[Any], transpose_forward: Sequence[int]) -> Volume:
-    """Return views of the first channel and the labels, in the axes of the network."""
-    geometry = case_geometry(case.image.shape[1:], case.properties)
-    return Volume(
-        image=case.image[0],
-        labels=segmentation.transpose(transpose_forward)[geometry.crop],
-        spacing=[case.properties["spacing"][axis] for axis in transpose_forward],
-        directions=_directions(case.properties, transpose_forward),
-        first=[part.start for part in geometry.crop],
-        original_shape=geometry.original_shape,
-    )
-
-
-def _directions(properties: Mapping[str, Any], transpose_forward: Sequence[int]) -> NDArray[np.float64] | None:
-    """Where the axes of the network point: to the patient's left, back and head; files keep x first, arrays z."""
-    direction = properties.get("sitk_stuff", {}).get("direction", ())
-    affines = properties.get("nibabel_stuff")
-    if len(direction) == 9:
-        columns = np.reshape(direction, (3, 3)).T
-    elif affines is not None:
-        affine = np.asarray(affines.get("reoriented_affine", affines["original_affine"]))
-        columns = affine[:3, :3].T * (-1, -1, 1)  # its axes point to the right, the front and the head
-    else:
-        return None
-    return columns[::-1][list(transpose_forward)].astype(np.float64)
 
 
 def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> CaseGeometry:

@@ -8,9 +8,9 @@ from typing import Any
 
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.fast_network import FastNetwork
-from nnunet_lowmem.html_report import HtmlReport
 from nnunet_lowmem.network_memory import TileBytes
 from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.progress import Listener
 from nnunet_lowmem.reporting import CaseReport
 from nnunet_lowmem.threads import usable_cores
 from nnunet_lowmem.trust import Trust
@@ -42,5 +42,5 @@ class Options:
 
     _clock: StageClock | None = None  # of the case under way
     _fast_network: tuple[Any, FastNetwork | None] = (None, None)
-    _html_report: HtmlReport | None = None
+    _listener: Listener | None = None
     _known_tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None

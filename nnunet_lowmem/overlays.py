@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -13,6 +13,9 @@ import numpy as np
 from matplotlib.colors import hsv_to_rgb, to_hex
 from numpy.typing import NDArray
 from PIL import Image
+
+from nnunet_lowmem import nnunet_adapter
+from nnunet_lowmem.types import PreprocessedCase
 
 #: Longer side of a slice.
 LONGEST_PIXELS = 384
@@ -48,6 +51,33 @@ class Volume:
     directions: NDArray[np.float64] | None
     first: Sequence[int]
     original_shape: Sequence[int]
+
+
+def labelled_volume(case: PreprocessedCase, segmentation: NDArray[Any], transpose_forward: Sequence[int]) -> Volume:
+    """Return views of the first channel and the labels, in the axes of the network."""
+    geometry = nnunet_adapter.case_geometry(case.image.shape[1:], case.properties)
+    return Volume(
+        image=case.image[0],
+        labels=segmentation.transpose(transpose_forward)[geometry.crop],
+        spacing=[case.properties["spacing"][axis] for axis in transpose_forward],
+        directions=_directions(case.properties, transpose_forward),
+        first=[part.start for part in geometry.crop],
+        original_shape=geometry.original_shape,
+    )
+
+
+def _directions(properties: Mapping[str, Any], transpose_forward: Sequence[int]) -> NDArray[np.float64] | None:
+    """Where the axes of the network point: to the patient's left, back and head; files keep x first, arrays z."""
+    direction = properties.get("sitk_stuff", {}).get("direction", ())
+    affines = properties.get("nibabel_stuff")
+    if len(direction) == 9:
+        columns = np.reshape(direction, (3, 3)).T
+    elif affines is not None:
+        affine = np.asarray(affines.get("reoriented_affine", affines["original_affine"]))
+        columns = affine[:3, :3].T * (-1, -1, 1)  # its axes point to the right, the front and the head
+    else:
+        return None
+    return columns[::-1][list(transpose_forward)].astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from nnunet_lowmem.allocations import (
     Budget,
     CaseFacts,
     ModelFacts,
-    Place,
     Placement,
     Stage,
     allocations,
     finished_bytes,
 )
 from nnunet_lowmem.errors import BudgetError
+from nnunet_lowmem.types import Place
 
 # a sum over folds below this stays in RAM: a file would save nothing that matters
 _SMALL_BYTES = 64 * MIB

@@ -312,8 +312,8 @@ class LowMemPredictor(CasePredictor):
         with ExitStack() as stack:
             folder = stack.enter_context(temporary_folder(self.tmp_dir))
             page = HtmlReport(nnunet_adapter.output_folder(target), folder, facts_of(self), self.run_report)
-            self._html_report = stack.enter_context(page)
-            stack.callback(setattr, self, "_html_report", None)
+            self._listener = stack.enter_context(page)
+            stack.callback(setattr, self, "_listener", None)
             yield
 
     # -- cases in a row ----------------------------------------------------------------------------------------------

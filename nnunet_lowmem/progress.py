@@ -5,20 +5,43 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.measuring import PeakSampler
 from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.types import PreprocessedCase
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class Listener(Protocol):
+    """Follows a run and keeps what it is told: the report does."""
+
+    def case(self, clock: StageClock, sampler: PeakSampler) -> AbstractContextManager[None]:
+        """Take part in one case."""
+
+    def plan(self, plan: Plan) -> None:
+        """Take note of the plan of a case."""
+
+    def draw(
+        self,
+        output: str,
+        case: PreprocessedCase,
+        labels: NDArray[Any],
+        transpose_forward: Sequence[int],
+        names: Mapping[int, str],
+    ) -> None:
+        """Keep what shows the labels, in the axes of the file, of the case that was written to `output`."""
 
 
 def on_terminal() -> bool:

@@ -13,17 +13,15 @@ from typing import TypeVar
 
 import torch
 
-from nnunet_lowmem.allocations import Place, Stage
+from nnunet_lowmem.allocations import Stage
 from nnunet_lowmem.allocator import return_freed_memory
-from nnunet_lowmem.errors import LowMemError, MemoryExhaustedError, because, without_frames
+from nnunet_lowmem.errors import MemoryExhaustedError, because, without_frames
 from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.out_of_memory import is_about_ram, is_out_of_memory
 from nnunet_lowmem.planner import Plan, next_plan
+from nnunet_lowmem.types import Place
 
 T = TypeVar("T")
-Attempt = Callable[[Callable[[], object]], object]
-
-# torch raises a bare RuntimeError where the C library has no memory for a CPU tensor
-_CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 _logger = logging.getLogger(__name__)
 
@@ -110,22 +108,6 @@ class Recovery:
 
     def _projected(self, plan: Plan, place: Place) -> int:
         return plan.budget.reserved(place) + plan.planned_bytes(place, self._stage)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory could not be had; no other RuntimeError is one, nor what is left when every step is taken."""
-    out = isinstance(error, torch.cuda.OutOfMemoryError) or is_about_ram(error)
-    return out and not isinstance(error, LowMemError)
-
-
-def is_about_ram(error: BaseException) -> bool:
-    """Tell whether it was RAM and not the device's memory."""
-    return isinstance(error, MemoryError) or (type(error) is RuntimeError and _CPU_ALLOCATOR in str(error))
-
-
-def error_of(place: Place) -> type[Exception]:
-    """Return what is raised where memory cannot be had."""
-    return torch.cuda.OutOfMemoryError if place is Place.VRAM else MemoryError
 
 
 def _reason(error: BaseException) -> str:

@@ -17,18 +17,16 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import kernels
-from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.fast_network import Head
 from nnunet_lowmem.network_memory import storage_users
-from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.slabs import LogitsSlab
 from nnunet_lowmem.spill import PlaneStore, spilled_array
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.transfers import HostBuffer
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Attempt, Place, Shape3, once
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +46,11 @@ class RollingWindow:
     threads : RowThreads
     folder : Path or None
         Where to spill the sums; None keeps them on the device of `importance`.
+    attempt : Attempt
+        Calls what takes memory.
 
     Attributes
     ----------
-    attempt : callable
-        Calls what it is given, which may take memory and can be called again.
     head : Head or None
         Makes logits of what is added; None where that is logits already.
     """
@@ -64,13 +62,14 @@ class RollingWindow:
         importance: torch.Tensor,
         threads: RowThreads,
         folder: Path | None = None,
+        attempt: Attempt = once,
     ) -> None:
         near = Place.RAM if importance.device.type == "cpu" else Place.VRAM
         self._place = near if folder is None else Place.DISK
         self._grid = grid
         self._axis = grid.roll_axis
         self._threads = threads
-        self.attempt: Callable[[Callable[[], Any]], Any] = lambda operation: operation()
+        self.attempt = attempt
         self.head: Head | None = None
         self._told_of_broadcast = False
         self._slab_made: LogitsSlab | None = None
@@ -92,8 +91,14 @@ class RollingWindow:
         self._importance = importance
         self._importance_single = importance.float().contiguous().numpy() if importance.device.type == "cpu" else None
 
-    def move_to_ram(self, folder: Path | None) -> None:
+    def move_to(self, place: Place, folder: Path) -> None:
         """Take all sums off the device, or out of RAM into a file of `folder`; the slab that is out moves along."""
+        if place is self._place:
+            return
+        self._place = place
+        self._move(folder if place is Place.DISK else None)
+
+    def _move(self, folder: Path | None) -> None:
         shape = tuple(self._buffer.shape)
         array = np.empty(shape, np.float16) if folder is None else spilled_array(shape, np.dtype(np.float16), folder)
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
@@ -104,12 +109,6 @@ class RollingWindow:
         self._buffer = buffer
         if self._slab_made is not None:
             self._slab_made.buffer = buffer
-
-    def follow(self, plan: Plan, folder: Path) -> None:
-        """Move to where a new plan wants the sums."""
-        if plan.placement.window is not self._place:
-            self._place = plan.placement.window
-            self.move_to_ram(folder if self._place is Place.DISK else None)
 
     @property
     def device(self) -> torch.device:

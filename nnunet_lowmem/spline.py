@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nnunet_lowmem.halves import jit
+from nnunet_lowmem.compiler import jit
 from nnunet_lowmem.threads import RowThreads
 
 Float32Array = NDArray[np.float32]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from typing import Any
+from typing import TypeVar
 
 import torch
 
+from nnunet_lowmem.network_memory import measured
 from nnunet_lowmem.tiling import TileGrid
 from nnunet_lowmem.transfers import HostBuffer
-from nnunet_lowmem.types import PreprocessedCase, Shape3
+from nnunet_lowmem.types import Attempt, PreprocessedCase, Shape3, once
 
+T = TypeVar("T")
 TileNetwork = Callable[[torch.Tensor], torch.Tensor]
-Attempt = Callable[[Callable[[], Any]], Any]
 
 
 class TileSource:
@@ -124,7 +125,7 @@ class PredictedTiles:
         """
         if self._ahead:
             return self._ahead.popleft()
-        return self._predict(next(self._starts), attempt, _call)
+        return self._predict(next(self._starts), attempt, once)
 
     def look_ahead(self, attempt: Attempt, watch: Attempt) -> None:
         """Predict a tile before it is asked for; `watch` calls the network alone."""
@@ -142,5 +143,19 @@ class PredictedTiles:
             return logits
 
 
-def _call(run: Callable[[], Any]) -> Any:
-    return run()
+def measure_ahead(tiles: PredictedTiles, attempt: Attempt, device: torch.device) -> int:
+    """Predict the first tile ahead and return what `measured` tells of it.
+
+    Where cuDNN looks for its fastest algorithms the first tile takes more than any other, and the second tells.
+    """
+    taken = 0
+
+    def watch(run: Callable[[], T]) -> T:
+        nonlocal taken
+        logits, taken = measured(run, device)
+        return logits
+
+    searches = device.type == "cuda" and torch.backends.cudnn.benchmark
+    for _ in range(2 if searches and tiles.count > 1 else 1):
+        tiles.look_ahead(attempt, watch)
+    return taken

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Shape3 = tuple[int, int, int]
+
+#: Calls what it is given and returns what that returns. The operation may take memory and changes nothing when it
+#: fails, so it may be called more than once.
+Attempt = Callable[[Callable[[], Any]], Any]
+
+
+def once(operation: Callable[[], Any]) -> Any:
+    """Attempt an operation a single time."""
+    return operation()
+
+
+class Place(Enum):
+    """Where an array lives."""
+
+    RAM = "RAM"
+    VRAM = "VRAM"
+    DISK = "disk"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_lowmem.allocations import Budget, ModelFacts, Place
+from nnunet_lowmem.allocations import Budget, ModelFacts
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import ModelError, because
@@ -29,6 +29,7 @@ from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.model_loading import check_finite, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import storage_users
 from nnunet_lowmem.spill import spilled_array
+from nnunet_lowmem.types import Place
 
 Parameters = Sequence[Mapping[str, Any]]
 

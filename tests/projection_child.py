@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import LowMemPredictor, nnunet_adapter
-from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.measuring import PeakSampler
+from nnunet_lowmem.types import Place
 
 
 class Log(logging.Handler):

@@ -19,8 +19,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_object, make_predictor
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.case_planning import CasePlanner
+from nnunet_lowmem.types import Place
 from nnunet_lowmem.warming import warm_up
 
 

@@ -198,7 +198,7 @@ def test_resampled_head_has_stocks_bits(shape, target, axis, exponent, seed):
     logits = np.clip(rng.standard_normal((1, *shape)) * 10.0**exponent, -65504, 65504).astype(np.float16)
     out = np.empty(target, np.uint16)
     tables = flat_tables(resampling_tables(shape, target, axis))
-    kernels.resample_rows(logits.view(np.uint16), *tables, out, 0, target[0] * target[1])
+    label_kernels.resample_rows(logits.view(np.uint16), *tables, out, 0, target[0] * target[1])
     assert np.array_equal(out.view(np.float16), resample(logits, target, axis)[0])
 
 

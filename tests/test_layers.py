@@ -17,7 +17,7 @@ from nnunet_lowmem.bypassed import RAW
 
 PACKAGE = Path(nnunet_lowmem.__file__).parent
 
-# a module imports from its own room, or from rooms further down; the package's face and its version are above and below all
+# a module imports from its own room or from rooms further down; the face of the package is above and below all
 ROOMS = """
 top: __main__ training startup
 commands: cli shell console demo compare_command comparison_table ensembling running one_side flags
@@ -27,14 +27,15 @@ predict: case_predictor case_loop cases logits_predictor reporting progress reco
 predict: iterating loading writing pending_write weights options
 budget: allocations planner case_planning preprocessing_memory budget recovering estimating
 nnunet: nnunet_adapter model_loading model_files trust model_limits model_keys harmless unpickling
-nnunet: plugin switching rebinding training_data installed rehearsing
+nnunet: stock_calls plugin switching rebinding training_data installed rehearsing
 labels: labelling label_kernels device_labelling resampling export probabilities next_stages rules
 window: sliding_window tiles tiling kernels halves transfers slabs
-network: fast_network network_memory
+network: fast_network network_memory norm_kernels
 preprocessing: preprocessing nonzero spline image_reading finite_voxels input_checks refusals
 volumes: formats headers stored_parts nifti_files meta_image nrrd_files gipl_files tiff_pages pictures verifying spill
-overrides: overrides bypassed stock_calls signatures foreign
-system: memory measuring allocator process_tree workers job watchdog stall_watch clock interruption threads files placing
+overrides: overrides bypassed signatures foreign
+system: memory measuring allocator process_tree workers job watchdog stall_watch clock interruption
+system: threads compiler files placing out_of_memory
 root: types errors names
 """
 ROWS = [row.split(": ") for row in ROOMS.strip().splitlines()]
@@ -42,22 +43,7 @@ ROOM = {module: room for room, modules in ROWS for module in modules.split()}
 DEPTH = {room: depth for depth, room in enumerate(dict(ROWS))}
 
 # still to be cut
-UPWARDS: set[tuple[str, str]] = {
-    ("case_planning", "cases"),
-    ("case_predictor", "overlays"),
-    ("export", "recovering"),
-    ("fast_network", "kernels"),
-    ("foreign", "recovering"),
-    ("labelling", "planner"),
-    ("network_memory", "tiles"),
-    ("next_stages", "recovering"),
-    ("nnunet_adapter", "overlays"),
-    ("options", "html_report"),
-    ("sliding_window", "allocations"),
-    ("sliding_window", "planner"),
-    ("spline", "halves"),
-    ("stock_calls", "model_files"),
-}
+UPWARDS: set[tuple[str, str]] = set()
 
 MAY_IMPORT_NNUNET = {
     "one_side",

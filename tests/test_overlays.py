@@ -11,8 +11,7 @@ import pytest
 import SimpleITK
 from conftest import CT, DATA
 
-from nnunet_lowmem import nnunet_adapter
-from nnunet_lowmem.overlays import Volume, blend, overlays
+from nnunet_lowmem.overlays import Volume, blend, labelled_volume, overlays
 from nnunet_lowmem.types import PreprocessedCase
 
 
@@ -32,7 +31,7 @@ def volume_of(image, labels, reader: str, tmp_path: Path) -> Volume:
         "shape_before_cropping": voxels.shape,
     }
     case = PreprocessedCase(voxels[None], None, properties)
-    return nnunet_adapter.labelled_volume(case, SimpleITK.GetArrayFromImage(labels), (0, 1, 2))
+    return labelled_volume(case, SimpleITK.GetArrayFromImage(labels), (0, 1, 2))
 
 
 @pytest.fixture(scope="module")

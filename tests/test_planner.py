@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place, Stage
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Stage
 from nnunet_lowmem.errors import BudgetError
 from nnunet_lowmem.planner import (
     Plan,
@@ -23,6 +23,7 @@ from nnunet_lowmem.planner import (
     smallest_ram_bytes,
 )
 from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.types import Place
 
 GIB = 2**30
 MEASURED = tuple(Place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from simulated_device import CUDA, simulated_device
 from torch import nn
 
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts
 from nnunet_lowmem.errors import MemoryExhaustedError
 from nnunet_lowmem.labelling import SlabLabeller, SlabLimits
 from nnunet_lowmem.network_memory import LiveTensorBytes
@@ -23,7 +22,7 @@ from nnunet_lowmem.sliding_window import RollingWindow, roll
 from nnunet_lowmem.threads import RowThreads
 from nnunet_lowmem.tiles import PredictedTiles, TileSource
 from nnunet_lowmem.tiling import tile_grid
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import Place, PreprocessedCase
 
 MIB = 2**20
 
@@ -71,12 +70,14 @@ class Task:
             near = CUDA if chosen.window is Place.VRAM else "cpu"
             importance = torch.ones(self.grid.tile_shape, dtype=torch.half, device=near)
             spill = folder if chosen.window is Place.DISK else None
-            window = RollingWindow(self.grid, self.heads, importance, threads, spill)
-            window.attempt = recovery.run
-            limits = SlabLimits(chosen.slab_planes, chosen.block_bytes)
-            labeller = SlabLabeller(self.tables, self.rule, labels, threads, limits)
-            labeller.attempt = recovery.run
-            recovery.listeners += [partial(window.follow, folder=folder), labeller.follow]
+            window = RollingWindow(self.grid, self.heads, importance, threads, spill, recovery.run)
+
+            def limits() -> SlabLimits:
+                placement = recovery.plan.placement
+                return SlabLimits(placement.slab_planes, placement.block_bytes)
+
+            labeller = SlabLabeller(self.tables, self.rule, labels, threads, limits, recovery.run)
+            recovery.listeners.append(lambda plan: window.move_to(plan.placement.window, folder))
             tiles = PredictedTiles(self.network, TileSource(self.case, self.grid), self.grid, CUDA)
             for slab in roll(tiles, self.grid, window, lambda: None):
                 labeller.add(slab)

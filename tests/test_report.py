@@ -19,11 +19,11 @@ from PIL import Image
 from test_failures import broken, outputs
 
 from nnunet_lowmem import LowMemPredictor, cli
-from nnunet_lowmem.allocations import Place
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.html_report import REPORT_FILE, duration
 from nnunet_lowmem.memory_chart import Limits, MemoryStory, memory_chart
 from nnunet_lowmem.overlays import LONGEST_PIXELS
+from nnunet_lowmem.types import Place
 
 HOSTILE = "<script>alert(1)<b onload='x'>&{{ 7 * 7 }}"
 HOSTILE_LABEL = '"></style></p><script src=http://example.org/x.js></script>'

@@ -25,11 +25,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_array, make_predictor
 
 from nnunet_lowmem import LowMemPredictor, network_memory, weights
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Place
+from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.planner import all_plans, plan_case
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.types import Place
 
 MIB = 2**20
 CHECKPOINT = "checkpoint_final.pth"
