@@ -15,14 +15,8 @@ import torch
 from nnunet_lowmem.allocations import Budget
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.measuring import process_bytes, process_tree_bytes
-from nnunet_lowmem.memory import (
-    asked_bytes,
-    available_ram,
-    format_gib,
-    free_disk_bytes,
-    less_headroom,
-    total_ram_bytes,
-)
+from nnunet_lowmem.memory import available_ram, free_disk_bytes, less_headroom, total_ram_bytes
+from nnunet_lowmem.sizes import asked_bytes, format_gib
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 

@@ -20,11 +20,12 @@ from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.headers import Library
 from nnunet_lowmem.image_reading import counted_by
-from nnunet_lowmem.memory import format_gib, free_disk_bytes
+from nnunet_lowmem.memory import free_disk_bytes
 from nnunet_lowmem.pending_write import PendingWrite
 from nnunet_lowmem.placing import place_of
 from nnunet_lowmem.records import Records
 from nnunet_lowmem.reporting import CaseReport, FailedCase, RunReport, SkippedCase
+from nnunet_lowmem.sizes import format_gib
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem import nnunet_adapter, preprocessing, rules
+from nnunet_lowmem import nnunet_adapter, rules
 from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Placement, Stage
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.image_reading import counted_by
 from nnunet_lowmem.out_of_memory import error_of
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
+from nnunet_lowmem.preprocessing import normalisers
 from nnunet_lowmem.preprocessing_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.rules import CaseGeometry, LogitsResampling
@@ -184,7 +185,7 @@ class CasePlanner:
         self, name: str, geometry: CaseGeometry, spacing: Sequence[float], inputs: InputBytes, probabilities: bool
     ) -> CaseFacts:
         described = self.description
-        channels = len(preprocessing.normalisers(described.plans, described.configuration))
+        channels = len(normalisers(described.plans, described.configuration))
         streams, export = self._export(geometry, spacing, probabilities)
         network = math.prod(geometry.network_shape)
         # with several folds, the sum and those of one fold

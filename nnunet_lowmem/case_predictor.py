@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, model_keys, next_stages, nnunet_adapter, rules, stock_calls
+from nnunet_lowmem import model_files, model_keys, next_stages, nnunet_adapter, rules, stock_calls
 from nnunet_lowmem.allocations import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, writer_bytes
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.budget import machine_budget
@@ -25,6 +25,7 @@ from nnunet_lowmem.cases import Job, facts_of_job
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.estimating import Estimate, estimates
+from nnunet_lowmem.export import ResampledHeads, label_heads, label_slabs
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.foreign import foreign
 from nnunet_lowmem.labelling import SlabLimits
@@ -259,7 +260,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
             targets = nnunet_adapter.next_stage_targets(case, self.plans_manager, self.configuration_manager)
             slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery.run, folder)
             if rules.streams(resampling, rule, probabilities):
-                labels = export.label_slabs(
+                labels = label_slabs(
                     slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery.run
                 )
                 return self._to_file_axes(labels), plan
@@ -269,12 +270,12 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
             )
             store_slabs(slabs, store)
             recovery.listeners.clear()
-            heads = export.ResampledHeads(store, resampling, geometry.cropped_shape, threads)
+            heads = ResampledHeads(store, resampling, geometry.cropped_shape, threads)
             passes = 1 if not (by_softmax and rule.ranked) else 3 if probabilities else 2
             with clock.stage("export", heads.heads * passes):
                 heads.on_head = clock.advance
                 if not by_softmax:
-                    return self._to_file_axes(export.label_heads(heads, geometry, rule)), plan
+                    return self._to_file_axes(label_heads(heads, geometry, rule)), plan
                 if not probabilities:
                     return self._to_file_axes(label_and_export(heads, geometry, rule, None)), plan
                 return self._probabilities(heads, geometry, rule, job, case.properties), plan
@@ -284,7 +285,7 @@ class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
 
     def _probabilities(
         self,
-        heads: export.ResampledHeads,
+        heads: ResampledHeads,
         geometry: rules.CaseGeometry,
         rule: LabelRule,
         job: Job,

@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--verbose", action="store_true", help="show tracebacks")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
     run.set_defaults(run=_run)
-    compare = commands.add_parser("compare", help="stock nnU-Net and this package side by side, on your own images")
-    flags.add_model_flags(compare.add_argument)
-    compare_command.add_flags(compare.add_argument)
-    compare.set_defaults(run=lambda options: compare_command.run(options, _checked_model))
+    sides = commands.add_parser("compare", help="stock nnU-Net and this package side by side, on your own images")
+    flags.add_model_flags(sides.add_argument)
+    compare_command.add_flags(sides.add_argument)
+    sides.set_defaults(run=lambda options: compare_command.run(options, _checked_model))
     options = parser.parse_args(arguments)
     return guarded(lambda: int(options.run(options)), options.verbose)
 
@@ -164,12 +164,13 @@ def _ensemble(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nnunet_lowmem import plugin, running, switching
+    from nnunet_lowmem import plugin, switching
+    from nnunet_lowmem.running import run
 
     if options.predictor != switching.BY_PLANS:
         plugin.find(options.predictor)
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    return running.run(words, options.predictor)
+    return run(words, options.predictor)
 
 
 def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
@@ -223,7 +224,8 @@ def _check_cases(folder: str, model_folder: Path) -> str:
 
 
 def _check_sizes(options: argparse.Namespace) -> None:
-    from nnunet_lowmem.memory import asked_bytes, total_ram_bytes
+    from nnunet_lowmem.memory import total_ram_bytes
+    from nnunet_lowmem.sizes import asked_bytes
 
     # without torch the size of the VRAM is not known; any total serves to see whether the text is a size
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):

@@ -70,7 +70,8 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
 
 
 def _limit_bytes(text: str | None) -> int | None:
-    from nnunet_lowmem.memory import asked_bytes, total_ram_bytes
+    from nnunet_lowmem.memory import total_ram_bytes
+    from nnunet_lowmem.sizes import asked_bytes
 
     return None if text is None else asked_bytes("--stock-limit", text, total_ram_bytes())
 

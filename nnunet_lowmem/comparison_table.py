@@ -13,8 +13,8 @@ from rich.table import Table
 
 from nnunet_lowmem.comparing import Comparison
 from nnunet_lowmem.measured_command import TILES, MeasuredCommand
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.names import shown
+from nnunet_lowmem.sizes import format_gib
 
 _STAGES = {"preprocessing": ("preprocessing",), "sliding window": (TILES,), "export and writing": ("export", "writing")}
 _WORST = 3

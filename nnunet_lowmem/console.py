@@ -15,10 +15,10 @@ from rich.table import Table
 from nnunet_lowmem.allocations import Stage
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.estimating import Estimate
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.reporting import FAILURES_FILE, CaseReport, RunReport
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.types import Place
 
 

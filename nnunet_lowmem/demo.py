@@ -14,8 +14,8 @@ from rich.table import Table
 
 from nnunet_lowmem.console import choose_device, set_torch_threads
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.reporting import CaseReport
+from nnunet_lowmem.sizes import format_gib
 
 _HEADS = 118
 # Hounsfield units between which the picture runs from black to white: soft tissue

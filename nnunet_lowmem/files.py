@@ -30,8 +30,8 @@ from pathlib import Path
 import psutil
 
 from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError, because
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.placing import flush, place_of, put
+from nnunet_lowmem.sizes import format_gib
 
 #: Age after which a folder is taken for abandoned although its owner cannot be asked.
 UNKNOWN_OWNER_S = 24 * 3600

@@ -28,11 +28,11 @@ from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.files import atomic_output
 from nnunet_lowmem.installed import version_of
 from nnunet_lowmem.measuring import PeakSampler, Timeline
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
 from nnunet_lowmem.overlays import colour, labelled_volume, overlays
 from nnunet_lowmem.planner import Plan
 from nnunet_lowmem.reporting import RunReport
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.types import Place, PreprocessedCase
 
 REPORT_FILE = "lowmem_report.html"

@@ -267,12 +267,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
         return tile_grid((z, y, x), tuple(self.configuration_manager.patch_size), self.tile_step_size)
 
     def _window(
-        self,
-        grid: TileGrid,
-        threads: RowThreads,
-        place: Place,
-        folder: Path | None = None,
-        attempt: Attempt = once,
+        self, grid: TileGrid, threads: RowThreads, place: Place, folder: Path | None = None, attempt: Attempt = once
     ) -> RollingWindow:
         device = self.device if place is Place.VRAM else torch.device("cpu")
         importance = stock_calls.importance(self.configuration_manager, self.use_gaussian, device)

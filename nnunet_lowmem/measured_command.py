@@ -25,8 +25,8 @@ import psutil
 from nnunet_lowmem.clock import TRACE_VARIABLE
 from nnunet_lowmem.installed import version_of
 from nnunet_lowmem.measuring import PeakSampler
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.process_tree import ProcessTree
+from nnunet_lowmem.sizes import format_gib
 
 #: Name of the stage whose beginning is the first tile.
 TILES = "prediction"

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from nnunet_lowmem.memory import format_gib
+from nnunet_lowmem.sizes import format_gib
 
 #: Colours of the stages, here and on the page.
 STAGE_COLOURS = {

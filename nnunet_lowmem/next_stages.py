@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export
+from nnunet_lowmem.export import ResampledHeads, empty_label_map, label_heads
 from nnunet_lowmem.labelling import SlabLabeller, SlabLimits
 from nnunet_lowmem.probabilities import label_and_export
 from nnunet_lowmem.rules import CaseGeometry, LabelRule, LogitsResampling, streams, takes_softmax
@@ -71,7 +71,7 @@ class _Streamed:
         attempt: Attempt,
     ) -> None:
         assert target.resampling.tables is not None
-        self._labels, cropped = export.empty_label_map(target.geometry, rule)
+        self._labels, cropped = empty_label_map(target.geometry, rule)
         self._labeller = SlabLabeller(target.resampling.tables, rule, cropped, threads, limits, attempt)
         self.add = self._labeller.add
 
@@ -98,7 +98,7 @@ class _Stored:
     def finish(self) -> NDArray[Any]:
         assert self._store is not None, "a grid has at least one tile"
         geometry = self._target.geometry
-        heads = export.ResampledHeads(self._store, self._target.resampling, geometry.cropped_shape, self._threads)
+        heads = ResampledHeads(self._store, self._target.resampling, geometry.cropped_shape, self._threads)
         if takes_softmax(self._rule):
             return label_and_export(heads, geometry, self._rule, None)
-        return export.label_heads(heads, geometry, self._rule)
+        return label_heads(heads, geometry, self._rule)

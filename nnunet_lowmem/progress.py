@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from nnunet_lowmem.clock import Progress, StageClock
 from nnunet_lowmem.measuring import PeakSampler
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.planner import Plan
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.types import PreprocessedCase
 
 logger = logging.getLogger(__name__)

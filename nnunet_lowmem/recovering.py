@@ -16,9 +16,9 @@ import torch
 from nnunet_lowmem.allocations import Stage
 from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.errors import MemoryExhaustedError, because, without_frames
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.out_of_memory import is_about_ram, is_out_of_memory
 from nnunet_lowmem.planner import Plan, next_plan
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.types import Place
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from types import TracebackType
 
 from nnunet_lowmem.clock import Progress
 from nnunet_lowmem.measuring import process_tree_bytes
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.process_tree import ProcessTree
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.watchdog import ProgressClock, WorkerLimits
 
 logger = logging.getLogger(__name__)

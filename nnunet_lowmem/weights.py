@@ -25,9 +25,9 @@ from nnunet_lowmem.allocator import return_freed_memory
 from nnunet_lowmem.clock import StageClock
 from nnunet_lowmem.errors import ModelError, because
 from nnunet_lowmem.foreign import foreign
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.model_loading import check_finite, uncompiled, why_not_loaded
 from nnunet_lowmem.network_memory import storage_users
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.spill import spilled_array
 from nnunet_lowmem.types import Place
 

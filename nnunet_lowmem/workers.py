@@ -33,8 +33,8 @@ from typing import Any, Generic, TypeVar
 
 from nnunet_lowmem.errors import WorkerError
 from nnunet_lowmem.job import Raised, Report, run_job
-from nnunet_lowmem.memory import format_gib
 from nnunet_lowmem.process_tree import ProcessTree, exit_words, oom_kills
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.watchdog import ProgressClock, WorkerLimits
 
 Argument = TypeVar("Argument")

@@ -36,7 +36,7 @@ volumes: formats headers stored_parts nifti_files meta_image nrrd_files gipl_fil
 overrides: overrides bypassed signatures foreign
 system: memory measuring allocator process_tree workers job watchdog stall_watch clock interruption
 system: threads compiler files placing out_of_memory
-root: types errors names
+root: types errors names sizes
 """
 ROWS = [row.split(": ") for row in ROOMS.strip().splitlines()]
 ROOM = {module: room for room, modules in ROWS for module in modules.split()}

@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.measuring import process_tree_bytes
-from nnunet_lowmem.memory import (
-    RamLimit,
-    available_ram,
-    format_gib,
-    free_disk_bytes,
-    parse_size,
-    ram_limits,
-    total_ram_bytes,
-)
+from nnunet_lowmem.memory import RamLimit, available_ram, free_disk_bytes, ram_limits, total_ram_bytes
+from nnunet_lowmem.sizes import format_gib, parse_size
 
 MIB = 2**20
 GIB = 2**30

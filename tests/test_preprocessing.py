@@ -36,7 +36,7 @@ from preprocessing_oracle import (
     write,
 )
 
-from nnunet_lowmem import preprocessing, spline
+from nnunet_lowmem import spline
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
 
@@ -244,7 +244,7 @@ def test_without_matching_kernels_nnunet_resamples(monkeypatch, tmp_path) -> Non
 
 
 def test_does_not_make_a_segmentation_for_a_ct(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(preprocessing, "nonzero_mask", None)
+    monkeypatch.setattr("nnunet_lowmem.preprocessing.nonzero_mask", None)
     monkeypatch.setattr("nnunetv2.preprocessing.resampling.default_resampling.resample_data_or_seg", None)
     files = write(tmp_path, [with_margin(as_type(head(), np.int16))])
     assert preprocess_case(files, None, *Model().managers(), LABELS).image.any()

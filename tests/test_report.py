@@ -257,7 +257,7 @@ def test_warnings_are_told_once(model, images, tmp_path):
 
 
 def test_slices_that_cannot_be_drawn_do_not_cost_the_case(model, images, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("nnunet_lowmem.case_predictor.overlays", lambda volume: 1 / 0)
+    monkeypatch.setattr("nnunet_lowmem.html_report.overlays", lambda volume: 1 / 0)
     cases = [images("small")]
     make_predictor(LowMemPredictor, model, (0,), report=True).predict_from_files(cases, outputs(cases, tmp_path))
     assert (tmp_path / "small.nii.gz").exists()

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from nnunet_lowmem.comparing import Request, side_command, side_environment
 from nnunet_lowmem.measured_command import TILES, run_measured
-from nnunet_lowmem.memory import parse_size, total_ram_bytes
+from nnunet_lowmem.memory import total_ram_bytes
+from nnunet_lowmem.sizes import parse_size
 
 STAGES = {"preprocessing": ("preprocessing",), "sliding window": (TILES,), "export and writing": ("export", "writing")}
 COLOURS = dict(zip(["peak RAM", *STAGES], ["tab:blue", "tab:green", "tab:orange", "tab:red"], strict=True))

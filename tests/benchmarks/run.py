@@ -17,7 +17,8 @@ from pathlib import Path
 
 from nnunet_lowmem.interruption import ending_on_signals
 from nnunet_lowmem.measured_command import machine_facts, run_measured
-from nnunet_lowmem.memory import parse_size, total_ram_bytes
+from nnunet_lowmem.memory import total_ram_bytes
+from nnunet_lowmem.sizes import parse_size
 
 
 def main() -> int:
