@@ -48,10 +48,12 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
     flags, our_flags = _flags_of_both(options), _our_flags(options)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
         model_folder, ending = checked_model([*flags, *_model_words(options), "-o", out, *our_flags])
-    from nnunet_lowmem import comparing, comparison_table, console, model_files
+    from nnunet_lowmem import console, model_files
+    from nnunet_lowmem.comparing import Request, compare
+    from nnunet_lowmem.comparison_table import print_comparison
 
     model_files.check_for_stock(options.i, ending)
-    request = comparing.Request(
+    request = Request(
         model_folder=model_folder,
         cases=tuple(model_files.case_name(files, ending) for files in model_files.list_cases(options.i, ending)),
         file_ending=ending,
@@ -63,9 +65,9 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
         deterministic=options.deterministic,
         keep=Path(options.o) if options.o else None,
     )
-    found = comparing.compare(request, _tell)
+    found = compare(request, _tell)
     names = model_files.label_names(model_files.read_json(Path(model_folder) / "dataset.json"))
-    comparison_table.print_comparison(found, names, options.json)
+    print_comparison(found, names, options.json)
     return found.exit_code
 
 

@@ -1,4 +1,4 @@
-"""One side of a comparison, in a process of its own: ``python -m nnunet_lowmem.one_side stock|ours MODEL FLAGS``.
+"""One side of a comparison, in a process of its own: ``python -m <this module> stock|ours MODEL FLAGS``.
 
 Runs the real command of either side. Stock's stages get timers around its own functions, in its worker processes, too:
 these import the main module, which is this one, as ``__mp_main__``. Ours writes its spans itself.

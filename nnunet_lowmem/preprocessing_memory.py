@@ -15,7 +15,7 @@ import numpy as np
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_lowmem import preprocessing
+from nnunet_lowmem.preprocessing import VOXELWISE, Grid, bounded_resampling, is_one_of, is_own, needs_mask, normalisers
 from nnunet_lowmem.rules import CaseGeometry
 from nnunet_lowmem.spline import working_bytes
 
@@ -77,10 +77,10 @@ def input_bytes(
     plans_manager, configuration_manager
         nnU-Net's description of the model.
     """
-    rules = preprocessing.normalisers(plans_manager, configuration_manager)
+    rules = normalisers(plans_manager, configuration_manager)
     voxels, network_voxels = math.prod(geometry.original_shape), math.prod(geometry.network_shape)
     stage = has_previous_stage * (_STAGE_VOXEL_BYTES * voxels + _STAGE_NETWORK_BYTES * network_voxels)
-    if not preprocessing.is_own(configuration_manager.preprocessor_class):
+    if not is_own(configuration_manager.preprocessor_class):
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
     reader = plans_manager.image_reader_writer_class
@@ -107,17 +107,17 @@ def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
 
     Rules that look at a whole channel take it as float32, and numpy's deviation holds a copy.
     """
-    if preprocessing.is_one_of(rule, preprocessing.VOXELWISE):
+    if is_one_of(rule, VOXELWISE):
         return 0
-    masks = _MASK_BYTES if preprocessing.needs_mask(rule) else 0
+    masks = _MASK_BYTES if needs_mask(rule) else 0
     return masks + (4 if stored_voxel_bytes == _SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
 
 
 def _resampling(geometry: CaseGeometry, spacing: Sequence[float], configuration: Any, channels: int) -> int:
     shape, new_shape = geometry.cropped_shape, geometry.network_shape
     new_spacing = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]
-    grid = preprocessing.Grid(shape, list(spacing), new_shape, new_spacing)
-    if preprocessing.bounded_resampling(configuration.resampling_fn_data, grid) is not None:
+    grid = Grid(shape, list(spacing), new_shape, new_spacing)
+    if bounded_resampling(configuration.resampling_fn_data, grid) is not None:
         return 0 if shape == new_shape else working_bytes(shape)
     voxels, network_voxels = math.prod(shape), math.prod(new_shape)
     return channels * _SINGLE_BYTES * (voxels + network_voxels) + 16 * max(voxels, network_voxels)
