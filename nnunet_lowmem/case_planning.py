@@ -16,9 +16,9 @@ from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Placement, 
 from nnunet_lowmem.errors import BudgetError, UsageError, of_kinds
 from nnunet_lowmem.formats import read_header
 from nnunet_lowmem.image_reading import counted_by
+from nnunet_lowmem.normalisation import normalisers
 from nnunet_lowmem.out_of_memory import error_of
 from nnunet_lowmem.planner import Plan, all_plans, certain, closest_plan, placed, plan_case
-from nnunet_lowmem.preprocessing import normalisers
 from nnunet_lowmem.preprocessing_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.recovering import Recovery
 from nnunet_lowmem.rules import CaseGeometry, LogitsResampling

@@ -1,7 +1,4 @@
-"""`LowMemPredictor`: nnU-Net's predictor with a rolling window and export in the main process.
-
-This room wires the others to nnU-Net's methods; what each method accepts and returns is stock's.
-"""
+"""`LowMemPredictor`: nnU-Net's methods, wired to the rooms; what each accepts and returns is stock's."""
 
 from __future__ import annotations
 

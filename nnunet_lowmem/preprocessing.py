@@ -1,9 +1,9 @@
 """From image files to the array that the network takes, in bounded memory and bit-equal to stock nnU-Net's.
 
 Stock's ``DefaultPreprocessor`` casts everything to float32, makes a −1/0 segmentation beside the image, normalises,
-casts to float64 and resamples image and segmentation. Here the image stays in its own type, and is cast and normalised
-block by block while `nnunet_lowmem.spline` resamples it; a segmentation exists only where the model needs one. Peak
-memory of a CT: the image in the file's type, the result, and about ``2 * sqrt(planes)`` planes of float64.
+casts to float64 and resamples image and segmentation. Here the image stays in its own type, is cast and normalised
+block by block while `spline` resamples it, and a segmentation exists only where the model needs one. Peak memory of a
+CT: the image in the file's type, the result, and about ``2 * sqrt(planes)`` planes of float64.
 
 A stage that is not nnU-Net's own is called as it is: another preprocessor class (then all of it), a normalisation other
 than nnU-Net's five (with the whole channel, as stock calls it), another resampling function or other arguments than
@@ -15,25 +15,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import nnunetv2
 import numpy as np
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
 from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.resampling import default_resampling
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 
 from nnunet_lowmem import overrides, spline
-from nnunet_lowmem.bypassed import DEFAULT_PREPROCESSOR, NORMALISATION, Step
-from nnunet_lowmem.errors import ModelError, UsageError, twin
+from nnunet_lowmem.bypassed import DEFAULT_PREPROCESSOR, Step
+from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.finite_voxels import check_values
 from nnunet_lowmem.image_reading import Volume, check_stored, read_channels
 from nnunet_lowmem.input_checks import check_case
 from nnunet_lowmem.nonzero import nonzero_box, nonzero_mask
+from nnunet_lowmem.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
 from nnunet_lowmem.overrides import is_class
 from nnunet_lowmem.refusals import check_names, telling_colours
 from nnunet_lowmem.threads import RowThreads
@@ -41,8 +39,6 @@ from nnunet_lowmem.types import PreprocessedCase, Shape3
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
-VOXELWISE = ("CTNormalization", "NoNormalization", "RGBTo01Normalization")
-_WITHOUT_MASK = (*VOXELWISE, "RescaleTo01Normalization")
 _BLOCK_BYTES = 4 << 20
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
@@ -327,34 +323,6 @@ class _Case:
         labels = function(self.segmentation, np.array(grid.new_shape), grid.spacing, grid.new_spacing)[0]
         integers: NDArray[np.integer[Any]] = labels.astype(np.int16 if labels.max() > 127 else np.int8)
         return integers
-
-
-def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> list[ImageNormalization]:
-    """One normaliser per channel, found by name as ``DefaultPreprocessor`` finds it."""
-    folder = str(Path(nnunetv2.__path__[0]) / "preprocessing" / "normalization")
-    normalisers = []
-    for c, name in enumerate(configuration.normalization_schemes):
-        found = recursive_find_python_class(folder, name, "nnunetv2.preprocessing.normalization")
-        if found is None:
-            raise twin(ModelError, RuntimeError)(
-                f"The model's plans ask for the normalisation {name}, which nnU-Net does not have."
-            )
-        properties = plans.foreground_intensity_properties_per_channel[str(c)]
-        normalisers.append(found(use_mask_for_norm=configuration.use_mask_for_norm[c], intensityproperties=properties))
-    return normalisers
-
-
-def needs_mask(normaliser: ImageNormalization) -> bool:
-    """Whether a normalisation looks at the segmentation beside the image."""
-    if is_one_of(normaliser, ("ZScoreNormalization",)):
-        return bool(normaliser.use_mask_for_norm)
-    return not is_one_of(normaliser, _WITHOUT_MASK)
-
-
-def is_one_of(normaliser: ImageNormalization, known: tuple[str, ...]) -> bool:
-    """Whether a normalisation is one of those, and does what nnU-Net's does."""
-    own = any(is_class(type(normaliser), f"{NORMALISATION}:{name}") for name in known)
-    return own and not overrides.found(Step.NORMALISATION, normaliser)
 
 
 def bounded_resampling(

@@ -15,7 +15,8 @@ import numpy as np
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_lowmem.preprocessing import VOXELWISE, Grid, bounded_resampling, is_one_of, is_own, needs_mask, normalisers
+from nnunet_lowmem.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
+from nnunet_lowmem.preprocessing import Grid, bounded_resampling, is_own
 from nnunet_lowmem.rules import CaseGeometry
 from nnunet_lowmem.spline import working_bytes
 

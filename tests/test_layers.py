@@ -31,7 +31,7 @@ nnunet: stock_calls plugin switching rebinding training_data installed rehearsin
 labels: labelling label_kernels device_labelling resampling export probabilities next_stages rules
 window: sliding_window tiles tiling kernels halves transfers slabs
 network: fast_network network_memory norm_kernels
-preprocessing: preprocessing nonzero spline image_reading finite_voxels input_checks refusals
+preprocessing: preprocessing normalisation nonzero spline image_reading finite_voxels input_checks refusals
 volumes: formats headers stored_parts nifti_files meta_image nrrd_files gipl_files tiff_pages pictures verifying spill
 overrides: overrides bypassed signatures foreign
 system: memory measuring allocator process_tree workers job watchdog stall_watch clock interruption
@@ -49,6 +49,7 @@ MAY_IMPORT_NNUNET = {
     "one_side",
     "predictor",
     "logits_predictor",
+    "normalisation",
     "preprocessing",
     "preprocessing_memory",
     "nnunet_adapter",

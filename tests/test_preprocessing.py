@@ -296,7 +296,7 @@ def test_other_normalisation_is_called_with_the_whole_channel_and_the_mask(monke
             seen.append(None if seg is None else seg.copy())
             return super().run(image, seg) + np.float32(3)
 
-    for module in ("nnunetv2.preprocessing.preprocessors.default_preprocessor", "nnunet_lowmem.preprocessing"):
+    for module in ("nnunetv2.preprocessing.preprocessors.default_preprocessor", "nnunet_lowmem.normalisation"):
         monkeypatch.setattr(f"{module}.recursive_find_python_class", lambda *args: Shifting)
     files = write(tmp_path, [with_holes(head())])
     expected = stock(files, None, Model())
