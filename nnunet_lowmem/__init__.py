@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nnunet_lowmem.nnunet.switching import disable, enable
     from nnunet_lowmem.predictor import LowMemPredictor
-    from nnunet_lowmem.switching import disable, enable
 
 __version__ = "0.1.0"
 __all__ = ["LowMemPredictor", "__version__", "disable", "enable"]
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> object:
 
         return LowMemPredictor
     if name in ("enable", "disable"):
-        from nnunet_lowmem import switching
+        from nnunet_lowmem.nnunet import switching
 
         return getattr(switching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

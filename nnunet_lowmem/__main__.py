@@ -2,6 +2,6 @@
 
 import sys
 
-from nnunet_lowmem.cli import main
+from nnunet_lowmem.commands.cli import main
 
 sys.exit(main())

@@ -16,29 +16,32 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.helpers import empty_cache
 from numpy.typing import NDArray
 
-from nnunet_lowmem import export, model_files, nnunet_adapter, overrides, plugin, stock_calls, validation
-from nnunet_lowmem.budget import vram_limit
-from nnunet_lowmem.bypassed import Step
-from nnunet_lowmem.case_loop import Failing, raise_failures, require_space, run_cases, without_those_done
-from nnunet_lowmem.case_predictor import CasePredictor
-from nnunet_lowmem.cases import Job, in_a_row, job_of_item, jobs_of_arrays, of_folder, unless_unwritable
-from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.errors import UsageError, twin
-from nnunet_lowmem.files import temporary_folder
-from nnunet_lowmem.foreign import foreign
-from nnunet_lowmem.html_report import HtmlReport, facts_of
-from nnunet_lowmem.iterating import items_of, predict_iterated
-from nnunet_lowmem.model_loading import uncompiled
-from nnunet_lowmem.overrides import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, replaced, tell, unless_replaced
-from nnunet_lowmem.pending_write import PendingWrite
-from nnunet_lowmem.prefetching import Prefetcher
-from nnunet_lowmem.progress import logging_prints, on_terminal
-from nnunet_lowmem.records import Recipe, fingerprint
-from nnunet_lowmem.reporting import CaseReport, RunReport
-from nnunet_lowmem.stall_watch import LINE_S, StallWatch
-from nnunet_lowmem.watchdog import WorkerLimits
-from nnunet_lowmem.weights import digests
-from nnunet_lowmem.writing import Result
+from nnunet_lowmem.labels import heads
+from nnunet_lowmem.nnunet import adapter, model_files, predictors, stock_calls
+from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.overrides import lookup
+from nnunet_lowmem.overrides.bypassed import Step
+from nnunet_lowmem.overrides.foreign import foreign
+from nnunet_lowmem.overrides.lookup import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, replaced, tell, unless_replaced
+from nnunet_lowmem.predict import validation
+from nnunet_lowmem.predict.case import CasePredictor
+from nnunet_lowmem.predict.cases import Failing, raise_failures, require_space, run_cases, without_those_done
+from nnunet_lowmem.predict.iterating import items_of, predict_iterated
+from nnunet_lowmem.predict.jobs import Job, in_a_row, job_of_item, jobs_of_arrays, of_folder, unless_unwritable
+from nnunet_lowmem.predict.outcomes import CaseReport, RunReport
+from nnunet_lowmem.predict.pending_write import PendingWrite
+from nnunet_lowmem.predict.prefetching import Prefetcher
+from nnunet_lowmem.predict.progress import logging_prints, on_terminal
+from nnunet_lowmem.predict.records import Recipe, fingerprint
+from nnunet_lowmem.predict.weights import digests
+from nnunet_lowmem.predict.writing import Result
+from nnunet_lowmem.report.page import HtmlReport, facts_of
+from nnunet_lowmem.system.atomic_files import temporary_folder
+from nnunet_lowmem.system.clock import StageClock
+from nnunet_lowmem.system.stalls import WorkerLimits
+from nnunet_lowmem.system.watchdog import LINE_S, StallWatch
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ class LowMemPredictor(CasePredictor):
     ) -> list[Result] | None:
         """Predict files; `in_workers` says whether stock preprocesses and exports them in processes of their own."""
         source = arguments["list_of_lists_or_source_folder"]
-        target = nnunet_adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
+        target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
         stage_folder = arguments["folder_with_segs_from_prev_stage"]
         previous_stage = self.configuration_manager.previous_stage_name
         if previous_stage is not None and stage_folder is None:
@@ -113,7 +116,7 @@ class LowMemPredictor(CasePredictor):
                 f"this configuration is the second stage of a cascade and needs the segmentations of "
                 f"{previous_stage!r}: give their folder with -prev_stage_predictions"
             )
-        nnunet_adapter.write_run_files(target, arguments, self.dataset_json, self.plans_manager.plans)
+        adapter.write_run_files(target, arguments, self.dataset_json, self.plans_manager.plans)
         from_folder, is_listed = isinstance(source, str), tell(self, Step.LISTING)
         if from_folder:
             model_files.tell_skipped(source, self.dataset_json["file_ending"])
@@ -135,7 +138,7 @@ class LowMemPredictor(CasePredictor):
         processes = arguments.get("num_processes_preprocessing", 0)
         if not overwrite and outputs is not None and not is_listed:
             jobs = without_those_done(jobs, self.run_report)
-        if in_workers and jobs and replaced(self, *overrides.OF_FILES):
+        if in_workers and jobs and replaced(self, *lookup.OF_FILES):
             return predict_iterated(self, jobs, arguments, save_probabilities)
         failing = self._failing(in_workers)
         with self._reporting(target):
@@ -147,7 +150,7 @@ class LowMemPredictor(CasePredictor):
         self, jobs: list[Job], target: str | list[str] | None, probabilities: bool, processes: int, failing: Failing
     ) -> list[Result]:
         """Predict cases of files; what failed is told in the output folder."""
-        tell(self, Step.READING, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
+        tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
         jobs = jobs if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in jobs]
         self._require_space(jobs, probabilities)
         with self._in_temporary_folder() as folder, ExitStack() as stack:
@@ -159,7 +162,7 @@ class LowMemPredictor(CasePredictor):
                 return self._predict_jobs(waiting, folder, probabilities, failing)
             finally:
                 if target is not None:
-                    self.run_report.write_failures(nnunet_adapter.output_folder(target))
+                    self.run_report.write_failures(adapter.output_folder(target))
 
     def _jobs(
         self, cases: list[list[str]], outputs: list[str] | None, stages: list[str | None], probabilities: bool
@@ -179,7 +182,7 @@ class LowMemPredictor(CasePredictor):
         return jobs
 
     def _require_space(self, jobs: list[Job], probabilities: bool) -> None:
-        rule = nnunet_adapter.label_rule(self.label_manager)
+        rule = adapter.label_rule(self.label_manager)
         heads_bytes = self.label_manager.num_segmentation_heads * np.dtype(self.probabilities_dtype).itemsize
         voxel_bytes = 1 if rule is None else rule.dtype.itemsize
         reader, ending = self.plans_manager.image_reader_writer_class, self.dataset_json["file_ending"]
@@ -225,7 +228,7 @@ class LowMemPredictor(CasePredictor):
         _note_exact(use_cropped_logits_resampling)
         if tell(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
-        tell(self, *overrides.of_prediction(self.fast))
+        tell(self, *lookup.of_prediction(self.fast))
         return self._predict_unrecorded(map(job_of_item, data_iterator), save_probabilities, self._failing())
 
     @unless_replaced
@@ -262,7 +265,7 @@ class LowMemPredictor(CasePredictor):
             tell(self, Step.ITERATION)
             items = items_of(self, jobs)
             return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
-        tell(self, *overrides.of_prediction(self.fast))
+        tell(self, *lookup.of_prediction(self.fast))
         return self._predict_unrecorded(jobs, save_probabilities, self._failing(in_workers=True))
 
     @unless_replaced
@@ -277,7 +280,7 @@ class LowMemPredictor(CasePredictor):
     ) -> Result:
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
-        tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *overrides.of_prediction(self.fast))
+        tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
         given = (input_image, segmentation_previous_stage, image_properties, output_file_truncated)
         job = self._job_of_array("array", *given, by_adapter=bool(replaced(self, Step.ADAPTER)))
         return self._predict_unrecorded([job], save_or_return_probabilities, Failing(keep_going=False))[0]
@@ -290,7 +293,7 @@ class LowMemPredictor(CasePredictor):
         """
         if validation.is_left_to_stock(trainer):
             return False
-        chosen = plugin.options(plugin.OWN.name, cls, trainer.plans_manager.plans)
+        chosen = predictors.options(predictors.OWN.name, cls, trainer.plans_manager.plans)
         predictor = cls(device=trainer.device, allow_tqdm=False, **{**chosen, **options})
         with validation.prepared(trainer, predictor):
             jobs = validation.jobs(trainer, predictor, save_probabilities)
@@ -308,7 +311,7 @@ class LowMemPredictor(CasePredictor):
             return
         with ExitStack() as stack:
             folder = stack.enter_context(temporary_folder(self.tmp_dir))
-            page = HtmlReport(nnunet_adapter.output_folder(target), folder, facts_of(self), self.run_report)
+            page = HtmlReport(adapter.output_folder(target), folder, facts_of(self), self.run_report)
             self._listener = stack.enter_context(page)
             stack.callback(setattr, self, "_listener", None)
             yield
@@ -383,7 +386,7 @@ class LowMemPredictor(CasePredictor):
                 self._draw(case, job, result, clock)
                 result = None
         report = CaseReport(job.name, job.output, clock.seconds, plan, sampler.peaks_bytes() if sampler else {})
-        return export.plain(result), report, self._latest_write
+        return heads.plain(result), report, self._latest_write
 
 
 def _stock_parameters(method: str) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
-from nnunet_lowmem import allocator
-from nnunet_lowmem.switching import Choice, want
+from nnunet_lowmem.nnunet.switching import Choice, want
+from nnunet_lowmem.system import allocator
 
 VARIABLE = "nnUNet_predictor"
 

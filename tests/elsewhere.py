@@ -81,7 +81,9 @@ def run(platform: str, arguments: list[str]) -> int:
 def start(arguments: list[str]) -> int:
     os.environ["nnUNet_predictor"] = "lowmem"  # noqa: SIM112  # nnU-Net's spelling
     import nnunet_lowmem.startup  # noqa: F401
-    from nnunet_lowmem import LowMemPredictor, cli, measured_command
+    from nnunet_lowmem import LowMemPredictor
+    from nnunet_lowmem.commands import cli
+    from nnunet_lowmem.report import measured_command
 
     assert issubclass(predict_from_raw_data.nnUNetPredictor, LowMemPredictor)
     for command in ("demo", "compare", "ensemble", "run"):

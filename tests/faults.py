@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from nnunet_lowmem.verifying import DamagedFileError
+from nnunet_lowmem.volumes.verifying import DamagedFileError
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 

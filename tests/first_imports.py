@@ -13,7 +13,7 @@ import sys
 
 from forked import forked
 
-from nnunet_lowmem import switching
+from nnunet_lowmem.nnunet import switching
 
 OURS = ("nnunetv2", "nnunet_lowmem")
 

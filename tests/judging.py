@@ -130,14 +130,14 @@ def serve(pipe: Connection, folder: Path, memory_bytes: int, patience_s: int) ->
     import torch
     from preprocessing_oracle import Model
 
-    import nnunet_lowmem.preprocessing
+    import nnunet_lowmem.preprocessing.case
 
     torch.set_num_threads(1)
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     Model().managers()
     skimage.io.imsave(folder / "a.png", np.zeros((2, 2), np.uint8), check_contrast=False)
     skimage.io.imread(folder / "a.png")
-    assert nnunet_lowmem.preprocessing
+    assert nnunet_lowmem.preprocessing.case
     assert tifffile
     warnings.filterwarnings("error", module=r"nnunet_lowmem")
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
@@ -233,8 +233,8 @@ def _answer(step: str, read: Callable[[], Any]) -> tuple[Answer, Any]:
 
 
 def _ours(cls: Any, path: str, plans: Any) -> tuple[Answer, Any]:
-    from nnunet_lowmem.image_reading import read_channels
-    from nnunet_lowmem.preprocessing import check_headers
+    from nnunet_lowmem.preprocessing.case import check_headers
+    from nnunet_lowmem.preprocessing.reading import read_channels
 
     check, _ = _answer("check_headers", lambda: check_headers([path], *plans))
     if check.kind:

@@ -16,7 +16,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage import io
 
-from nnunet_lowmem.installed import version_of
+from nnunet_lowmem.nnunet.installed import version_of
 
 PROBABILITY_TOLERANCE = 2.0**-21  # stock's own softmax varies by as much with its number of threads
 INSTALLED = tuple(map(int, version_of("nnunetv2").split(".")[:2]))

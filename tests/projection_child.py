@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nnunet_lowmem import LowMemPredictor, nnunet_adapter
+from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError
-from nnunet_lowmem.measuring import PeakSampler
+from nnunet_lowmem.nnunet import adapter
+from nnunet_lowmem.system.memory_held import PeakSampler
 from nnunet_lowmem.types import Place
 
 
@@ -67,7 +68,7 @@ def short_of_memory(begin):
 
 def slow_writer() -> None:
     """A writer that has all it needs and is not done before the next case is well under way."""
-    real = nnunet_adapter.write_segmentation
+    real = adapter.write_segmentation
 
     def write_slowly(segmentation, *arguments):
         copy = np.array(segmentation)
@@ -75,7 +76,7 @@ def slow_writer() -> None:
         time.sleep(6)
         del copy
 
-    nnunet_adapter.write_segmentation = write_slowly
+    adapter.write_segmentation = write_slowly
 
 
 def predict_arrays(predictor: LowMemPredictor, images: str, output: str) -> None:

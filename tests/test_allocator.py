@@ -11,7 +11,7 @@ import pytest
 CHILD = """
 import json, sys
 from pathlib import Path
-from nnunet_lowmem import allocator
+from nnunet_lowmem.system import allocator
 
 if sys.argv[1] == "own":
     allocator.own_process()

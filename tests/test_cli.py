@@ -23,7 +23,7 @@ import torch
 from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
 
-from nnunet_lowmem import cli, flags
+from nnunet_lowmem.commands import cli, flags
 
 # -- flags
 
@@ -259,7 +259,7 @@ REFUSALS: dict[str, Refusal] = {
 
 _RUN_ALL = """
 import contextlib, io, json, sys
-from nnunet_lowmem import cli, flags
+from nnunet_lowmem.commands import cli, flags
 
 for name, arguments in json.load(sys.stdin).items():
     out, err = io.StringIO(), io.StringIO()
@@ -490,7 +490,7 @@ def test_smallest_budget_that_is_told_is_enough(features, flags, models, images,
     command = [
         sys.executable,
         "-c",
-        "import sys; from nnunet_lowmem.cli import predict_entry_point as p; sys.exit(p())",
+        "import sys; from nnunet_lowmem.commands.cli import predict_entry_point as p; sys.exit(p())",
     ]
     arguments = [*command_line(root, wanted), *flags]
     told = subprocess.run([*command, *arguments, "--estimate", "--json"], capture_output=True, text=True, check=True)

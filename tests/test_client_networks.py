@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import BudgetError
-from nnunet_lowmem.network_memory import tensor_bytes
+from nnunet_lowmem.network.tile_memory import tensor_bytes
 
 Change = Callable[[nnUNetPredictor, list[str]], Any]
 
@@ -249,7 +249,7 @@ def test_network_of_a_client_is_used_as_by_stock(name, model, array, mirrors):
 
 @pytest.mark.parametrize("array_of", [np.asarray, np.asfortranarray], ids=["C order", "Fortran order"])
 def test_array_that_cannot_fit_is_refused_before_it_is_preprocessed(array_of, model, array, monkeypatch):
-    monkeypatch.setattr("nnunet_lowmem.loading.preprocess_array", None)
+    monkeypatch.setattr("nnunet_lowmem.predict.loading.preprocess_array", None)
     predictor = make_predictor(LowMemPredictor, model, max_ram="1M")
     with pytest.raises(BudgetError, match="case array does not fit: RAM projected"):
         predictor.predict_single_npy_array(array_of(array[0]), dict(array[1]))

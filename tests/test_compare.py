@@ -18,11 +18,12 @@ import pytest
 import SimpleITK
 from factory import ModelSpec
 
-from nnunet_lowmem import cli, comparing, comparison_table
-from nnunet_lowmem.clock import TRACE_VARIABLE
-from nnunet_lowmem.comparing import Comparison, Request
-from nnunet_lowmem.label_comparison import LabelDifference, compare_folders
-from nnunet_lowmem.measured_command import MeasuredCommand, StageCost, run_measured, stages_of
+from nnunet_lowmem.commands import cli, compare_table
+from nnunet_lowmem.report import compare
+from nnunet_lowmem.report.compare import Comparison, Request
+from nnunet_lowmem.report.label_differences import LabelDifference, compare_folders
+from nnunet_lowmem.report.measured_command import MeasuredCommand, StageCost, run_measured, stages_of
+from nnunet_lowmem.system.clock import TRACE_VARIABLE
 
 MIB, GIB = 2**20, 2**30
 
@@ -181,7 +182,7 @@ def test_a_command_that_takes_too_long_is_ended(tmp_path):
 def test_spans_become_stages_with_their_peaks(tmp_path):
     code = (
         "import time\n"
-        "from nnunet_lowmem.clock import StageClock\n"
+        "from nnunet_lowmem.system.clock import StageClock\n"
         "clock = StageClock('a')\n"
         "with clock.stage('preprocessing'): time.sleep(0.2)\n"
         "with clock.stage('prediction'):\n"
@@ -255,7 +256,7 @@ def measured(seconds: float, peak_bytes: int, stopped: str = "", exit_code: int 
 
 def printed(comparison: Comparison, capsys, monkeypatch) -> dict[str, list[str]]:
     monkeypatch.setenv("COLUMNS", "160")
-    comparison_table.print_comparison(comparison, {3: "liver"}, as_json=False)
+    compare_table.print_comparison(comparison, {3: "liver"}, as_json=False)
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
 
@@ -297,7 +298,7 @@ def test_a_side_that_failed_shows_its_last_lines_and_no_ratio(capsys, monkeypatc
     runs = {"stock": [measured(9.0, GIB, exit_code=1)], "ours": [measured(1.0, GIB)]}
     comparison = Comparison(runs, [LabelDifference("a", problem="stock has written no a.nii.gz")], {"stock": "boom"})
     monkeypatch.setenv("COLUMNS", "160")
-    comparison_table.print_comparison(comparison, {}, as_json=False)
+    compare_table.print_comparison(comparison, {}, as_json=False)
     out = capsys.readouterr().out
     assert "a cannot be compared: stock has written no a.nii.gz" in out
     assert "stock failed, exit code 1; its last lines:\nboom" in out
@@ -313,7 +314,7 @@ def request_for(**changes) -> Request:
 
 def test_flags_for_ours_alone_do_not_reach_stock(tmp_path):
     request = request_for(our_flags=("--max_ram", "3G"), deterministic=True, device="cuda:1")
-    stock, ours = (comparing.side_command(request, side, tmp_path) for side in ("stock", "ours"))
+    stock, ours = (compare.side_command(request, side, tmp_path) for side in ("stock", "ours"))
     assert stock[3:] == ["stock", "model", "-f", "0", "-o", str(tmp_path), "-device", "cuda", "--deterministic"]
     assert ours[3:] == ["ours", *stock[4:], "--max_ram", "3G"]
 
@@ -323,18 +324,18 @@ def test_flags_for_ours_alone_do_not_reach_stock(tmp_path):
 )
 def test_both_sides_see_the_same_gpu(device, visible, expected):
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert comparing.side_environment(device, Path("/t"), environment)["CUDA_VISIBLE_DEVICES"] == expected
+    assert compare.side_environment(device, Path("/t"), environment)["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_temporary_files_lie_elsewhere_where_the_path_leaves_no_room_for_a_socket():
-    assert comparing.side_environment("cpu", Path("/t"), {})["TMPDIR"] == "/t"
-    assert "TMPDIR" not in comparing.side_environment("cpu", Path("/" + "t" * 80), {})
+    assert compare.side_environment("cpu", Path("/t"), {})["TMPDIR"] == "/t"
+    assert "TMPDIR" not in compare.side_environment("cpu", Path("/" + "t" * 80), {})
 
 
 def test_deterministic_mode_outlives_a_predictor_that_switches_trials_on():
     code = (
         "import torch\n"
-        "from nnunet_lowmem.one_side import make_deterministic\n"
+        "from nnunet_lowmem.commands.one_side import make_deterministic\n"
         "make_deterministic()\n"
         "torch.backends.cudnn.benchmark = True\n"
         "assert torch.backends.cudnn.deterministic and not torch._C._get_cudnn_benchmark()\n"

@@ -18,8 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import INSTALLED, assert_same_folder, make_predictor, predict_stock
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.cli import main
-from nnunet_lowmem.ensembling import _mean, ensemble_folders, open_heads
+from nnunet_lowmem.commands.cli import main
+from nnunet_lowmem.commands.ensemble import _mean, ensemble_folders, open_heads
 from nnunet_lowmem.errors import UsageError
 
 

@@ -21,7 +21,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import make_predictor, predict_ours, predict_stock
 
-from nnunet_lowmem import LowMemPredictor, cli, model_keys
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import (
     BudgetError,
     CasesFailedError,
@@ -33,6 +34,7 @@ from nnunet_lowmem.errors import (
     because,
     twin,
 )
+from nnunet_lowmem.nnunet import model_keys
 
 KINDS = (FileNotFoundError, OSError, RuntimeError, torch.cuda.OutOfMemoryError, MemoryError, ValueError)
 MORE_KINDS = (AssertionError, KeyError, IndexError, EOFError, ImportError)

@@ -13,10 +13,11 @@ import torch
 from factory import ModelSpec
 from oracle import make_predictor, read_voxels, recorded_names
 
-from nnunet_lowmem import LowMemPredictor, cli
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
-from nnunet_lowmem.reporting import FAILURES_FILE
-from nnunet_lowmem.verifying import verify_whole
+from nnunet_lowmem.predict.outcomes import FAILURES_FILE
+from nnunet_lowmem.volumes.verifying import verify_whole
 
 
 @pytest.fixture(scope="module")

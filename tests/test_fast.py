@@ -18,8 +18,8 @@ from torch import nn
 import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.fast_network import FastNetwork, FastNorm, fast_network
-from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.network.fast_network import FastNetwork, FastNorm, fast_network
+from nnunet_lowmem.system.threads import RowThreads
 
 BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 

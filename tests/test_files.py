@@ -27,11 +27,11 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReori
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_lowmem import files
 from nnunet_lowmem.errors import UsageError, WriteError
-from nnunet_lowmem.files import atomic_output, remove_stale, require_free_bytes, temporary_folder
-from nnunet_lowmem.stored_parts import Encoding, Part
-from nnunet_lowmem.verifying import DamagedFileError, verify_label_file
+from nnunet_lowmem.system import atomic_files
+from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale, require_free_bytes, temporary_folder
+from nnunet_lowmem.volumes.stored_parts import Encoding, Part
+from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_label_file
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -187,7 +187,7 @@ class TestAtomicOutput:
             (final.parent / "no such input").read_bytes()
 
     def test_short_write_that_numpy_noticed(self, final, monkeypatch):
-        monkeypatch.setattr(files, "_free_bytes", lambda folder: 4096)
+        monkeypatch.setattr(atomic_files, "_free_bytes", lambda folder: 4096)
         with pytest.raises(WriteError, match="requested and"), atomic_output(final):
             raise OSError("1000 requested and 996 written")
 
@@ -314,7 +314,7 @@ KILLED_WRITER = """
     import os, signal, sys
     from pathlib import Path
     from faults import Fault, is_new, write
-    from nnunet_lowmem.files import atomic_output
+    from nnunet_lowmem.system.atomic_files import atomic_output
     Fault(int(sys.argv[1]), lambda *_: os.kill(os.getpid(), signal.SIGKILL)).install()
     with atomic_output(Path(sys.argv[2]), is_new) as partial:
         write(partial)
@@ -377,7 +377,7 @@ class TestFullDisk:
     )
     def test_that_fills_while_a_label_map_is_written(self, small_disk, tmp_path, writer, ending, old):
         """Until the writer begins there is room enough; then others take all but a part of what it needs."""
-        from nnunet_lowmem.nnunet_adapter import (
+        from nnunet_lowmem.nnunet.adapter import (
             write_segmentation,
         )  # torch, which the children of others need not import
 
@@ -634,12 +634,12 @@ class TestRemoveStale:
 
     @pytest.mark.parametrize("kind", [".partial", "lowmem_partial", "nnunet_lowmem"])
     def test_of_an_ended_process_is_removed(self, tmp_path, kind):
-        path = self.leftover(tmp_path, f"{kind}-{files._host()}-{ended_pid()}-0123abcd")
+        path = self.leftover(tmp_path, f"{kind}-{atomic_files._host()}-{ended_pid()}-0123abcd")
         assert remove_stale(tmp_path) == [path]
         assert names(tmp_path) == []
 
     def test_of_a_living_process_is_kept(self, tmp_path):
-        self.leftover(tmp_path, f".partial-{files._host()}-{os.getppid()}-0123abcd")
+        self.leftover(tmp_path, f".partial-{atomic_files._host()}-{os.getppid()}-0123abcd")
         assert remove_stale(tmp_path) == []
         assert len(names(tmp_path)) == 1
 
@@ -650,14 +650,14 @@ class TestRemoveStale:
         assert state(final) == "new"
 
     def test_of_a_predecessor_with_this_process_id_is_removed(self, tmp_path):
-        self.leftover(tmp_path, f".partial-{files._host()}-{os.getpid()}-0123abcd")
+        self.leftover(tmp_path, f".partial-{atomic_files._host()}-{os.getpid()}-0123abcd")
         assert len(remove_stale(tmp_path)) == 1
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs a zombie")
     def test_of_a_zombie_is_removed(self, tmp_path):
         with subprocess.Popen([sys.executable, "-c", ""]) as process:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            self.leftover(tmp_path, f".partial-{files._host()}-{process.pid}-0123abcd")
+            self.leftover(tmp_path, f".partial-{atomic_files._host()}-{process.pid}-0123abcd")
             assert len(remove_stale(tmp_path)) == 1
 
     @pytest.mark.parametrize("age_s, removed", [(3600, 0), (25 * 3600, 1)])
@@ -680,14 +680,14 @@ class TestRemoveStale:
     def test_links_are_kept(self, tmp_path):
         target = tmp_path / "precious"
         target.mkdir()
-        link = tmp_path / f".partial-{files._host()}-{ended_pid()}-0123abcd"
+        link = tmp_path / f".partial-{atomic_files._host()}-{ended_pid()}-0123abcd"
         link.symlink_to(target)
         assert remove_stale(tmp_path) == []
         assert target.exists()
 
     @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
     def test_of_another_user_is_kept(self, tmp_path):
-        path = self.leftover(tmp_path, f".partial-{files._host()}-{ended_pid()}-0123abcd")
+        path = self.leftover(tmp_path, f".partial-{atomic_files._host()}-{ended_pid()}-0123abcd")
         os.chown(path, 12345, 12345)
         assert remove_stale(tmp_path) == []
 
@@ -695,9 +695,9 @@ class TestRemoveStale:
         assert remove_stale(tmp_path / "gone") == []
 
     def test_host_differs_between_containers(self, monkeypatch):
-        here = files._host()
-        monkeypatch.setattr(files.platform, "node", lambda: "another")
-        assert files._host.__wrapped__() != here
+        here = atomic_files._host()
+        monkeypatch.setattr(atomic_files.platform, "node", lambda: "another")
+        assert atomic_files._host.__wrapped__() != here
 
 
 class TestTemporaryFolder:
@@ -712,7 +712,7 @@ class TestTemporaryFolder:
         assert names(tmp_path) == []
 
     def test_is_in_the_systems_folder_by_default(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr(atomic_files.tempfile, "tempdir", str(tmp_path))
         with temporary_folder() as folder:
             assert folder.parent == tmp_path
 
@@ -732,7 +732,7 @@ class TestTemporaryFolder:
             """
             import os, signal, sys
             from pathlib import Path
-            from nnunet_lowmem.files import temporary_folder
+            from nnunet_lowmem.system.atomic_files import temporary_folder
             with temporary_folder(Path(sys.argv[1])) as folder:
                 (folder / "spill").write_bytes(bytes(1000))
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -779,13 +779,13 @@ class TestTemporaryFolder:
             pass
         assert os.strerror(number) in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert files._live == set()
+        assert atomic_files._live == set()
 
     def test_of_a_system_without_one(self, monkeypatch):
         def none():
             raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
-        monkeypatch.setattr(files.tempfile, "gettempdir", none)
+        monkeypatch.setattr(atomic_files.tempfile, "gettempdir", none)
         with pytest.raises(UsageError, match="No usable temporary directory"), temporary_folder():
             pass
 

@@ -14,7 +14,7 @@ import torch
 from factory import ModelSpec
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.sliding_window import RollingWindow
+from nnunet_lowmem.window.rolling import RollingWindow
 
 CHILD = """
 import json, os, sys, threading

@@ -17,14 +17,15 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from oracle import make_predictor, predict_ours
 
-from nnunet_lowmem import LowMemPredictor, headers
+from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.formats import FORMATS, format_of, is_volume, read_header, read_voxels, verify_voxels
-from nnunet_lowmem.headers import Library
-from nnunet_lowmem.image_reading import read_channels
-from nnunet_lowmem.input_checks import check_case
-from nnunet_lowmem.label_comparison import read_labels
-from nnunet_lowmem.verifying import verify_label_file
+from nnunet_lowmem.preprocessing.checks import check_case
+from nnunet_lowmem.preprocessing.reading import read_channels
+from nnunet_lowmem.report.label_differences import read_labels
+from nnunet_lowmem.volumes import headers
+from nnunet_lowmem.volumes.formats import FORMATS, format_of, is_volume, read_header, read_voxels, verify_voxels
+from nnunet_lowmem.volumes.headers import Library
+from nnunet_lowmem.volumes.verifying import verify_label_file
 
 VOXELS = np.random.default_rng(2).integers(-500, 1000, (6, 7, 8)).astype(np.int16)
 SPACING = (1.25, 2.0, 3.0)
@@ -171,7 +172,7 @@ def test_whatever_a_parser_raises_is_one_error(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("nnunet_lowmem.headers.itk_information", fail)
+    monkeypatch.setattr("nnunet_lowmem.volumes.headers.itk_information", fail)
     with pytest.raises(MemoryError if isinstance(error, MemoryError) else UsageError) as caught:
         read(str(path))
     if not isinstance(error, MemoryError):

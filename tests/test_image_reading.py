@@ -19,8 +19,8 @@ from preprocessing_oracle import LABELS, ZSCORE, Model, as_type, assert_same_obj
 from skimage import io
 
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.image_reading import read_channels
-from nnunet_lowmem.preprocessing import preprocess_case
+from nnunet_lowmem.preprocessing.case import preprocess_case
+from nnunet_lowmem.preprocessing.reading import read_channels
 
 READERS = [
     ("SimpleITKIO", ".nii.gz"),

@@ -13,7 +13,7 @@ import nnunetv2
 import pytest
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.running import environment_for
+from nnunet_lowmem.commands.run import environment_for
 
 OURS = " ".join(["nnUNetPredictor", *(cls.__name__ for cls in LowMemPredictor.__mro__)])
 STOCKS = "nnUNetPredictor nnUNetPredictor object"
@@ -23,7 +23,7 @@ COMMANDS = {entry.name: entry.value for entry in entry_points(group="console_scr
 FEW = [
     "nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs",
     "nnunetv2.run.run_training:run_training_entry",
-    "nnunet_lowmem.overrides",
+    "nnunet_lowmem.overrides.lookup",
 ]
 
 

@@ -24,12 +24,14 @@ from oracle import assert_same_file, make_predictor, predict_ours, predict_stock
 from PIL import Image
 from preprocessing_oracle import LABELS, ZSCORE, Model, as_type, changed, ct, write
 
-from nnunet_lowmem import LowMemPredictor, cli, model_files
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import LowMemError, UsageError
-from nnunet_lowmem.finite_voxels import check_values
-from nnunet_lowmem.formats import read_header
-from nnunet_lowmem.input_checks import check_case
-from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
+from nnunet_lowmem.nnunet import model_files
+from nnunet_lowmem.preprocessing.case import preprocess_array, preprocess_case
+from nnunet_lowmem.preprocessing.checks import check_case
+from nnunet_lowmem.preprocessing.finite_voxels import check_values
+from nnunet_lowmem.volumes.formats import read_header
 
 READER_AND_ENDING = [
     ("SimpleITKIO", ".nii"),
@@ -306,7 +308,7 @@ def test_unusual_but_whole_files_are_read_as_stock_reads_them(unusual: Callable[
     file.write_bytes(unusual(one_file(tmp_path, ".nii").read_bytes()))
     reader = Model().managers()[0].image_reader_writer_class
     expected, _ = reader().read_images([str(file)])
-    from nnunet_lowmem.image_reading import read_channels
+    from nnunet_lowmem.preprocessing.reading import read_channels
 
     channels, _ = read_channels(reader, [str(file)])
     assert np.array_equal(channels[0].astype(np.float32), expected[0])

@@ -19,9 +19,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_object, make_predictor
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.case_planning import CasePlanner
+from nnunet_lowmem.budget.case_plan import CasePlanner
+from nnunet_lowmem.predict.warming import warm_up
 from nnunet_lowmem.types import Place
-from nnunet_lowmem.warming import warm_up
 
 
 def both() -> tuple[type[nnUNetPredictor], ...]:

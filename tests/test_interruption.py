@@ -16,12 +16,12 @@ import pytest
 from factory import ModelSpec
 from oracle import read_voxels, recorded_names
 
-from nnunet_lowmem import interruption
-from nnunet_lowmem.verifying import verify_whole
+from nnunet_lowmem.system import signals
+from nnunet_lowmem.volumes.verifying import verify_whole
 
 _COMMAND = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from nnunet_lowmem.cli import predict_entry_point; sys.exit(predict_entry_point(sys.argv[1:]))"
+    "from nnunet_lowmem.commands.cli import predict_entry_point; sys.exit(predict_entry_point(sys.argv[1:]))"
 )
 # as if the disk were slow: a label map is there, half of it, for two seconds
 _SLOW_WRITER = """
@@ -143,19 +143,19 @@ def test_exception_that_python_swallows_is_raised_again():
             time.sleep(0.01)
 
     def run() -> None:
-        with interruption.ending_on_signals():
+        with signals.ending_on_signals():
             thing = Finalised()
             del thing
-            interruption.check()
+            signals.check()
 
-    with pytest.raises(interruption.InterruptedBySignal) as ended:
+    with pytest.raises(signals.InterruptedBySignal) as ended:
         run()
     assert ended.value.code == 143
 
 
 def test_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with interruption.ending_on_signals():
+    with signals.ending_on_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    interruption.check()
+    signals.check()

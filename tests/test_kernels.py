@@ -15,9 +15,10 @@ from reference import accumulate, axis_by_axis, half_of, product_of_weights, res
 from scipy.ndimage import map_coordinates
 from skimage.transform import resize
 
-from nnunet_lowmem import halves, kernels, label_kernels
-from nnunet_lowmem.device_labelling import round_to_half
-from nnunet_lowmem.resampling import flat_tables, nearest_axis, resampling_tables
+from nnunet_lowmem.labels import cells_cpu
+from nnunet_lowmem.labels.cells_torch import round_to_half
+from nnunet_lowmem.labels.resampling import flat_tables, nearest_axis, resampling_tables
+from nnunet_lowmem.window import halves, kernels
 
 ALL_BITS = np.arange(65536, dtype=np.uint32).astype(np.uint16)
 ALL_HALVES = ALL_BITS.view(np.float16)
@@ -198,7 +199,7 @@ def test_resampled_head_has_stocks_bits(shape, target, axis, exponent, seed):
     logits = np.clip(rng.standard_normal((1, *shape)) * 10.0**exponent, -65504, 65504).astype(np.float16)
     out = np.empty(target, np.uint16)
     tables = flat_tables(resampling_tables(shape, target, axis))
-    label_kernels.resample_rows(logits.view(np.uint16), *tables, out, 0, target[0] * target[1])
+    cells_cpu.resample_rows(logits.view(np.uint16), *tables, out, 0, target[0] * target[1])
     assert np.array_equal(out.view(np.float16), resample(logits, target, axis)[0])
 
 
@@ -273,5 +274,5 @@ def test_region_threshold_is_torchs_sigmoid(length):
     above = torch.cat([torch.sigmoid(part) for part in singles.split(length)]) > 0.5
     keys = each(halves.half_key, ALL_BITS, np.int16)[: len(above)]
     number = ~np.isnan(ALL_HALVES[: len(above)])
-    assert np.array_equal(above.numpy()[number], (keys >= label_kernels.REGION_THRESHOLD_KEY)[number])
-    assert np.array([label_kernels.REGION_THRESHOLD_KEY], np.uint16).view(np.float16)[0] == 2.0**-23
+    assert np.array_equal(above.numpy()[number], (keys >= cells_cpu.REGION_THRESHOLD_KEY)[number])
+    assert np.array([cells_cpu.REGION_THRESHOLD_KEY], np.uint16).view(np.float16)[0] == 2.0**-23

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reference import argmax_labels, cuts, region_labels, resample
 
-from nnunet_lowmem import device_labelling
-from nnunet_lowmem.labelling import SlabLabeller
-from nnunet_lowmem.resampling import resampling_tables
-from nnunet_lowmem.rules import LabelRule
-from nnunet_lowmem.slabs import LogitsSlab
-from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.labels import cells_torch
+from nnunet_lowmem.labels.labeller import SlabLabeller
+from nnunet_lowmem.labels.resampling import resampling_tables
+from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.window.slabs import LogitsSlab
 
 KINDS = ("normal", "integers", "close", "smooth", "constant", "near_threshold", "largest")
 
@@ -94,7 +94,7 @@ def slab_labels(task: Task) -> NDArray[np.integer]:
 
 def device_labels(task: Task, block_bytes: int = 1 << 28) -> NDArray[np.integer]:
     tables = resampling_tables(task.logits.shape[1:], task.target, task.separate_axis)
-    winners = device_labelling.winners(torch.from_numpy(task.logits), tables, task.ranked, block_bytes)
+    winners = cells_torch.winners(torch.from_numpy(task.logits), tables, task.ranked, block_bytes)
     return task.rule.values[winners.numpy()]
 
 

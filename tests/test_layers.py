@@ -13,63 +13,63 @@ import nnunetv2
 import pytest
 
 import nnunet_lowmem
-from nnunet_lowmem.bypassed import RAW
+from nnunet_lowmem.overrides.bypassed import RAW
 
 PACKAGE = Path(nnunet_lowmem.__file__).parent
 
-# a module imports from its own room or from rooms further down; the face of the package is above and below all
+# a file imports from its own room and from rooms further down; the face of the package is above and below all
 ROOMS = """
-top: __main__ training startup
-commands: cli shell console demo compare_command comparison_table ensembling running one_side flags
-predictor: predictor
-report: html_report memory_chart overlays comparing label_comparison measured_command
-predict: case_predictor case_loop cases logits_predictor reporting progress records prefetching validation warming
-predict: iterating loading writing pending_write weights options
-budget: allocations planner case_planning preprocessing_memory budget recovering estimating
-nnunet: nnunet_adapter model_loading model_files trust model_limits model_keys harmless unpickling
-nnunet: stock_calls plugin switching rebinding training_data installed rehearsing
-labels: labelling label_kernels device_labelling resampling export probabilities next_stages rules
-window: sliding_window tiles tiling kernels halves transfers slabs
-network: fast_network network_memory norm_kernels
-preprocessing: preprocessing normalisation nonzero spline image_reading finite_voxels input_checks refusals
-volumes: formats headers stored_parts nifti_files meta_image nrrd_files gipl_files tiff_pages pictures verifying spill
-overrides: overrides bypassed signatures foreign
-system: memory measuring allocator process_tree workers job watchdog stall_watch clock interruption
-system: threads compiler files placing out_of_memory
-root: types errors names sizes
+__main__ startup training trainers
+commands
+predictor
+report
+predict
+budget
+nnunet
+labels
+window
+network
+preprocessing
+volumes
+overrides
+system
+types errors names sizes
 """
-ROWS = [row.split(": ") for row in ROOMS.strip().splitlines()]
-ROOM = {module: room for room, modules in ROWS for module in modules.split()}
-DEPTH = {room: depth for depth, room in enumerate(dict(ROWS))}
-
-# still to be cut
-UPWARDS: set[tuple[str, str]] = set()
+DEPTH = {room: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for room in row.split()}
 
 MAY_IMPORT_NNUNET = {
-    "one_side",
+    "budget.input_memory",
+    "commands.ensemble",
+    "commands.one_side",
+    "nnunet.adapter",
+    "nnunet.model",
+    "nnunet.stock_calls",
+    "nnunet.stored_cases",
+    "nnunet.trust",
+    "overrides.lookup",
+    "predict.logits",
+    "predict.validation",
     "predictor",
-    "logits_predictor",
-    "normalisation",
-    "preprocessing",
-    "preprocessing_memory",
-    "nnunet_adapter",
-    "image_reading",
-    "model_loading",
-    "trust",
-    "input_checks",
-    "ensembling",
-    "training_data",
-    "validation",
-    "overrides",
-    "stock_calls",
+    "preprocessing.case",
+    "preprocessing.checks",
+    "preprocessing.normalisation",
+    "preprocessing.reading",
+    "trainers.low_mem_trainers",
 }
-MUST_BE_PURE = {"planner", "allocations", "tiling", "types", "errors", "resampling"}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MUST_BE_PURE = {"budget.planner", "budget.arrays", "window.tiling", "types", "errors", "labels.resampling"}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = sorted(dotted(path) for path in PACKAGE.rglob("*.py") if path.parent.name != "on_path")
+MODULES = [module for module in MODULES if not module.endswith("__init__")]
 
 
 @cache
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text())
 
 
 def imported_names(node: ast.AST) -> list[str]:
@@ -97,23 +97,38 @@ def imports(module: str, anywhere: bool = True) -> Iterator[str]:
             yield from imported_names(node)
 
 
+def ours(names: Iterable[str]) -> set[str]:
+    """The modules of this package among dotted names, which may be names in modules."""
+    inner = [name.removeprefix("nnunet_lowmem.") for name in names if name.startswith("nnunet_lowmem.")]
+    return {module for name in inner for module in (name, name.rpartition(".")[0]) if module in MODULES}
+
+
 def own(module: str) -> set[str]:
     """The modules of this package that `module` imports."""
-    names = {name.split(".")[1] for name in imports(module) if name.startswith("nnunet_lowmem.")}
-    return names - {"__version__"}
+    return ours(imports(module))
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def packages(module: str, anywhere: bool = True) -> set[str]:
     return {name.split(".")[0] for name in imports(module, anywhere)}
 
 
-def test_every_module_has_a_room():
-    assert sorted(ROOM) == MODULES
+def test_every_file_is_in_a_room():
+    assert {room(module) for module in MODULES} == set(DEPTH)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_what_a_room_says_of_itself_is_a_docstring_and_nothing_else(name):
+    body = ast.parse((PACKAGE / name / "__init__.py").read_text()).body
+    assert [type(node) for node in body] == [ast.Expr]
 
 
 def test_imports_point_downwards():
     arrows = {(module, name) for module in MODULES for name in own(module)}
-    assert {(a, b) for a, b in arrows if DEPTH[ROOM[b]] < DEPTH[ROOM[a]]} == UPWARDS
+    assert not {(a, b) for a, b in arrows if DEPTH[room(b)] < DEPTH[room(a)]}
 
 
 def test_nobody_imports_in_a_circle():
@@ -121,20 +136,19 @@ def test_nobody_imports_in_a_circle():
 
 
 def test_window_and_preprocessing_do_not_know_each_other():
-    rooms = {"window", "preprocessing"}
-    arrows = {(module, name) for module in MODULES for name in own(module) if ROOM[module] != ROOM[name]}
-    assert not {(a, b) for a, b in arrows if {ROOM[a], ROOM[b]} == rooms} - UPWARDS
+    arrows = {(room(module), room(name)) for module in MODULES for name in own(module)}
+    assert not arrows & {("window", "preprocessing"), ("preprocessing", "window")}
 
 
 def test_nnunet_is_imported_in_few_rooms():
     found = {module for module in MODULES if "nnunetv2" in packages(module)}
-    assert found - {"cli"} == MAY_IMPORT_NNUNET
+    assert found - {"commands.cli"} == MAY_IMPORT_NNUNET
 
 
 def test_cli_finds_datasets_with_nnunet_when_asked_to():
-    names = [name for name in imports("cli") if name.startswith("nnunetv2")]
+    names = [name for name in imports("commands.cli") if name.startswith("nnunetv2")]
     assert names == ["nnunetv2.utilities.file_path_utilities.get_output_folder"]
-    assert "nnunetv2" not in packages("cli", anywhere=False)
+    assert "nnunetv2" not in packages("commands.cli", anywhere=False)
 
 
 @pytest.mark.parametrize("module", sorted(MUST_BE_PURE))
@@ -145,22 +159,22 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
 @pytest.mark.parametrize(
     "module",
     [
-        "cli",
+        "commands.cli",
         "__main__",
-        "compare_command",
-        "flags",
-        "comparing",
-        "model_files",
-        "memory",
-        "measuring",
+        "commands.compare",
+        "commands.flags",
+        "report.compare",
+        "nnunet.model_files",
+        "system.memory_limits",
+        "system.memory_held",
         "errors",
-        "files",
-        "workers",
-        "job",
-        "plugin",
-        "switching",
+        "system.atomic_files",
+        "system.workers",
+        "system.worker_child",
+        "nnunet.predictors",
+        "nnunet.switching",
         "startup",
-        "running",
+        "commands.run",
     ],
 )
 def test_light_rooms_import_neither_torch_nor_nnunet(module):
@@ -181,7 +195,7 @@ def reached(module: str) -> set[str]:
     """Modules of this package that are imported with one of them, itself included."""
 
     def step(name: str) -> set[str]:
-        return {n.split(".")[1] for n in imports(name, anywhere=False) if n.startswith("nnunet_lowmem.")} & set(MODULES)
+        return ours(imports(name, anywhere=False))
 
     return closure({module}, step)
 
@@ -209,12 +223,12 @@ def test_what_imports_nnunets_predictor_is_imported_where_it_is_used():
     "statement",
     [
         "import nnunet_lowmem; nnunet_lowmem.__version__",
-        "import nnunet_lowmem.cli",
-        "import nnunet_lowmem.cli as c; c.predict_parser()",
-        "import nnunet_lowmem.cli as c; c.predict_entry_point(['--help'])",
-        "import nnunet_lowmem.cli as c; c.main(['--help'])",
-        "import nnunet_lowmem.cli as c; c.main(['--version'])",
-        "import nnunet_lowmem.cli as c; c.main(['demo', '--help'])",
+        "import nnunet_lowmem.commands.cli",
+        "import nnunet_lowmem.commands.cli as c; c.predict_parser()",
+        "import nnunet_lowmem.commands.cli as c; c.predict_entry_point(['--help'])",
+        "import nnunet_lowmem.commands.cli as c; c.main(['--help'])",
+        "import nnunet_lowmem.commands.cli as c; c.main(['--version'])",
+        "import nnunet_lowmem.commands.cli as c; c.main(['demo', '--help'])",
     ],
 )
 def test_starts_without_torch_and_nnunet(statement):
@@ -241,8 +255,8 @@ def talks(node: ast.AST) -> bool:
 
 def test_only_the_commands_talk():
     talkers = {module for module in MODULES if any(talks(node) for node in ast.walk(tree(module)))}
-    commands = {"cli", "compare_command", "comparison_table", "console", "demo", "shell"}
-    assert talkers == commands, "a library logs; the commands decide what is shown"
+    commands = {"cli", "compare", "compare_table", "console", "demo", "shell"}
+    assert talkers == {f"commands.{name}" for name in commands}, "a library logs; the commands decide what is shown"
 
 
 def test_package_gives_its_predictor_and_nothing_else():

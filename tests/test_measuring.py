@@ -13,8 +13,8 @@ from multiprocessing import shared_memory
 import numpy as np
 import pytest
 
-from nnunet_lowmem import measuring
-from nnunet_lowmem.measuring import PeakSampler, process_tree_bytes
+from nnunet_lowmem.system import memory_held
+from nnunet_lowmem.system.memory_held import PeakSampler, process_tree_bytes
 
 MIB = 2**20
 
@@ -84,7 +84,7 @@ def test_memory_shared_with_a_child_is_counted_once() -> None:
             "total = sum(view[::4096])\nprint('ready', flush=True)\nsys.stdin.read()"
         )
         with python_child(code) as child:
-            assert measuring._resident_bytes(child.pid) > 200 * MIB
+            assert memory_held._resident_bytes(child.pid) > 200 * MIB
             grown_bytes = process_tree_bytes() - before_bytes
     finally:
         block.close()
@@ -123,16 +123,16 @@ def test_a_process_that_does_not_exist_has_nothing() -> None:
 
 @linux_only
 def test_where_smaps_may_not_be_read_the_resident_size_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = measuring._read
-    monkeypatch.setattr(measuring, "_read", lambda path: b"" if path.endswith("smaps_rollup") else real(path))
+    real = memory_held._read
+    monkeypatch.setattr(memory_held, "_read", lambda path: b"" if path.endswith("smaps_rollup") else real(path))
     held = np.ones(100 * MIB, np.uint8)
     assert process_tree_bytes() > 100 * MIB
     del held
 
 
 def test_without_proc_psutil_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring.sys, "platform", "darwin")
-    monkeypatch.setattr(measuring, "_kernel_lists_children", lambda: False)
+    monkeypatch.setattr(memory_held.sys, "platform", "darwin")
+    monkeypatch.setattr(memory_held, "_kernel_lists_children", lambda: False)
     before_bytes = process_tree_bytes()
     held = np.ones(100 * MIB, np.uint8)
     with python_child(CHILD.format(mib=100)), PeakSampler() as sampler:
@@ -215,7 +215,7 @@ def test_pages_shared_with_a_burst_of_forked_children_are_counted_once() -> None
         most = 0
         for _ in range(20):
             time.sleep(0.02)
-            most = max(most, len(measuring._tree_pids(child.pid)))
+            most = max(most, len(memory_held._tree_pids(child.pid)))
     assert most > 5
     assert 300 * MIB < sampler.peak_bytes() < 400 * MIB
 
@@ -271,7 +271,7 @@ def test_sampling_costs_less_than_two_percent_of_a_core_however_short_the_interv
 
 
 def test_a_long_timeline_stays_short_and_keeps_the_peak_and_the_ends() -> None:
-    timeline = measuring.Timeline()
+    timeline = memory_held.Timeline()
     for step in range(100_000):
         timeline.add(float(step), 7_000 if step == 33_333 else step % 1000)
     assert len(timeline.points) <= 2048

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.measuring import process_tree_bytes
-from nnunet_lowmem.memory import RamLimit, available_ram, free_disk_bytes, ram_limits, total_ram_bytes
 from nnunet_lowmem.sizes import format_gib, parse_size
+from nnunet_lowmem.system.memory_held import process_tree_bytes
+from nnunet_lowmem.system.memory_limits import RamLimit, available_ram, free_disk_bytes, ram_limits, total_ram_bytes
 
 MIB = 2**20
 GIB = 2**30
@@ -292,7 +292,7 @@ def run_python(code: str) -> str:
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_RSS"])
 def test_a_real_process_limit_binds_by_what_it_leaves(name: str) -> None:
     source, free_bytes, total_bytes = run_python(
-        f"import resource; from nnunet_lowmem.memory import available_ram, total_ram_bytes\n"
+        f"import resource; from nnunet_lowmem.system.memory_limits import available_ram, total_ram_bytes\n"
         f"resource.setrlimit(resource.{name}, ({GIB}, {GIB}))\n"
         "held = bytearray(200 * 2**20)\n"
         "limit = available_ram(environ={})\n"
@@ -306,7 +306,7 @@ def test_a_real_process_limit_binds_by_what_it_leaves(name: str) -> None:
 @linux_only
 def test_what_rlimit_data_leaves_can_be_had_and_not_more() -> None:
     out = run_python(
-        f"import resource; from nnunet_lowmem.memory import available_ram\n"
+        f"import resource; from nnunet_lowmem.system.memory_limits import available_ram\n"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({GIB}, {GIB}))\n"
         "free = available_ram(environ={}).free_bytes\n"
         "held = bytearray(free - 2**20); del held\n"
@@ -319,7 +319,7 @@ def test_what_rlimit_data_leaves_can_be_had_and_not_more() -> None:
 @linux_only
 def test_importing_memory_brings_in_neither_torch_nor_numpy() -> None:
     out = run_python(
-        "import sys, nnunet_lowmem.memory\n"
+        "import sys, nnunet_lowmem.system.memory_limits\n"
         "print([name for name in ('torch', 'numpy', 'nnunetv2') if name in sys.modules])"
     )
     assert out.strip() == "[]"

@@ -13,9 +13,10 @@ from factory import ModelSpec
 from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_lowmem import LowMemPredictor, training_data
-from nnunet_lowmem.case_loop import Failing
-from nnunet_lowmem.cases import Job
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.nnunet import stored_cases
+from nnunet_lowmem.predict.cases import Failing
+from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.types import NextStage, PreprocessedCase
 
 blosc2 = pytest.importorskip("blosc2")  # nnU-Net 2.5 stores .npz
@@ -48,7 +49,7 @@ def stored(path: Path) -> np.ndarray:
 def test_labels_in_other_grids_are_stocks(image, spec, images, models, tmp_path):
     files = images(image)
     folder = models(spec, files)
-    data_class = training_data._CLASSES["b2nd"]
+    data_class = stored_cases._CLASSES["b2nd"]
     ours = LowMemPredictor(device=torch.device("cpu"), allow_tqdm=False)
     stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     for predictor in (ours, stock):
@@ -65,7 +66,7 @@ def test_labels_in_other_grids_are_stocks(image, spec, images, models, tmp_path)
     stages = tuple(
         NextStage(
             shape,
-            partial(training_data.write_labels, trainer, data_class, tmp_path / f"ours.{n}", case.properties, shape),
+            partial(stored_cases.write_labels, trainer, data_class, tmp_path / f"ours.{n}", case.properties, shape),
         )
         for n, shape in enumerate(shapes)
     )

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK
 from conftest import CT, DATA
 
-from nnunet_lowmem.overlays import Volume, blend, labelled_volume, overlays
+from nnunet_lowmem.report.slices import Volume, blend, labelled_volume, overlays
 from nnunet_lowmem.types import PreprocessedCase
 
 

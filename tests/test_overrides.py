@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from oracle import INSTALLED, assert_same_array, assert_same_folder, make_predictor
 from scipy import ndimage
 
-from nnunet_lowmem import LowMemPredictor, overrides
-from nnunet_lowmem.bypassed import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
+from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.overrides import lookup
+from nnunet_lowmem.overrides.bypassed import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
 
 
 def classes() -> tuple[type[nnUNetPredictor], ...]:
@@ -107,8 +108,8 @@ def test_no_name_stands_twice():
 
 def test_what_is_installed_is_not_taken_for_replaced(model):
     predictor = make_predictor(LowMemPredictor, model)
-    assert overrides.replaced(predictor, *Step) == []
-    assert [name for step in Step for name in overrides.found(step, nnUNetPredictor, LabelManager)] == []
+    assert lookup.replaced(predictor, *Step) == []
+    assert [name for step in Step for name in lookup.found(step, nnUNetPredictor, LabelManager)] == []
 
 
 def test_page_about_differences_holds_the_table():
@@ -162,15 +163,15 @@ STOCKS = nnUNetPredictor.predict_sliding_window_return_logits
 )
 def test_whose_function_it_is(value: Any, name: str, is_stocks: bool):
     home = "nnunetv2.inference.sliding_window_prediction" if name == "compute_gaussian" else RAW
-    assert overrides.is_stocks(value, name, home) is is_stocks
+    assert lookup.is_stocks(value, name, home) is is_stocks
 
 
 def test_functions_of_other_modules_of_nnunet_and_of_other_names_are_not_what_nnunet_put_there():
-    assert overrides.is_stocks(ndimage.binary_fill_holes, "binary_fill_holes")
-    assert not overrides.is_stocks(ndimage.binary_erosion, "binary_fill_holes")
-    assert overrides.is_stocks(default_resampling.compute_new_shape, "compute_new_shape")
-    assert not overrides.is_stocks(default_resampling.compute_new_shape, "compute_new_shape", RAW)
-    assert not overrides.is_stocks(resample_torch.resample_torch_simple, "resample_data_or_seg_to_shape")
+    assert lookup.is_stocks(ndimage.binary_fill_holes, "binary_fill_holes")
+    assert not lookup.is_stocks(ndimage.binary_erosion, "binary_fill_holes")
+    assert lookup.is_stocks(default_resampling.compute_new_shape, "compute_new_shape")
+    assert not lookup.is_stocks(default_resampling.compute_new_shape, "compute_new_shape", RAW)
+    assert not lookup.is_stocks(resample_torch.resample_torch_simple, "resample_data_or_seg_to_shape")
 
 
 def of_totalsegmentator(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -190,7 +191,7 @@ def test_what_ours_supersedes_is_passed_over(model, array, monkeypatch):
         if row.superseded:
             for name in row.names:
                 monkeypatch.setattr(owner_of(row.owner), name, of_totalsegmentator)
-    assert overrides.replaced(predictor, *Step) == []
+    assert lookup.replaced(predictor, *Step) == []
     assert_same_array(expected, predictor.predict_single_npy_array(*array))
 
 

@@ -16,8 +16,8 @@ from oracle import make_predictor, read_voxels, recorded, recorded_names
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError, WriteError
-from nnunet_lowmem.pending_write import PendingWrite
-from nnunet_lowmem.reporting import FAILURES_FILE
+from nnunet_lowmem.predict.outcomes import FAILURES_FILE
+from nnunet_lowmem.predict.pending_write import PendingWrite
 
 NAMES = ("head", "small", "head_margin")
 
@@ -211,7 +211,7 @@ class TestSignalWhileAThreadIsStarted:
 def test_written_first_where_there_is_no_room_for_both(model, cases, tmp_path, monkeypatch):
     watched = Watched(model, monkeypatch)
     watched.next_case_runs.set()
-    monkeypatch.setattr("nnunet_lowmem.case_predictor.THREAD_BYTES", 2**50)
+    monkeypatch.setattr("nnunet_lowmem.predict.case.THREAD_BYTES", 2**50)
     assert len(watched.predict(cases[:2], tmp_path)) == 2
     assert set(watched.writers) == {threading.main_thread()}
     assert watched.events.index((NAMES[0], "writing", 1)) < watched.events.index((NAMES[1], "preprocessing", 0))
@@ -221,6 +221,6 @@ def test_waited_for_where_room_has_become_scarce(model, cases, tmp_path, monkeyp
     """Between the decision and the next case, as if others had taken memory: the next is planned after the writing."""
     watched = Watched(model, monkeypatch)
     watched.next_case_runs.set()
-    monkeypatch.setattr("nnunet_lowmem.case_planning.CasePlanning.fits", lambda planning: False)
+    monkeypatch.setattr("nnunet_lowmem.budget.case_plan.CasePlanning.fits", lambda planning: False)
     assert len(watched.predict(cases[:2], tmp_path)) == 2
     assert not any("being written" in allocation.name for allocation in watched.told[1].plan.allocations)

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts, Stage
-from nnunet_lowmem.errors import BudgetError
-from nnunet_lowmem.planner import (
+from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts, Stage
+from nnunet_lowmem.budget.planner import (
     Plan,
     all_plans,
     closest_plan,
@@ -22,8 +21,9 @@ from nnunet_lowmem.planner import (
     refusal,
     smallest_ram_bytes,
 )
-from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.errors import BudgetError
 from nnunet_lowmem.types import Place
+from nnunet_lowmem.window.tiling import tile_grid
 
 GIB = 2**30
 MEASURED = tuple(Place)

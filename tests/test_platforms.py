@@ -12,7 +12,7 @@ from factory import ModelSpec
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_segmentation, make_predictor, predict_stock
 
-from nnunet_lowmem.installed import version_of
+from nnunet_lowmem.nnunet.installed import version_of
 
 
 @pytest.mark.parametrize(

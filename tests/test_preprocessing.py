@@ -36,9 +36,9 @@ from preprocessing_oracle import (
     write,
 )
 
-from nnunet_lowmem import spline
 from nnunet_lowmem.errors import ModelError, UsageError
-from nnunet_lowmem.preprocessing import preprocess_array, preprocess_case
+from nnunet_lowmem.preprocessing import spline
+from nnunet_lowmem.preprocessing.case import preprocess_array, preprocess_case
 
 MASK = (True, True, True)
 
@@ -244,7 +244,7 @@ def test_without_matching_kernels_nnunet_resamples(monkeypatch, tmp_path) -> Non
 
 
 def test_does_not_make_a_segmentation_for_a_ct(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("nnunet_lowmem.preprocessing.nonzero_mask", None)
+    monkeypatch.setattr("nnunet_lowmem.preprocessing.case.nonzero_mask", None)
     monkeypatch.setattr("nnunetv2.preprocessing.resampling.default_resampling.resample_data_or_seg", None)
     files = write(tmp_path, [with_margin(as_type(head(), np.int16))])
     assert preprocess_case(files, None, *Model().managers(), LABELS).image.any()
@@ -296,7 +296,10 @@ def test_other_normalisation_is_called_with_the_whole_channel_and_the_mask(monke
             seen.append(None if seg is None else seg.copy())
             return super().run(image, seg) + np.float32(3)
 
-    for module in ("nnunetv2.preprocessing.preprocessors.default_preprocessor", "nnunet_lowmem.normalisation"):
+    for module in (
+        "nnunetv2.preprocessing.preprocessors.default_preprocessor",
+        "nnunet_lowmem.preprocessing.normalisation",
+    ):
         monkeypatch.setattr(f"{module}.recursive_find_python_class", lambda *args: Shifting)
     files = write(tmp_path, [with_holes(head())])
     expected = stock(files, None, Model())

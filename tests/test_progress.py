@@ -21,8 +21,9 @@ from factory import ModelSpec
 from oracle import make_predictor
 from test_failures import outputs
 
-from nnunet_lowmem import LowMemPredictor, cli, predictor
-from nnunet_lowmem.clock import StageClock
+from nnunet_lowmem import LowMemPredictor, predictor
+from nnunet_lowmem.commands import cli
+from nnunet_lowmem.system.clock import StageClock
 
 KINDS = {
     "classes": (ModelSpec(), {}),
@@ -128,7 +129,7 @@ def test_library_prints_nothing_and_logs(model, images, tmp_path, capfd, caplog)
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_lines_where_no_terminal_is(model, images, tmp_path, caplog, monkeypatch, wanted):
-    caplog.set_level(logging.INFO, "nnunet_lowmem.stall_watch")
+    caplog.set_level(logging.INFO, "nnunet_lowmem.system.watchdog")
     monkeypatch.setattr(predictor, "LINE_S", 0.02)
     files = images("head")
     predict = make_predictor(LowMemPredictor, model, (0,))
@@ -138,7 +139,7 @@ def test_lines_where_no_terminal_is(model, images, tmp_path, caplog, monkeypatch
     assert bool(lines) is wanted
 
 
-COMMAND = "import sys; from nnunet_lowmem.cli import predict_entry_point; sys.exit(predict_entry_point())"
+COMMAND = "import sys; from nnunet_lowmem.commands.cli import predict_entry_point; sys.exit(predict_entry_point())"
 
 
 @pytest.fixture

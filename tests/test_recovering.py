@@ -10,19 +10,19 @@ import torch
 from simulated_device import CUDA, simulated_device
 from torch import nn
 
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.ladder import Recovery
+from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import MemoryExhaustedError
-from nnunet_lowmem.labelling import SlabLabeller, SlabLimits
-from nnunet_lowmem.network_memory import LiveTensorBytes
-from nnunet_lowmem.planner import all_plans, plan_case
-from nnunet_lowmem.recovering import Recovery
-from nnunet_lowmem.resampling import resampling_tables
-from nnunet_lowmem.rules import LabelRule
-from nnunet_lowmem.sliding_window import RollingWindow, roll
-from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiles import PredictedTiles, TileSource
-from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.labels.labeller import SlabLabeller, SlabLimits
+from nnunet_lowmem.labels.resampling import resampling_tables
+from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.network.tile_memory import LiveTensorBytes
+from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Place, PreprocessedCase
+from nnunet_lowmem.window.rolling import RollingWindow, roll
+from nnunet_lowmem.window.tiles import PredictedTiles, TileSource
+from nnunet_lowmem.window.tiling import tile_grid
 
 MIB = 2**20
 

@@ -26,9 +26,9 @@ from skimage import io
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError, WriteError
-from nnunet_lowmem.rehearsing import is_tried, rehearse
-from nnunet_lowmem.rules import LabelRule
-from nnunet_lowmem.verifying import verify_label_file
+from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.nnunet.rehearsing import is_tried, rehearse
+from nnunet_lowmem.volumes.verifying import verify_label_file
 
 FOUR_LABELS = LabelRule(True, np.arange(5, dtype=np.uint16), np.dtype(np.uint8))
 MANY_LABELS = LabelRule(True, np.arange(400, dtype=np.uint16), np.dtype(np.uint16))

@@ -18,11 +18,12 @@ from oracle import make_predictor
 from PIL import Image
 from test_failures import broken, outputs
 
-from nnunet_lowmem import LowMemPredictor, cli
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import CasesFailedError
-from nnunet_lowmem.html_report import REPORT_FILE, duration
-from nnunet_lowmem.memory_chart import Limits, MemoryStory, memory_chart
-from nnunet_lowmem.overlays import LONGEST_PIXELS
+from nnunet_lowmem.report.memory_chart import Limits, MemoryStory, memory_chart
+from nnunet_lowmem.report.page import REPORT_FILE, duration
+from nnunet_lowmem.report.slices import LONGEST_PIXELS
 from nnunet_lowmem.types import Place
 
 HOSTILE = "<script>alert(1)<b onload='x'>&{{ 7 * 7 }}"
@@ -257,7 +258,7 @@ def test_warnings_are_told_once(model, images, tmp_path):
 
 
 def test_slices_that_cannot_be_drawn_do_not_cost_the_case(model, images, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("nnunet_lowmem.html_report.overlays", lambda volume: 1 / 0)
+    monkeypatch.setattr("nnunet_lowmem.report.page.overlays", lambda volume: 1 / 0)
     cases = [images("small")]
     make_predictor(LowMemPredictor, model, (0,), report=True).predict_from_files(cases, outputs(cases, tmp_path))
     assert (tmp_path / "small.nii.gz").exists()

@@ -21,14 +21,14 @@ from torch import nn
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, NonFiniteLogitsError
-from nnunet_lowmem.network_memory import LiveTensorBytes
-from nnunet_lowmem.slabs import LogitsSlab, collect_slabs
-from nnunet_lowmem.sliding_window import RollingWindow, average_folds, roll
-from nnunet_lowmem.spill import PlaneStore
-from nnunet_lowmem.threads import RowThreads
-from nnunet_lowmem.tiles import PredictedTiles, TileSource
-from nnunet_lowmem.tiling import TileGrid, tile_grid
+from nnunet_lowmem.network.tile_memory import LiveTensorBytes
+from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.volumes.planes import PlaneStore
+from nnunet_lowmem.window.rolling import RollingWindow, average_folds, roll
+from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs
+from nnunet_lowmem.window.tiles import PredictedTiles, TileSource
+from nnunet_lowmem.window.tiling import TileGrid, tile_grid
 
 HEADS = 3
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from preprocessing_oracle import CT, changed, read, write
 from scipy import ndimage
 
-from nnunet_lowmem import spline
-from nnunet_lowmem.threads import RowThreads
+from nnunet_lowmem.preprocessing import spline
+from nnunet_lowmem.system.threads import RowThreads
 
 
 @settings(max_examples=80, deadline=None)
@@ -49,7 +49,7 @@ MEASURE = """
 import json, sys, threading, time
 import SimpleITK
 from preprocessing_oracle import LABELS, Model, fine_ct
-from nnunet_lowmem.preprocessing import preprocess_case
+from nnunet_lowmem.preprocessing.case import preprocess_case
 
 file, schemes = sys.argv[1], tuple(sys.argv[2:])
 model = Model((1.5, 1.5, 1.5), schemes)

@@ -6,9 +6,9 @@ import re
 import threading
 import time
 
-from nnunet_lowmem.clock import Progress
-from nnunet_lowmem.stall_watch import StallWatch
-from nnunet_lowmem.watchdog import WorkerLimits
+from nnunet_lowmem.system.clock import Progress
+from nnunet_lowmem.system.stalls import WorkerLimits
+from nnunet_lowmem.system.watchdog import StallWatch
 
 
 def idle(seconds: float) -> None:

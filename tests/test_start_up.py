@@ -19,7 +19,7 @@ import nnunet_lowmem
 HEAVY = {"torch", "nnunetv2", "numba", "numpy", "scipy", "SimpleITK", "matplotlib", "rich", "psutil"}
 HELP = f"""
 import atexit, sys
-from nnunet_lowmem.cli import predict_entry_point
+from nnunet_lowmem.commands.cli import predict_entry_point
 atexit.register(lambda: sys.stderr.write(" ".join({HEAVY!r} & set(sys.modules))))
 predict_entry_point(["--help"])
 """
@@ -55,12 +55,13 @@ print(json.dumps([sum(sum(counts.values()) for counts in each) for each in (
     [one.cache_hits for one in stats], [one.cache_misses for one in stats])]))
 """
 PREDICT = (
-    "import sys\nfrom nnunet_lowmem.cli import predict_entry_point\nassert predict_entry_point(sys.argv[1:]) == 0\n"
+    "import sys\nfrom nnunet_lowmem.commands.cli import predict_entry_point\n"
+    "assert predict_entry_point(sys.argv[1:]) == 0\n"
 )
 ROUND = (
     "import logging, numpy as np\nlogging.basicConfig(level=logging.DEBUG)\n"
     "logging.getLogger('numba').setLevel(logging.WARNING)\n"
-    "from nnunet_lowmem.halves import single_to_half\nassert single_to_half(np.float32(1.5)) == 0x3E00\n"
+    "from nnunet_lowmem.window.halves import single_to_half\nassert single_to_half(np.float32(1.5)) == 0x3E00\n"
 )
 
 
@@ -73,7 +74,8 @@ def locked_package(tmp_path) -> Path:
     package = tmp_path / "site" / "nnunet_lowmem"
     ignore = shutil.ignore_patterns("__pycache__", "data")
     shutil.copytree(Path(nnunet_lowmem.__file__).parent, package, ignore=ignore)
-    (package / "__pycache__").touch()
+    for folder in (package, *(path.parent for path in package.glob("*/__init__.py"))):
+        (folder / "__pycache__").touch()
     return package.parent
 
 

@@ -13,7 +13,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from numpy import empty
 
-from nnunet_lowmem.tiling import axis_starts, tile_grid
+from nnunet_lowmem.window.tiling import axis_starts, tile_grid
 
 STEP = st.one_of(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 1.0]), st.floats(0.05, 1.0))
 WIDE_STEP = st.floats(0.25, 1.0)  # the number of tiles grows with the third power

@@ -38,9 +38,11 @@ from oracle import make_predictor
 from test_cli import assert_one_line
 
 import nnunet_lowmem
-from nnunet_lowmem import LowMemPredictor, cli, trust
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.trust import Trust
+from nnunet_lowmem.nnunet import trust
+from nnunet_lowmem.nnunet.trust import Trust
 
 BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 

@@ -16,9 +16,10 @@ from factory import ModelSpec
 from nnunetv2.configuration import default_num_processes
 from tiny_training import CASES, NAME, TRAINERS, VALIDATED, TinyTraining
 
-from nnunet_lowmem import LowMemPredictor, validation
-from nnunet_lowmem.case_loop import Failing
-from nnunet_lowmem.cases import Job
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.predict import validation
+from nnunet_lowmem.predict.cases import Failing
+from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.training import LowMemValidation
 
 NEXT = ("3d_cascade_fullres", "3d_other")

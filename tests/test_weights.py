@@ -24,13 +24,15 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_array, make_predictor
 
-from nnunet_lowmem import LowMemPredictor, network_memory, weights
-from nnunet_lowmem.allocations import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.ladder import Recovery
+from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.planner import all_plans, plan_case
-from nnunet_lowmem.recovering import Recovery
-from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.network import tile_memory
+from nnunet_lowmem.predict import weights
 from nnunet_lowmem.types import Place
+from nnunet_lowmem.window.tiling import tile_grid
 
 MIB = 2**20
 CHECKPOINT = "checkpoint_final.pth"
@@ -398,8 +400,8 @@ def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, mon
     """What is beyond goes to disk as it is read, as long as there is room; none is offered where that is in RAM."""
     fold = weights.movable_bytes(make_predictor(LowMemPredictor, model).list_of_parameters)
     free, room = 4 * fold if free == "fold" else free, fold if room == "fold" else room
-    monkeypatch.setattr("nnunet_lowmem.logits_predictor.ram_limit", lambda _: (free + 1, 1))
-    monkeypatch.setattr("nnunet_lowmem.logits_predictor.spill_bytes", lambda _: room)
+    monkeypatch.setattr("nnunet_lowmem.predict.logits.ram_limit", lambda _: (free + 1, 1))
+    monkeypatch.setattr("nnunet_lowmem.predict.logits.spill_bytes", lambda _: room)
     predictor = make_predictor(LowMemPredictor, model, (0, 1))
     assert weights.movable_bytes(predictor.list_of_parameters) == in_ram * fold
     assert_same_array(expected, predicted(predictor))
@@ -407,7 +409,7 @@ def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, mon
 
 def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     """Without room for all, the weights go to a file and stay there; the labels are the same."""
-    monkeypatch.setattr(network_memory, "_reset_peak", lambda: None)  # as expected from tensors: the same each time
+    monkeypatch.setattr(tile_memory, "_reset_peak", lambda: None)  # as expected from tensors: the same each time
     free, plans = [], []
     roomy = make_predictor(LowMemPredictor, model, (0, 1), on_plan=free.append)
     first = roomy.predict_from_files_sequential([images("small")], None)[0]

@@ -19,11 +19,11 @@ import psutil
 import pytest
 import worker_targets as targets
 
-from nnunet_lowmem import process_tree, workers
 from nnunet_lowmem.errors import UsageError, WorkerError
-from nnunet_lowmem.job import RESULT_LIMIT_BYTES
-from nnunet_lowmem.watchdog import ProgressClock
-from nnunet_lowmem.workers import (
+from nnunet_lowmem.system import process_tree, workers
+from nnunet_lowmem.system.stalls import ProgressClock
+from nnunet_lowmem.system.worker_child import RESULT_LIMIT_BYTES
+from nnunet_lowmem.system.workers import (
     JOB_LIMIT_BYTES,
     JobError,
     Worker,
@@ -358,7 +358,7 @@ class TestStall:
     def test_parent_and_worker_stopped_together_is_no_stall(self, tmp_path):
         text = """
             import worker_targets as targets
-            from nnunet_lowmem.workers import Worker, WorkerLimits
+            from nnunet_lowmem.system.workers import Worker, WorkerLimits
             with Worker(targets.seldom_reports, 4.0, case="a", limits=WorkerLimits(stall_s=1.5)) as worker:
                 while not worker.stage == "work":
                     worker.poll()
@@ -499,7 +499,7 @@ class TestParent:
             pytest.skip("only Linux ends a process that runs no Python")
         text = f"""
             import worker_targets as targets
-            from nnunet_lowmem.workers import Worker
+            from nnunet_lowmem.system.workers import Worker
             Worker(targets.write_pid_and_wait, ({str(tmp_path / "pid")!r}, {how!r}), case="a").result()
         """
         process = python(script(tmp_path / "main.py", text))
@@ -516,7 +516,7 @@ class TestParent:
     def test_killed_while_the_worker_starts(self, tmp_path, delay_s):
         text = """
             import worker_targets as targets
-            from nnunet_lowmem.workers import Worker
+            from nnunet_lowmem.system.workers import Worker
             worker = Worker(targets.in_stage, (("s",), "sleep"), case="a")
             print(worker.pid, flush=True)
             worker.result()
@@ -531,7 +531,7 @@ class TestParent:
     def test_death_is_noticed_without_the_help_of_linux(self, tmp_path):
         text = f"""
             import worker_targets as targets
-            from nnunet_lowmem.workers import Worker
+            from nnunet_lowmem.system.workers import Worker
             Worker(targets.survive_deathsig, {str(tmp_path / "pid")!r}, case="a").result()
         """
         process = python(script(tmp_path / "main.py", text))
@@ -544,7 +544,7 @@ class TestParent:
     def test_exits_although_a_worker_was_left_open(self, tmp_path):
         text = """
             import worker_targets as targets
-            from nnunet_lowmem.workers import Worker
+            from nnunet_lowmem.system.workers import Worker
             worker = Worker(targets.in_stage, (("s",), "sleep"), case="a")
             print(worker.pid, flush=True)
         """
@@ -565,7 +565,7 @@ class TestParent:
             import signal
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
             import worker_targets as targets
-            from nnunet_lowmem.workers import Worker
+            from nnunet_lowmem.system.workers import Worker
             with Worker(targets.in_stage, (("s",), "sleep"), case="a") as worker:
                 while worker.stage != "s":
                     worker.poll()
@@ -585,7 +585,7 @@ class TestParent:
         import os, sys
         print("main runs", flush=True)
         import worker_targets as targets
-        from nnunet_lowmem.workers import Worker
+        from nnunet_lowmem.system.workers import Worker
         with Worker(targets.echo, 3, case="a") as worker:
             print(worker.result(), flush=True)
         assert "__spec__" in globals()
@@ -630,7 +630,7 @@ class TestParent:
         text = """
             import multiprocessing
             import worker_targets
-            from nnunet_lowmem.workers import can_spawn
+            from nnunet_lowmem.system.workers import can_spawn
             reason = can_spawn()
             print(reason, flush=True)
             if reason is None:
@@ -676,7 +676,7 @@ class TestParent:
 
     def test_target_of_the_main_script_is_an_error(self, tmp_path):
         text = """
-            from nnunet_lowmem.workers import JobError, Worker
+            from nnunet_lowmem.system.workers import JobError, Worker
             def target(argument, report):
                 return 1
             try:

@@ -182,7 +182,7 @@ def write_pid_and_wait(argument, report):
 
 
 def nested_can_spawn(argument, report):
-    from nnunet_lowmem.workers import can_spawn
+    from nnunet_lowmem.system.workers import can_spawn
 
     return can_spawn()
 
@@ -224,7 +224,7 @@ def survive_deathsig(argument, report):
 
 
 def try_to_start():
-    from nnunet_lowmem.workers import Worker, WorkerStartError, can_spawn
+    from nnunet_lowmem.system.workers import Worker, WorkerStartError, can_spawn
 
     try:
         Worker(echo, 1, case="a").close()

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
-from nnunet_lowmem.sliding_window import RollingWindow
-from nnunet_lowmem.threads import RowThreads, usable_cores
-from nnunet_lowmem.tiling import tile_grid
+from nnunet_lowmem.system.threads import RowThreads, usable_cores
+from nnunet_lowmem.window.rolling import RollingWindow
+from nnunet_lowmem.window.tiling import tile_grid
 
 
 def timed(operation: Callable[[], object]) -> float:

@@ -22,10 +22,10 @@ import SimpleITK as sitk  # noqa: N813
 from make_case import make_case
 from matplotlib.figure import Figure
 
-from nnunet_lowmem.comparing import Request, side_command, side_environment
-from nnunet_lowmem.measured_command import TILES, run_measured
-from nnunet_lowmem.memory import total_ram_bytes
+from nnunet_lowmem.report.compare import Request, side_command, side_environment
+from nnunet_lowmem.report.measured_command import TILES, run_measured
 from nnunet_lowmem.sizes import parse_size
+from nnunet_lowmem.system.memory_limits import total_ram_bytes
 
 STAGES = {"preprocessing": ("preprocessing",), "sliding window": (TILES,), "export and writing": ("export", "writing")}
 COLOURS = dict(zip(["peak RAM", *STAGES], ["tab:blue", "tab:green", "tab:orange", "tab:red"], strict=True))

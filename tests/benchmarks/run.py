@@ -15,10 +15,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from nnunet_lowmem.interruption import ending_on_signals
-from nnunet_lowmem.measured_command import machine_facts, run_measured
-from nnunet_lowmem.memory import total_ram_bytes
+from nnunet_lowmem.report.measured_command import machine_facts, run_measured
 from nnunet_lowmem.sizes import parse_size
+from nnunet_lowmem.system.memory_limits import total_ram_bytes
+from nnunet_lowmem.system.signals import ending_on_signals
 
 
 def main() -> int:

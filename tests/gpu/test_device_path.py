@@ -21,12 +21,12 @@ from oracle import make_predictor
 from simulated_device import simulated_device
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.budget import vram_limit
+from nnunet_lowmem.budget.machine import vram_limit
+from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.errors import CasesFailedError
-from nnunet_lowmem.planner import Plan
-from nnunet_lowmem.sliding_window import RollingWindow
-from nnunet_lowmem.tiles import PredictedTiles
 from nnunet_lowmem.types import Place
+from nnunet_lowmem.window.rolling import RollingWindow
+from nnunet_lowmem.window.tiles import PredictedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 

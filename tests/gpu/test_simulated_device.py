@@ -9,7 +9,7 @@ import pytest
 import torch
 from simulated_device import CUDA, SimulatedDevice, simulated_device
 
-from nnunet_lowmem.transfers import HostBuffer
+from nnunet_lowmem.window.host_buffer import HostBuffer
 
 
 @pytest.fixture

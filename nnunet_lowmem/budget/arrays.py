@@ -1,0 +1,314 @@
+"""Every large array of a case under a placement: what, where, how large, and in which stages it is alive.
+
+Pure numbers, for `planner`. A constant here is a size that was measured or counted, with the reason beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from nnunet_lowmem.types import Place, Shape3
+from nnunet_lowmem.window.tiling import TileGrid
+
+MIB = 2**20
+HALF_BYTES = 2
+SINGLE_BYTES = 4
+# winner index, gap exponent and magnitude exponent of a surveyed voxel
+_SURVEY_BYTES = 4
+# the same with torch operations: best and lower logits, their temporaries in float32, exponents
+_DEVICE_SURVEY_BYTES = 40
+# per output voxel there: extremes over the corners, masks, the label as int64, the list of boundary voxels
+_DEVICE_OUTPUT_BYTES = 72
+# of a plane that is checked for infinity: a copy without sign and three masks
+_CHECK_BYTES = 5
+# weight of a tile's voxels as half and as float32
+_IMPORTANCE_BYTES = 6
+# freed blocks below glibc's largest threshold for mapping (32 MiB) stay with the process, at most twice that at the top
+HEAP_BYTES = 64 * MIB
+# stack, and blocks of a few MiB that a kernel's thread reads and normalises
+THREAD_BYTES = 16 * MIB
+# of a winner that becomes a label: the number as an index, and the label
+_LOOKUP_BYTES = 10
+# a process that has imported torch and nnU-Net, and compiled the kernels of preprocessing
+WORKER_BYTES = 640 * MIB
+_BUFFER_BYTES = 16 * MIB
+
+
+class Stage(Enum):
+    """Stages of a case that follow each other; labelling runs inside prediction, slab by slab."""
+
+    READING = "reading"
+    PREPROCESSING = "preprocessing"
+    LOADING = "loading weights"
+    PREDICTION = "prediction"
+    EXPORT = "export"
+    WRITING = "writing"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits in bytes, and what is already in use; None means no limit is known (no such device).
+
+    Attributes
+    ----------
+    ram_bytes, vram_bytes, disk_bytes : int or None
+        Disk: what is free in the folder for temporary files; 0 where that folder is itself kept in RAM.
+    reserved_ram_bytes, reserved_vram_bytes : int
+    """
+
+    ram_bytes: int | None = None
+    vram_bytes: int | None = None
+    reserved_ram_bytes: int = 0
+    reserved_vram_bytes: int = 0
+    disk_bytes: int | None = None
+
+    def limit(self, place: Place) -> int | None:
+        """Return the limit of a place."""
+        return {Place.RAM: self.ram_bytes, Place.VRAM: self.vram_bytes, Place.DISK: self.disk_bytes}[place]
+
+    def reserved(self, place: Place) -> int:
+        """Return what is in use before the plan begins."""
+        return {Place.RAM: self.reserved_ram_bytes, Place.VRAM: self.reserved_vram_bytes, Place.DISK: 0}[place]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the planner needs to know of a model.
+
+    Attributes
+    ----------
+    heads, channels, folds : int
+    weight_bytes : int
+        Of one fold's weights, as far as they are not yet where the network runs.
+    activation_bytes : int
+        Peak of the network on one tile, with the input, the head's output and its mirrored copies.
+    label_bytes : int
+        Of one voxel of the label map.
+    unmeasured_bytes : int
+        What the network may take beyond `activation_bytes`, as long as none of its tiles has been measured.
+    kept_bytes : int
+        The weights of all folds between predictions, as far as they can be moved from RAM to disk.
+    kept_place : Place or None
+        Where they are, if that is decided: what has been moved does not come back.
+    threads : int
+        Threads of the compiled kernels.
+    worker_bytes : int
+        Of a process that preprocesses the next case meanwhile; 0 without one.
+    pending_bytes : int
+        What writing the files of the case before takes, its label map included; 0 where nothing is being written.
+    pending_until : Stage
+        The last stage in which it may be going on.
+    """
+
+    heads: int
+    channels: int
+    folds: int
+    weight_bytes: int
+    activation_bytes: int
+    label_bytes: int
+    unmeasured_bytes: int = 0
+    kept_bytes: int = 0
+    kept_place: Place | None = None
+    threads: int = 1
+    worker_bytes: int = 0
+    pending_bytes: int = 0
+    pending_until: Stage = Stage.EXPORT
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What the planner needs to know of a case.
+
+    Attributes
+    ----------
+    name : str
+    grid : TileGrid
+    original_shape, cropped_shape : int, 3
+    streams : bool
+        The resampling of logits is known as tables, so that no head is needed as a whole.
+    reading_bytes, preprocessing_bytes : int
+        Peak while the files are read; working arrays of preprocessing, the input image among them.
+    image_bytes : int
+        The preprocessed image.
+    previous_stage_bytes : int
+        Labels of the previous stage of a cascade, in network space.
+    export_bytes : int
+        Working arrays where heads are needed as a whole.
+    image_place : Place or None
+        Where the preprocessed image is, once it exists.
+    next_stages_bytes : int
+        Labels for the next stages of a cascade, which are made along with a validation.
+    held_logits_bytes : int
+        All logits, where somebody else makes them.
+    """
+
+    name: str
+    grid: TileGrid
+    original_shape: Shape3
+    cropped_shape: Shape3
+    streams: bool
+    reading_bytes: int
+    preprocessing_bytes: int
+    image_bytes: int
+    previous_stage_bytes: int = 0
+    export_bytes: int = 0
+    image_place: Place | None = None
+    next_stages_bytes: int = 0
+    held_logits_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What there is to choose; the first of the values named is the fastest.
+
+    Attributes
+    ----------
+    window : Place
+        Of the rolling window: VRAM (on CUDA), RAM, disk.
+    image, label_map : Place
+        RAM or disk.
+    planes : Place
+        Of finished planes outside the window (sum over folds, heads needed as a whole): RAM or disk; many always go to
+        disk where there is room.
+    threads : int
+        Of the compiled kernels: all, or one.
+    slab_planes : int or None
+        Network planes whose labels are found at a time: all that are final, or few.
+    block_bytes : int
+        Working memory of labelling on a device: large or small, which is how many classes are interpolated at a time.
+    weights : Place
+        Of all folds, where each is copied from before it is used: RAM or disk.
+    """
+
+    window: Place = Place.RAM
+    image: Place = Place.RAM
+    label_map: Place = Place.RAM
+    planes: Place = Place.RAM
+    threads: int = 1
+    slab_planes: int | None = None
+    block_bytes: int = 256 * MIB
+    weights: Place = Place.RAM
+
+    def in_words(self) -> str:
+        """Name what is not in the fastest place."""
+        places = {
+            "window": self.window,
+            "image": self.image,
+            "label map": self.label_map,
+            "finished planes": self.planes,
+            "weights": self.weights,
+        }
+        spilled = [name for name, place in places.items() if place is Place.DISK]
+        return f"window in {self.window.value}" + (f"; on disk: {', '.join(spilled)}" if spilled else "")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One large array: what, where, how large, and in which stages it is alive."""
+
+    name: str
+    place: Place
+    size_bytes: int
+    stages: tuple[Stage, ...]
+
+
+def _voxels(shape: Iterable[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def writer_bytes(label_map_bytes: int) -> int:
+    """Return what writing a label map takes beside the map."""
+    return label_map_bytes + _BUFFER_BYTES
+
+
+def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device: str) -> Iterator[Allocation]:
+    """Every large array of a case under a placement."""
+    compute = Place.VRAM if device == "cuda" else Place.RAM
+    predict = (Stage.PREDICTION,)
+    with_window = (Stage.LOADING, Stage.PREDICTION)
+    from_prediction = (Stage.PREDICTION, Stage.EXPORT, Stage.WRITING)
+    label_map_bytes = _voxels(case.original_shape) * model.label_bytes
+    ram = Place.RAM
+
+    yield Allocation("input image while it is read", ram, case.reading_bytes, (Stage.READING,))
+    yield Allocation("input image and working arrays", ram, case.preprocessing_bytes, (Stage.PREPROCESSING,))
+    yield Allocation("preprocessed image", placement.image, case.image_bytes, tuple(Stage)[1:])
+    if case.previous_stage_bytes:
+        yield Allocation("labels of the previous stage", ram, case.previous_stage_bytes, tuple(Stage)[1:])
+    yield Allocation("threads of the kernels", ram, placement.threads * THREAD_BYTES, tuple(Stage)[1:])
+    yield Allocation("freed blocks that the allocator keeps", ram, HEAP_BYTES, tuple(Stage))
+    if model.worker_bytes:
+        yield Allocation("process that preprocesses the next case", ram, model.worker_bytes, tuple(Stage))
+    if model.pending_bytes:
+        until = tuple(Stage)[: tuple(Stage).index(model.pending_until) + 1]
+        yield Allocation("label map of the case before, being written", ram, model.pending_bytes, until)
+    if model.kept_bytes:
+        yield Allocation("weights of all folds", placement.weights, model.kept_bytes, tuple(Stage))
+    if model.weight_bytes:
+        # in RAM they are from the start
+        stages = tuple(Stage) if compute is ram else tuple(Stage)[2:]
+        yield Allocation("weights of the network", compute, model.weight_bytes, stages)
+    yield Allocation("network on one tile", compute, model.activation_bytes + model.unmeasured_bytes, predict)
+    yield from _window_allocations(model, case, placement, compute, with_window)
+    if case.next_stages_bytes:
+        yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)
+    if case.held_logits_bytes:
+        held = case.held_logits_bytes
+        yield Allocation("all logits, which an overridden method makes", ram, held, (Stage.PREDICTION, Stage.EXPORT))
+    yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
+    yield Allocation("writer's copy of the label map", ram, writer_bytes(label_map_bytes), (Stage.WRITING,))
+    if not case.streams:
+        logits_bytes = finished_bytes(model, case)
+        yield Allocation("finished logits", placement.planes, logits_bytes, (Stage.PREDICTION, Stage.EXPORT))
+        yield Allocation("heads being resampled", ram, case.export_bytes, (Stage.EXPORT,))
+
+
+def _window_allocations(
+    model: ModelFacts, case: CaseFacts, placement: Placement, compute: Place, stages: tuple[Stage, ...]
+) -> Iterator[Allocation]:
+    grid, predict = case.grid, (Stage.PREDICTION,)
+    near = Place.VRAM if placement.window is Place.VRAM else Place.RAM
+    tile_voxels = _voxels(grid.tile_shape)
+    depth = grid.tile_shape[grid.roll_axis] + 1
+    plane_voxels = _voxels(grid.padded_shape) // grid.padded_shape[grid.roll_axis]
+    plane_bytes = model.heads * plane_voxels * HALF_BYTES
+    window_bytes = model.heads * depth * plane_voxels * HALF_BYTES
+    yield Allocation("rolling window", placement.window, window_bytes, stages)
+    weights_bytes = depth * plane_voxels * HALF_BYTES + tile_voxels * _IMPORTANCE_BYTES
+    yield Allocation("weights of voxels and tiles", near, weights_bytes, stages)
+    planes = depth if placement.slab_planes is None else min(depth, placement.slab_planes)
+    check_bytes = model.heads * plane_voxels * _CHECK_BYTES
+    if near is Place.VRAM:
+        outputs = -(-planes * _voxels(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
+        slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
+        yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
+        row = _voxels(case.cropped_shape) // case.cropped_shape[0]
+        # a buffer that had to grow leaves smaller ones behind, less than its own size in all
+        winners_bytes = 2 * page_locked_bytes(outputs * HALF_BYTES) + row * _LOOKUP_BYTES
+        yield Allocation("winners of a slab", Place.RAM, winners_bytes, predict)
+    else:
+        slab_bytes = planes * plane_voxels * _SURVEY_BYTES
+        yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes), predict)
+    if compute is Place.VRAM:
+        tiles_bytes = 2 * page_locked_bytes(model.channels * tile_voxels * SINGLE_BYTES)
+        if near is Place.RAM:
+            tiles_bytes += page_locked_bytes(model.heads * tile_voxels * SINGLE_BYTES)
+        yield Allocation("tiles on their way", Place.RAM, tiles_bytes, predict)
+    if model.folds > 1:
+        yield Allocation("sum over folds", placement.planes, finished_bytes(model, case), predict)
+        yield Allocation("plane of the sum", Place.RAM, 2 * plane_bytes, predict)
+
+
+def page_locked_bytes(size_bytes: int) -> int:
+    """Return what torch takes for a page-locked buffer: the next power of two, which it keeps for the next one."""
+    return 1 << max(0, size_bytes - 1).bit_length()
+
+
+def finished_bytes(model: ModelFacts, case: CaseFacts) -> int:
+    """Bytes of all finished logits: the running sum over folds, or where heads are needed as a whole."""
+    return model.heads * _voxels(case.grid.image_shape) * HALF_BYTES

@@ -1,0 +1,235 @@
+"""Where every large array of a case will live, and what that adds up to: a pure function of numbers.
+
+The plan is made before any work starts. It can be printed without running, is asserted in tests, and is what an error
+shows when a case does not fit. Executors take their decisions from the plan and make none of their own.
+
+`placements` lists what can be chosen, fastest first; `plan_case` takes the first that fits. All give the same labels.
+
+Words: *reserved* is what the process already holds (libraries, weights); *projected* is reserved plus the planned
+allocations of the fullest stage; *budget* is the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from nnunet_lowmem.budget.arrays import (
+    MIB,
+    Allocation,
+    Budget,
+    CaseFacts,
+    ModelFacts,
+    Placement,
+    Stage,
+    allocations,
+    finished_bytes,
+)
+from nnunet_lowmem.errors import BudgetError
+from nnunet_lowmem.types import Place
+
+# a sum over folds below this stays in RAM: a file would save nothing that matters
+_SMALL_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Placement of one case, what it adds up to, and the limits.
+
+    Attributes
+    ----------
+    case : str
+    placement : Placement
+    allocations : tuple of Allocation
+    budget : Budget
+    """
+
+    case: str
+    placement: Placement
+    allocations: tuple[Allocation, ...]
+    budget: Budget
+
+    def planned_bytes(self, place: Place, stage: Stage) -> int:
+        """Sum of the allocations of a stage in a place."""
+        return sum(a.size_bytes for a in self.allocations if a.place is place and stage in a.stages)
+
+    def fullest_stage(self, place: Place) -> Stage:
+        """Stage with the largest sum in a place."""
+        return max(Stage, key=lambda stage: self.planned_bytes(place, stage))
+
+    def projected_bytes(self, place: Place) -> int:
+        """Peak of a place: reserved plus the fullest stage."""
+        return self.budget.reserved(place) + self.planned_bytes(place, self.fullest_stage(place))
+
+    def excess_bytes(self) -> int:
+        """How far the projected peaks are beyond their limits, added up."""
+        limits = [(place, self.budget.limit(place)) for place in Place]
+        return sum(max(0, self.projected_bytes(place) - limit) for place, limit in limits if limit is not None)
+
+    def fits(self, place: Place) -> bool:
+        """Whether the projected peak of a place is within its limit."""
+        limit = self.budget.limit(place)
+        return limit is None or self.projected_bytes(place) <= limit
+
+    def fits_everywhere(self) -> bool:
+        """Whether the projected peaks are within all limits."""
+        return all(map(self.fits, Place))
+
+
+def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True) -> Plan:
+    """Choose the fastest placement that fits the budget.
+
+    Parameters
+    ----------
+    model : ModelFacts
+    case : CaseFacts
+    budget : Budget
+    device : str
+        Type of the network's device: "cpu", "cuda" or "mps".
+    window_on_device : bool
+        False keeps the window in RAM whatever fits (``--not_on_device``).
+
+    Raises
+    ------
+    BudgetError
+        If no placement fits.
+    """
+    plan = closest_plan(model, case, budget, device, window_on_device)
+    if not plan.fits_everywhere():
+        error = BudgetError(refusal(plan))
+        error.place = _too_small(plan)
+        raise error
+    return plan
+
+
+def closest_plan(
+    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
+) -> Plan:
+    """As `plan_case`; where nothing fits, the plan that comes closest to fitting.
+
+    For what the network may take beyond what is certain, as long as none of its tiles is measured, room is left where
+    there is any. Where there is none, the placement is the one that leaves most, and the plan counts what is certain.
+    """
+    plan = _closest(all_plans(model, case, budget, device, window_on_device))
+    if plan.fits_everywhere() or not model.unmeasured_bytes:
+        return plan
+    plan = placed(certain(model), case, budget, device, plan.placement)
+    return plan if plan.fits_everywhere() else closest_plan(certain(model), case, budget, device, window_on_device)
+
+
+def _closest(plans: Iterable[Plan]) -> Plan:
+    closest: Plan | None = None
+    for plan in plans:
+        if plan.fits_everywhere():
+            return plan
+        if closest is None or plan.excess_bytes() < closest.excess_bytes():
+            closest = plan
+    assert closest is not None, "there is always a placement"
+    return closest
+
+
+def certain(model: ModelFacts) -> ModelFacts:
+    """Return what is certain of a model, whose network may take more."""
+    return replace(model, unmeasured_bytes=0)
+
+
+def placed(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, placement: Placement) -> Plan:
+    """Return the plan of a placement, whether it fits or not."""
+    return Plan(case.name, placement, tuple(allocations(model, case, placement, device)), budget)
+
+
+def all_plans(
+    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
+) -> Iterator[Plan]:
+    """Yield the plan of every placement, fastest first."""
+    for placement in placements(model, case, device, window_on_device):
+        yield placed(model, case, budget, device, placement)
+
+
+def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = Stage.PREDICTION) -> Plan | None:
+    """Return the fastest plan that takes less than `failed` in a place during a stage, if any fits elsewhere.
+
+    An allocation has failed in `place` although the plan said it fits: somebody else has taken memory meanwhile.
+    """
+    needed = failed.planned_bytes(place, stage)
+    elsewhere = [other for other in Place if other is not place]
+    smaller = (plan for plan in plans if plan.planned_bytes(place, stage) < needed)
+    return next((plan for plan in smaller if all(map(plan.fits, elsewhere))), None)
+
+
+def smallest_ram_bytes(
+    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool, spill: bool
+) -> int:
+    """Return the least RAM that any placement projects, with or without arrays on disk."""
+    frugal = [
+        chosen
+        for chosen in placements(model, case, device, window_on_device)
+        if chosen.threads == 1 and chosen.slab_planes is not None
+    ]
+    fewest = min(map(_spills, frugal))  # what is on disk already stays there
+    frugal = [chosen for chosen in frugal if spill or _spills(chosen) == fewest]
+    # in RAM no place is better than disk, so with spilling only what is on disk altogether has to be looked at
+    most = max(map(_spills, frugal))
+    plans = [placed(model, case, budget, device, chosen) for chosen in frugal if _spills(chosen) >= most - 1]
+    return min(plan.projected_bytes(Place.RAM) for plan in plans)
+
+
+def _spills(placement: Placement) -> int:
+    """Count the arrays on disk."""
+    chosen = [placement.window, placement.image, placement.label_map, placement.planes, placement.weights]
+    return chosen.count(Place.DISK)
+
+
+def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device: bool = True) -> tuple[Placement, ...]:
+    """All placements in the order of what they cost in time."""
+    small = finished_bytes(model, case) <= _SMALL_BYTES
+    either = ((Place.RAM, 0), (Place.DISK, 2))
+    windows = [(Place.RAM, 0), (Place.DISK, 16)]
+    if device == "cuda" and window_on_device:
+        windows = [(Place.VRAM, 0), (Place.RAM, 8), (Place.DISK, 16)]
+    images = either if case.image_place is None else ((case.image_place, 0),)
+    planes: tuple[tuple[Place, int], ...] = (
+        ((Place.RAM, 0), (Place.DISK, 1)) if small else ((Place.DISK, 0), (Place.RAM, 1))
+    )
+    planes = planes if model.folds > 1 or not case.streams else ((Place.RAM, 0),)
+    threads = ((model.threads, 0), (1, 4)) if model.threads > 1 else ((1, 0),)
+    slabs = ((None, 0), (8, 1))
+    blocks = ((256 * MIB, 0), (16 * MIB, 1)) if device == "cuda" else ((256 * MIB, 0),)
+    weights: tuple[tuple[Place, float], ...] = ((model.kept_place or Place.RAM, 0),)
+    if model.kept_bytes and model.kept_place is None:
+        # mapped pages, read once for each fold: less than anything else
+        weights = ((Place.RAM, 0), (Place.DISK, 0.5))
+    choices = sorted(
+        product(windows, images, either, planes, threads, slabs, blocks, weights),
+        key=lambda chosen: sum(cost for _, cost in chosen),
+    )
+    return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
+
+
+def _too_small(plan: Plan) -> Place:
+    return next(place for place in Place if not plan.fits(place))
+
+
+def refusal(plan: Plan) -> str:
+    """Say why a plan does not fit: the numbers, the stage, the largest allocation, and which flag to turn."""
+    place = _too_small(plan)
+    stage = plan.fullest_stage(place)
+    largest = max(
+        (a for a in plan.allocations if a.place is place and stage in a.stages), key=lambda a: a.size_bytes
+    )  # fmt: skip
+    turn = {
+        Place.RAM: "Raise --max_ram, or run on a machine that has more.",
+        Place.VRAM: "Raise --max_vram, or use a larger device or -device cpu.",
+        Place.DISK: "Make room there, name another folder with --tmp_dir, or raise --max_ram.",
+    }
+    return (
+        f"case {plan.case} does not fit: {place.value} projected {_gib(plan.projected_bytes(place))} in stage "
+        f"{stage.value}, budget {_gib(plan.budget.limit(place) or 0)}, of which reserved "
+        f"{_gib(plan.budget.reserved(place))}; the largest allocation is {largest.name} with "
+        f"{_gib(largest.size_bytes)}. {turn[place]}"
+    )
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"

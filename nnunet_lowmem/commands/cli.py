@@ -1,0 +1,280 @@
+"""The commands. Nothing heavy is imported before the arguments are known to make sense."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_lowmem import __version__
+from nnunet_lowmem.commands import compare, flags
+from nnunet_lowmem.commands.flags import predict_parser
+from nnunet_lowmem.commands.shell import guarded
+from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.names import shown
+from nnunet_lowmem.system import allocator
+
+__all__ = ["main", "predict_entry_point", "predict_parser"]
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnunet_lowmem.predictor import LowMemPredictor
+
+CITATION = (
+    "Please cite nnU-Net when you use it: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. "
+    "(2021). nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature Methods, "
+    "18(2), 203-211."
+)
+#: Arguments of the predictor and the flags that give them; what is not given is looked for in environment and plans.
+LIMIT_FLAGS = {
+    "max_ram": "max_ram",
+    "max_vram": "max_vram",
+    "tmp_dir": "tmp_dir",
+    "worker_timeout_s": "worker_timeout",
+    "probabilities_dtype": "probabilities_dtype",
+    "accept_nan": "accept_nan",
+    "trust": "trust",
+    "trust_model": "trust_model",
+    "fast": "fast",
+    "report": "report",
+}
+
+
+def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
+    """Run ``nnUNetv2_predict_lowmem``."""
+    options = flags.predict_options(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _predict(options), options.verbose)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``nnunet-lowmem``."""
+    parser = flags.Flags(prog="nnunet-lowmem", description="nnU-Net v2 prediction in bounded memory.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="predict the bundled CT with the bundled 118-class model")
+    demo.add_argument("-o", default="nnunet_lowmem_demo", metavar="DIR", help="output folder (default: %(default)s)")
+    demo.add_argument("-device", default=None, help="cuda, cuda:N, mps or cpu (default: the best there is)")
+    demo.add_argument("--verbose", action="store_true", help="say more, and show tracebacks")
+    demo.set_defaults(run=_demo)
+    ensemble = commands.add_parser("ensemble", help="nnUNetv2_ensemble in memory that does not grow with the classes")
+    ensemble.add_argument("-i", nargs="+", required=True, metavar="FOLDER", help="folders with .npz and .pkl")
+    ensemble.add_argument("-o", required=True, metavar="FOLDER", help="output folder")
+    ensemble.add_argument("-np", type=int, default=1, metavar="N", help="accepted; one process is used")
+    ensemble.add_argument("--save_npz", action="store_true", help="write the averaged probabilities, too")
+    ensemble.add_argument("--verbose", action="store_true", help="show tracebacks")
+    ensemble.set_defaults(run=_ensemble)
+    run = commands.add_parser(
+        "run", help="run a tool that uses nnU-Net, with this package in its place: run -- COMMAND"
+    )
+    run.add_argument("--predictor", default="lowmem", metavar="NAME", help="or plans: what the model's plans name")
+    run.add_argument("--verbose", action="store_true", help="show tracebacks")
+    run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
+    run.set_defaults(run=_run)
+    sides = commands.add_parser("compare", help="stock nnU-Net and this package side by side, on your own images")
+    flags.add_model_flags(sides.add_argument)
+    compare.add_flags(sides.add_argument)
+    sides.set_defaults(run=lambda options: compare.run(options, _checked_model))
+    options = parser.parse_args(arguments)
+    return guarded(lambda: int(options.run(options)), options.verbose)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    model_folder = _check(options)
+    allocator.own_process()
+    from nnunet_lowmem.commands import console
+
+    device = console.choose_device(options.device)
+    print(f"{CITATION}\ndevice: {device}", file=sys.stderr if options.json else sys.stdout)
+    _check_cases(options.i, Path(model_folder))
+    console.set_torch_threads(device)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints
+        predictor = _predictor(options, device, model_folder)
+        if options.estimate:
+            predictor.describe_trained_model_folder(model_folder, options.f, options.chk)
+            found = list(predictor.estimate(options.i, options.save_probabilities))
+        else:
+            predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
+    if options.estimate:
+        return console.print_estimates(found, options.json, options.verbose)
+    try:
+        predictor.predict_from_files(
+            options.i,
+            options.o,
+            save_probabilities=options.save_probabilities,
+            overwrite=not options.continue_prediction,
+            num_processes_preprocessing=options.npp,
+            num_processes_segmentation_export=options.nps,
+            folder_with_segs_from_prev_stage=options.prev_stage_predictions,
+            num_parts=options.num_parts,
+            part_id=options.part_id,
+        )
+    except CasesFailedError as error:
+        console.print_run(error.report, options.o)
+        return error.exit_code
+    console.print_run(predictor.run_report, options.o)
+    return 0
+
+
+def _predictor(options: argparse.Namespace, device: torch.device, model_folder: str) -> LowMemPredictor:
+    from nnunet_lowmem.commands import console
+    from nnunet_lowmem.nnunet import model_files, predictors
+    from nnunet_lowmem.predictor import LowMemPredictor
+
+    given = {name: getattr(options, flag) for name, flag in LIMIT_FLAGS.items() if getattr(options, flag) is not None}
+    plans = model_files.read_json(Path(model_folder) / "plans.json")
+    predictor = LowMemPredictor(
+        tile_step_size=options.step_size,
+        use_mirroring=not options.disable_tta,
+        perform_everything_on_device=not options.not_on_device,
+        device=device,
+        verbose=options.verbose,
+        verbose_preprocessing=options.verbose,
+        allow_tqdm=not options.disable_progress_bar,
+        on_plan=console.print_plan if options.verbose else None,
+        on_case=console.print_report if options.verbose else None,
+        **{**predictors.options("lowmem", LowMemPredictor, plans), **given},
+    )
+    predictor.foreign_ends_run = False
+    return predictor
+
+
+def _demo(options: argparse.Namespace) -> int:
+    allocator.own_process()
+    _check_device(options.device)
+    from nnunet_lowmem.commands.demo import run_demo
+
+    run_demo(Path(options.o), options.device)
+    return 0
+
+
+def _ensemble(options: argparse.Namespace) -> int:
+    for folder in options.i:
+        _check_folder("-i", folder)
+    _check_writable(Path(options.o))
+    from nnunet_lowmem.commands.ensemble import ensemble_folders
+
+    for path in ensemble_folders([Path(folder) for folder in options.i], Path(options.o), options.save_npz):
+        print(shown(str(path)))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from nnunet_lowmem.commands.run import run
+    from nnunet_lowmem.nnunet import predictors, switching
+
+    if options.predictor != switching.BY_PLANS:
+        predictors.find(options.predictor)
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    return run(words, options.predictor)
+
+
+def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
+    """Check a command before it runs; return its model folder and the ending of its files."""
+    options = flags.predict_options(arguments)
+    model_folder = _check(options)
+    return model_folder, _check_cases(options.i, Path(model_folder))
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Refuse what cannot work, by looking at arguments and folders only; return the model folder."""
+    from nnunet_lowmem.nnunet import model_files
+
+    if not 0 < options.step_size <= 1:
+        raise UsageError(f"-step_size must be larger than 0 and at most 1, got {options.step_size}")
+    if not 0 <= options.part_id < options.num_parts:
+        raise UsageError(f"-part_id counts from 0 and must be below -num_parts {options.num_parts}: {options.part_id}")
+    for flag, number in (
+        ("-npp", options.npp),
+        ("-nps", options.nps),
+        ("--worker_timeout", options.worker_timeout or 0),
+    ):
+        if not 0 <= number < math.inf:
+            raise UsageError(f"{flag} must be a number that is not negative, got {number}")
+    if options.json and not options.estimate:
+        raise UsageError("--json goes with --estimate")
+    _check_sizes(options)
+    _check_device(options.device)
+    _check_folder("-i", options.i)
+    if options.prev_stage_predictions is not None:
+        _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
+    if options.tmp_dir is not None:
+        _check_tmp_dir(options.tmp_dir)
+    model_folder = options.m or _model_of_dataset(options)
+    model_files.checkpoint_files(model_folder, options.f, options.chk)
+    if not options.estimate:
+        _check_writable(Path(options.o))
+    return str(model_folder)
+
+
+def _check_cases(folder: str, model_folder: Path) -> str:
+    """Refuse a folder without cases; return the ending of its files."""
+    from nnunet_lowmem.nnunet import model_files
+
+    model_files.read_json(model_folder / "plans.json")
+    dataset_json = model_folder / "dataset.json"
+    file_ending = model_files.check_file_ending(model_files.read_json(dataset_json), dataset_json)
+    if not model_files.list_cases(folder, file_ending):
+        raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs")
+    return file_ending
+
+
+def _check_sizes(options: argparse.Namespace) -> None:
+    from nnunet_lowmem.sizes import asked_bytes
+    from nnunet_lowmem.system.memory_limits import total_ram_bytes
+
+    # without torch the size of the VRAM is not known; any total serves to see whether the text is a size
+    for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
+        asked_bytes(flag, text, total_ram_bytes())
+
+
+def _check_tmp_dir(folder: str) -> None:
+    """Write a little, since a full or read-only disk shows no other way."""
+    _check_folder("--tmp_dir", folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))
+    except OSError as error:
+        raise UsageError(f"--tmp_dir: nothing can be written to {folder}: {error.strerror or error}") from None
+
+
+def _check_device(name: str | None) -> None:
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UsageError(f"-device must be cpu, mps, cuda or cuda:N, got {name!r}")
+
+
+def _check_folder(flag: str, folder: str) -> None:
+    if not os.path.isdir(folder):
+        reason = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise UsageError(f"{flag}: {folder} {reason}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"-o: {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"-o: {folder} is not writable")
+
+
+def _model_of_dataset(options: argparse.Namespace) -> str:
+    """Find the model folder of -d, -p, -tr and -c below nnUNet_results."""
+    if options.d is None or options.c is None:
+        raise UsageError("say which model: either -m FOLDER, or -d DATASET and -c CONFIG")
+    if not os.environ.get("nnUNet_results"):  # noqa: SIM112  # nnU-Net's spelling
+        raise UsageError("-d needs the environment variable nnUNet_results; or give the model's folder with -m")
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    try:
+        return str(get_output_folder(options.d, options.tr, options.p, options.c))
+    except (RuntimeError, ValueError) as error:
+        first_sentence = str(error).split(". ")[0]
+        raise UsageError(f"-d {options.d}: {first_sentence}") from None

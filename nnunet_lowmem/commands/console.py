@@ -1,0 +1,144 @@
+"""What the commands show and how they set torch up: device, threads, tables."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nnunet_lowmem.budget.arrays import Stage
+from nnunet_lowmem.budget.estimates import Estimate
+from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.errors import BudgetError, UsageError
+from nnunet_lowmem.names import shown
+from nnunet_lowmem.predict.outcomes import FAILURES_FILE, CaseReport, RunReport
+from nnunet_lowmem.sizes import format_gib
+from nnunet_lowmem.types import Place
+
+
+def _console() -> Console:
+    """Return a console that takes brackets and colons in names for nothing else."""
+    return Console(markup=False, emoji=False)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of that name; without one CUDA where there is one, else MPS, else the CPU.
+
+    Raises
+    ------
+    UsageError
+        If the device does not exist here.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not cuda:
+        raise UsageError(f"-device {name}: torch {torch.__version__} sees no CUDA device here; use -device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"-device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type == "mps" and not mps:
+        raise UsageError("-device mps: torch sees no MPS device here; use -device cpu")
+    return device
+
+
+def set_torch_threads(device: torch.device) -> None:
+    """Set torch's threads as stock's command does: all cores on the CPU, one beside a GPU."""
+    if device.type == "cpu":
+        torch.set_num_threads(multiprocessing.cpu_count())
+    elif device.type == "cuda":
+        torch.set_num_threads(1)
+        torch.set_num_interop_threads(1)
+
+
+def print_plan(plan: Plan) -> None:
+    """Print the planned allocations of a case, stage by stage."""
+    table = Table(title=f"plan for {plan.case}")
+    table.add_column("array")
+    table.add_column("place")
+    for stage in Stage:
+        table.add_column(stage.value, justify="right")
+    for allocation in plan.allocations:
+        sizes = [format_gib(allocation.size_bytes) if stage in allocation.stages else "" for stage in Stage]
+        table.add_row(allocation.name, allocation.place.value, *sizes)
+    _console().print(table)
+    for place in Place:
+        limit = plan.budget.limit(place)
+        if limit is not None:
+            _console().print(
+                f"{place.value}: projected {format_gib(plan.projected_bytes(place))} "
+                f"(reserved {format_gib(plan.budget.reserved(place))}), budget {format_gib(limit)}"
+            )
+
+
+def print_report(report: CaseReport) -> None:
+    """Print time per stage, and the measured peak beside the projected one."""
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    _console().print(
+        f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
+        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}"
+    )
+
+
+def print_run(report: RunReport, folder: str) -> None:
+    """Print what became of every case."""
+    table = Table(title=f"predictions in {shown(folder)}")
+    for column in ("case", "", "stage", "why"):
+        table.add_column(column, overflow="fold")
+    for case in report.done:
+        table.add_row(case.case, "done", "", f"{sum(case.seconds.values()):.1f} s")
+    for skipped in report.skipped:
+        table.add_row(skipped.case, "skipped", "", skipped.reason)
+    for failed in report.failed:
+        table.add_row(failed.case, "failed", failed.stage, failed.reason)
+    _console().print(table)
+    if report.failed:
+        _console().print(f"{report.failed_of_all()}; see {shown(str(Path(folder) / FAILURES_FILE))}", highlight=False)
+
+
+def print_estimates(estimates: Iterable[Estimate], as_json: bool, verbose: bool) -> int:
+    """Print what every case will take; return the exit code: that of `BudgetError` where a case does not fit."""
+    found = list(estimates)
+    if as_json:
+        print(json.dumps([estimate.as_json() for estimate in found], indent=1))  # noqa: T201  # for scripts, unwrapped
+        return _exit_code(found)
+    for plan in (estimate.plan for estimate in found if verbose):
+        if plan is not None:
+            print_plan(plan)
+    print_line = partial(_console().print, highlight=False, soft_wrap=True)
+    print_line("Upper bounds by header alone: what is cropped is not known yet.")
+    for estimate in found:
+        for line in _estimate_lines(estimate):
+            print_line(line)
+    return _exit_code(found)
+
+
+def _estimate_lines(estimate: Estimate) -> Iterator[str]:
+    facts, plan = estimate.facts, estimate.plan
+    if facts is not None and plan is not None:
+        shapes = ["x".join(map(str, shape)) for shape in (facts.original_shape, facts.grid.image_shape)]
+        yield f"plan for {estimate.case}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
+        sizes = {place: format_gib(plan.projected_bytes(place)) for place in Place}
+        limits = {place: plan.budget.limit(place) for place in Place}
+        yield "  projected " + ", ".join(
+            f"{place.value} {sizes[place]} of {format_gib(limit)}"
+            for place, limit in limits.items()
+            if limit is not None
+        )
+        yield (
+            f"  smallest RAM {format_gib(estimate.least_ram_bytes)}, without spilling "
+            f"{format_gib(estimate.least_ram_unspilled_bytes)}; stock: about {format_gib(estimate.stock_bytes)}"
+        )
+    yield f"  {shown(estimate.problem or 'fits')}"
+
+
+def _exit_code(found: list[Estimate]) -> int:
+    if any(estimate.readable and estimate.problem is not None for estimate in found):
+        return BudgetError.exit_code
+    return 0 if all(estimate.readable for estimate in found) else UsageError.exit_code

@@ -1,0 +1,132 @@
+"""What a command owes the shell that runs it: exit codes, one line per error, signals, and pipes that may close."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from nnunet_lowmem.errors import LowMemError
+from nnunet_lowmem.names import shown
+from nnunet_lowmem.system import signals
+
+
+def guarded(command: Callable[[], int], verbose: bool) -> int:
+    """Run a command; turn exceptions into one line and an exit code.
+
+    Parameters
+    ----------
+    command : callable
+        Returns the exit code.
+    verbose : bool
+        Show tracebacks, too.
+    """
+    with _lasting_output(), _messages(verbose), signals.ending_on_signals():
+        try:
+            return command()
+        except signals.InterruptedBySignal as interrupt:
+            _tell("interrupted" if interrupt.number == signal.SIGINT else "terminated")
+            return 128 + interrupt.number
+        except KeyboardInterrupt:
+            _tell("interrupted")
+            return 130
+        except Exception as error:
+            if verbose:
+                traceback.print_exc()
+            known = isinstance(error, LowMemError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            hint = "" if known or verbose else " (--verbose shows where)"
+            _tell(f"error: {shown(text)}{hint}")
+            return error.exit_code if isinstance(error, LowMemError) else 1
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+@contextlib.contextmanager
+def _messages(verbose: bool) -> Iterator[None]:
+    """Show what this package logs: warnings on stderr, what it does on stdout."""
+    logger = logging.getLogger("nnunet_lowmem")
+    loud = logging.StreamHandler(sys.stderr)
+    loud.setLevel(logging.WARNING)
+    loud.setFormatter(_OneLine())
+    quiet = logging.StreamHandler(sys.stdout)
+    quiet.setFormatter(_Told())
+    quiet.addFilter(lambda record: record.levelno < logging.WARNING)
+    former_level = logger.level
+    logger.handlers += [loud, quiet]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers = [handler for handler in logger.handlers if handler not in (loud, quiet)]
+        logger.setLevel(former_level)
+
+
+class _OneLine(logging.Formatter):
+    """``warning: what happened``, as the errors of a command."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {shown(record.getMessage())}"
+
+
+class _Told(logging.Formatter):
+    """What is done in one line each; what is for finding faults, tracebacks, as it stands."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return text if record.levelno < logging.INFO else shown(text)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Go on in silence when whoever reads stdout or stderr has gone: a run of hours is not about its messages."""
+    former = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = former
+
+
+class _Lasting:
+    """A text stream whose reader may go; everything but writing is the stream's own."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        # Python gives none where the shell has closed it
+        self._stream: Any = stream if stream is not None else io.StringIO()
+
+    def write(self, text: str) -> int:
+        """Write as far as somebody reads; what the stream cannot encode as Python writes it."""
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(self._stream, "encoding", None) or "ascii"
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            self._silence()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush as far as somebody reads."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._silence()
+
+    def _silence(self) -> None:
+        """Lead the stream nowhere; what it still holds would fail once more when Python ends."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,184 @@
+"""Resample and decide in one step: slabs of logits in network space become labels in the cropped grid.
+
+Most of a volume lies in network-grid cells whose eight corners agree; linear interpolation is a convex combination, so
+every original voxel in such a cell has that label and no head is interpolated. Only boundary cells are, and only for
+heads that can win. Rounding to half can create a tie that a *lower* head would win; a cell counts as uniform only if at
+every corner the winner exceeds each lower head by more than one unit in the last place (`cells_cpu.survey_heads`).
+
+CPU tensors go through the compiled kernels, all others through torch operations on their device; both give the bits of
+the slow twin in ``tests/reference.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nnunet_lowmem.labels import cells_cpu, cells_torch
+from nnunet_lowmem.labels.resampling import AxisTable, flat_tables
+from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.types import Attempt, once
+from nnunet_lowmem.window.host_buffer import HostBuffer
+from nnunet_lowmem.window.slabs import LogitsSlab
+
+
+@dataclass(frozen=True)
+class SlabLimits:
+    """How much is worked on at a time; the labels do not depend on it.
+
+    Attributes
+    ----------
+    planes : int or None
+        Network planes; None takes all that are final.
+    block_bytes : int
+        Working memory of the torch path on a device.
+    """
+
+    planes: int | None = None
+    block_bytes: int = 1 << 28
+
+
+class SlabLabeller:
+    """Turns slabs, in order, into a label map.
+
+    Parameters
+    ----------
+    tables : 3 AxisTable
+        From network space to the cropped grid.
+    rule : LabelRule
+    labels : uint8 or uint16, shape of the cropped grid, any strides
+        Written.
+    threads : RowThreads
+        For the compiled kernels.
+    limits : callable
+        Returns the `SlabLimits` of now; asked before every part.
+    attempt : Attempt
+        Calls what labels a part.
+
+    Attributes
+    ----------
+    done : int
+        Output planes that are labelled.
+    """
+
+    def __init__(
+        self,
+        tables: tuple[AxisTable, ...],
+        rule: LabelRule,
+        labels: NDArray[Any],
+        threads: RowThreads,
+        limits: Callable[[], SlabLimits] = SlabLimits,
+        attempt: Attempt = once,
+    ) -> None:
+        self._tables = tables
+        self._rule = rule
+        self._labels = labels
+        self._threads = threads
+        self._limits = limits
+        self._attempt = attempt
+        self._outbox: HostBuffer | None = None
+        self._arriving: tuple[torch.Tensor, NDArray[Any]] | None = None
+        self._axis = 0
+        self.done = 0
+
+    def add(self, slab: LogitsSlab) -> None:
+        """Label every output plane whose neighbours are now final."""
+        self._axis = slab.axis
+        table = self._tables[slab.axis]
+        ready = table.ready(slab.stop)
+        while self.done < ready:
+            self._attempt(lambda: self._label_part(slab, ready))
+
+    def _next_stop(self, table: AxisTable, ready: int, planes: int | None) -> int:
+        """End of the output planes that are labelled together."""
+        if planes is None:
+            return ready
+        within = int(np.searchsorted(table.high, int(table.low[self.done]) + planes))
+        return min(ready, max(within, self.done + 1))
+
+    def _label_part(self, slab: LogitsSlab, ready: int) -> None:
+        table, limits = self._tables[slab.axis], self._limits()
+        ready = self._next_stop(table, ready, limits.planes)
+        first, last = int(table.low[self.done]), int(table.high[ready - 1])
+        origin = list(slab.origin)
+        origin[slab.axis] += first - slab.first
+        shape = list(slab.shape)
+        shape[slab.axis] = last + 1 - first
+        tables = list(self._tables)
+        tables[slab.axis] = table.part(self.done, ready, first)
+        chosen: list[slice] = [slice(None)] * 3
+        chosen[slab.axis] = slice(self.done, ready)
+        self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)], limits)
+        self.done = ready
+
+    def finish(self) -> None:
+        """Write what is still on its way from a device, and check that nothing is missing."""
+        self._write_arrived()
+        assert self.done == self._labels.shape[self._axis], "slabs ended before the last plane"
+
+    def _label_box(
+        self,
+        buffer: torch.Tensor,
+        origin: tuple[int, ...],
+        shape: tuple[int, ...],
+        tables: tuple[AxisTable, ...],
+        labels: NDArray[Any],
+        limits: SlabLimits,
+    ) -> None:
+        if buffer.device.type == "cpu":
+            self._label_on_cpu(buffer, origin, shape, tables, labels)
+            return
+        box = buffer
+        for axis in range(3):
+            box = box.narrow(axis + 1, origin[axis], shape[axis])
+        winners = cells_torch.winners(box, tables, self._rule.ranked, limits.block_bytes)
+        self._write_arrived()
+        self._outbox = self._outbox or HostBuffer(buffer.device)
+        self._arriving = self._outbox.receive(winners), labels
+
+    def _write_arrived(self) -> None:
+        """Write the labels of the slab before, whose winners have crossed over while the window moved on."""
+        if self._arriving is not None and self._outbox is not None:
+            self._outbox.wait()
+            for winners, plane in zip(*self._arriving, strict=True):
+                plane[...] = self._rule.values[winners.numpy()]
+            self._arriving = None
+
+    def _label_on_cpu(
+        self,
+        buffer: torch.Tensor,
+        origin: tuple[int, ...],
+        shape: tuple[int, ...],
+        tables: tuple[AxisTable, ...],
+        labels: NDArray[Any],
+    ) -> None:
+        bits = buffer.numpy().view(np.uint16)
+        winner = np.empty(shape, np.uint16)
+        gap = np.empty(shape, np.int8)
+        magnitude = np.empty(shape, np.int8)
+        rows = shape[0] * shape[1]
+        if self._rule.ranked:
+            self._threads.run(cells_cpu.survey_heads, rows, bits, origin, winner, gap, magnitude)
+        else:
+            self._threads.run(cells_cpu.survey_regions, rows, bits, origin, winner)
+        self._threads.run(
+            cells_cpu.label_rows,
+            labels.shape[0] * labels.shape[1],
+            bits,
+            origin,
+            winner,
+            gap,
+            magnitude,
+            *flat_tables(tables),
+            *tables[2].cells,
+            any(table.interpolates for table in tables),
+            self._rule.ranked,
+            self._rule.values,
+            labels,
+        )

@@ -1,0 +1,1 @@
+"""The network itself: how it is run, and what a tile takes."""

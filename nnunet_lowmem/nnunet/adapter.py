@@ -1,0 +1,288 @@
+"""What this package needs to know of nnU-Net's objects, as plain data; the differences between versions live here.
+
+nnU-Net's managers are read and never changed. "Default" below means: nnU-Net's own class or function, whose rule this
+package reproduces. Anything else is called as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.preprocessing.preprocessors import default_preprocessor
+from nnunetv2.preprocessing.resampling import default_resampling
+from nnunetv2.utilities.helpers import softmax_helper_dim0
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from numpy.typing import NDArray
+
+from nnunet_lowmem.errors import ModelError, also, because
+from nnunet_lowmem.labels.next_stages import Target
+from nnunet_lowmem.labels.resampling import AxisTable, copy_axis, resampling_tables
+from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
+from nnunet_lowmem.overrides import lookup
+from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, Step
+from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale
+from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
+from nnunet_lowmem.volumes.verifying import verify_label_file
+
+try:
+    from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
+except ImportError:  # new in nnU-Net 2.6
+    no_resampling_hack = None
+
+logger = logging.getLogger(__name__)
+
+
+_PER_HEAD = (
+    "resample_data_or_seg_to_shape",
+    "resample_torch_fornnunet",
+    "resample_torch_simple",
+    "no_resampling_hack",
+)
+
+
+def label_rule(label_manager: LabelManager) -> LabelRule | None:
+    """Return how `label_manager` turns logits into labels, or None if it is not nnU-Net's own.
+
+    Rules from ``LabelManager.convert_logits_to_segmentation`` and ``export_prediction``: without regions the map holds
+    the index of the head; uint8 below 255 foreground labels, else uint16.
+    """
+    nonlin = torch.sigmoid if label_manager.has_regions else softmax_helper_dim0
+    if not lookup.is_class(type(label_manager), LABEL_MANAGER) or label_manager.inference_nonlin is not nonlin:
+        return None
+    if lookup.found(Step.LABELS, label_manager):
+        return None
+    heads = label_manager.num_segmentation_heads
+    dtype = np.dtype(np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16)
+    if label_manager.has_regions:
+        values = np.array([0, *label_manager.regions_class_order], np.int64).astype(np.uint16)
+    else:
+        values = np.arange(heads + 1, dtype=np.uint16)
+    by_softmax = not label_manager.has_regions and _takes_softmax_for_labels()
+    return LabelRule(ranked=not label_manager.has_regions, values=values, dtype=dtype, by_softmax=by_softmax)
+
+
+@cache
+def _takes_softmax_for_labels() -> bool:
+    """Whether nnU-Net takes the softmax for labels alone, as 2.5 does: rounding can make its argmax another.
+
+    It is asked with two logits that differ by less than their softmax can tell.
+    """
+    labels = LabelManager({"background": 0, "foreground": 1}, None)
+    return not labels.convert_logits_to_segmentation(torch.tensor([0.0, 2.0**-30]).reshape(2, 1, 1, 1)).any()
+
+
+def check_reader(plans_manager: PlansManager) -> None:
+    """Refuse plans that name a reader which the installed nnU-Net does not have."""
+    try:
+        plans_manager.image_reader_writer_class  # noqa: B018  # a property that looks the class up
+    except RuntimeError as error:
+        text = f"the plans ask for the reader {plans_manager.plans['image_reader_writer']!r}"
+        raise because(ModelError, f"{text}, which the installed nnU-Net does not have", error) from error
+
+
+def write_run_files(
+    target: str | list[str] | None, arguments: dict[str, Any], dataset_json: dict[str, Any], plans: dict[str, Any]
+) -> None:
+    """Write what stock writes beside the predictions: the arguments, dataset.json and plans.json."""
+    if target is None:
+        return
+    folder = output_folder(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
+    arguments = deepcopy(arguments)
+    recursive_fix_for_json_export(arguments)
+    save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
+    save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
+    save_json(plans, str(folder / "plans.json"), sort_keys=False)
+
+
+def outputs(wanted: Any) -> str | list[str] | None:
+    """Return the folder or list of outputs as far as stock takes it for one: no path, tuple or array."""
+    if wanted is None or isinstance(wanted, str | list):
+        return wanted
+    logger.warning("nnU-Net writes to a folder given as str, or a list: for %r results are returned", wanted)
+    return None
+
+
+def output_folder(target: str | list[str]) -> Path:
+    """Return where stock puts what belongs to a run as a whole: the folder of the first output."""
+    return Path(target if isinstance(target, str) else os.path.dirname(target[0]))
+
+
+def write_segmentation(
+    segmentation: NDArray[Any], properties: dict[str, Any], path: str, plans_manager: PlansManager
+) -> None:
+    """Write through the model's own writer; the file appears under its name when it is complete.
+
+    SimpleITK truncates files on a full disk without an error, so every file is decoded to its end first. nnU-Net's own
+    writers keep the shape; what others make of it is their business.
+    """
+    writer = plans_manager.image_reader_writer_class()
+    shape = segmentation.shape if writer.write_seg.__module__.startswith("nnunetv2.imageio.") else None
+    by_itk = isinstance(writer, SimpleITKIO)  # which raises a RuntimeError, whatever it is
+    with (
+        also(*[RuntimeError] * by_itk),
+        atomic_output(Path(path), partial(verify_label_file, shape=shape)) as partial_file,
+    ):
+        writer.write_seg(segmentation, str(partial_file), properties)
+
+
+def write_probabilities(probabilities: NDArray[Any], path: str) -> None:
+    """Write stock's .npz of an array that exists as a whole."""
+    with atomic_output(Path(path)) as partial_file:
+        np.savez_compressed(partial_file, probabilities=probabilities)
+
+
+def write_properties(properties: dict[str, Any], path: str) -> None:
+    """Write stock's .pkl."""
+    with atomic_output(Path(path)) as partial_file:
+        save_pickle(properties, str(partial_file))
+
+
+def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> CaseGeometry:
+    """Read the shapes that nnU-Net's preprocessor left in `properties`."""
+    crop = [slice(int(low), int(high)) for low, high in properties["bbox_used_for_cropping"]]
+    return CaseGeometry(
+        network_shape=_shape3(network_shape),
+        cropped_shape=_shape3(properties["shape_after_cropping_and_before_resampling"]),
+        original_shape=_shape3(properties["shape_before_cropping"]),
+        crop=(crop[0], crop[1], crop[2]),
+    )
+
+
+def next_stage_geometry(network_shape: Sequence[int], stage: NextStage) -> CaseGeometry:
+    """Return the shapes of a case whose labels are made in the grid of a next stage."""
+    whole = (slice(0, stage.shape[0]), slice(0, stage.shape[1]), slice(0, stage.shape[2]))
+    return CaseGeometry(_shape3(network_shape), stage.shape, stage.shape, whole)
+
+
+def uncropped_geometry(
+    shape: Sequence[int], spacing: Sequence[float], plans_manager: Any, configuration_manager: Any
+) -> CaseGeometry:
+    """Shapes of a case by shape and spacing of the file alone, as if nothing were cropped: an upper bound."""
+    forward = plans_manager.transpose_forward
+    shape, spacing = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
+    target = list(configuration_manager.spacing)
+    target = [spacing[0], *target] if len(target) < len(shape) else target
+    original = _shape3(shape)
+    return CaseGeometry(
+        network_shape=_shape3(default_preprocessor.compute_new_shape(original, spacing, target)),
+        cropped_shape=original,
+        original_shape=original,
+        crop=(slice(0, original[0]), slice(0, original[1]), slice(0, original[2])),
+    )
+
+
+def logits_resampling(
+    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+) -> LogitsResampling:
+    """Return the resampling of logits that the plans ask for.
+
+    The spacings are those of ``convert_predicted_logits_to_segmentation_with_correct_shape``: a two-dimensional
+    configuration keeps the spacing between slices.
+    """
+    spacing, current = _spacings(plans_manager, configuration_manager, geometry, properties)
+    function = configuration_manager.resampling_fn_probabilities
+    arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
+    return _resampling(function, arguments, geometry, current, spacing)
+
+
+def next_stage_resampling(
+    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+) -> LogitsResampling:
+    """Return the resampling of logits to the grid of a next stage, which `geometry` calls the cropped one.
+
+    As in ``resample_and_save``, both spacings are those of the configuration that predicts.
+    """
+    _, current = _spacings(plans_manager, configuration_manager, geometry, properties)
+    function = configuration_manager.resampling_fn_probabilities
+    arguments = (geometry.cropped_shape, current, current)
+    return _resampling(function, arguments, geometry, current, current)
+
+
+def next_stage_targets(case: PreprocessedCase, plans_manager: Any, configuration_manager: Any) -> list[Target]:
+    """Return what the next stages of a case ask for."""
+    found = []
+    for stage in case.next_stages:
+        geometry = next_stage_geometry(case.image.shape[1:], stage)
+        resampling = next_stage_resampling(plans_manager, configuration_manager, geometry, case.properties)
+        found.append(Target(stage, geometry, resampling))
+    return found
+
+
+def _spacings(
+    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Spacing of the file and of the network, both in the axis order of the network."""
+    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+    current = configuration_manager.spacing
+    if len(current) != len(geometry.cropped_shape):
+        current = [spacing[0], *current]
+    return spacing, current
+
+
+def treats_heads_one_by_one(function: Any) -> bool:
+    """Whether a resampling function is one of nnU-Net's, which look at one head at a time; others might look at all."""
+    base = function.func if isinstance(function, partial) else function
+    name = getattr(base, "__name__", "")
+    return name in _PER_HEAD and lookup.is_stocks(base, name) and not lookup.found(Step.RESAMPLING)
+
+
+def _resampling(
+    function: Any, arguments: tuple[Any, ...], geometry: CaseGeometry, current: Any, spacing: Any
+) -> LogitsResampling:
+    if not treats_heads_one_by_one(function):
+        return LogitsResampling(function, arguments, None, per_head=False)
+    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
+
+
+def _default_tables(
+    function: Any, geometry: CaseGeometry, current: Sequence[float], spacing: Sequence[float]
+) -> tuple[AxisTable, ...] | None:
+    base = function.func if isinstance(function, partial) else function
+    same_shape = geometry.network_shape == geometry.cropped_shape
+    if same_shape and base in (default_resampling.resample_data_or_seg_to_shape, no_resampling_hack):
+        return tuple(copy_axis(np.arange(size)) for size in geometry.network_shape)
+    if base is not default_resampling.resample_data_or_seg_to_shape:
+        return None
+    options = _options(function)
+    if options["is_seg"] or options["order"] != 1:
+        return None
+    separate, axis = default_resampling.determine_do_sep_z_and_axis(
+        options["force_separate_z"], current, spacing, options["separate_z_anisotropy_threshold"]
+    )
+    if not separate:
+        return resampling_tables(geometry.network_shape, geometry.cropped_shape, None)
+    changes = geometry.network_shape[axis] != geometry.cropped_shape[axis]
+    if changes and options["order_z"] != 0:
+        return None
+    return resampling_tables(geometry.network_shape, geometry.cropped_shape, int(axis))
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """Keyword arguments that a partial sets, over the defaults of its function."""
+    base, given = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return {**defaults, **given}
+
+
+def _shape3(shape: Sequence[int]) -> Shape3:
+    z, y, x = (int(size) for size in shape)
+    return z, y, x

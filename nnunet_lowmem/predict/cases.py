@@ -1,0 +1,289 @@
+"""Cases in a row: one that fails costs itself and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nnunet_lowmem.errors import CasesFailedError, LowMemError, ModelError, UsageError, WriteError, of_kinds, twin
+from nnunet_lowmem.overrides.foreign import foreign
+from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, SkippedCase
+from nnunet_lowmem.predict.pending_write import PendingWrite
+from nnunet_lowmem.predict.records import Records
+from nnunet_lowmem.preprocessing.reading import counted_by
+from nnunet_lowmem.sizes import format_gib
+from nnunet_lowmem.system import signals
+from nnunet_lowmem.system.atomic_files import require_free_bytes
+from nnunet_lowmem.system.clock import Progress, StageClock
+from nnunet_lowmem.system.memory_limits import free_disk_bytes
+from nnunet_lowmem.system.placing import place_of
+from nnunet_lowmem.volumes.formats import read_header
+from nnunet_lowmem.volumes.headers import Library
+
+logger = logging.getLogger(__name__)
+
+Predict = Callable[[Job, StageClock], tuple[Any, CaseReport, PendingWrite | None]]
+OnCase = Callable[[CaseReport], None] | None
+
+# deflate never shrinks anything to less
+_GREATEST_COMPRESSION = 1032
+_UNCOMPRESSED_ENDINGS = (".nii",)
+
+
+@dataclass(frozen=True)
+class Failing:
+    """What becomes of a run when something fails.
+
+    Attributes
+    ----------
+    keep_going : bool
+        Whether the other cases are predicted when one fails.
+    foreign_ends_run : bool
+        Whether what `foreign` code raises ends the run whatever `keep_going` says; else it fails the case.
+    in_workers : bool
+        Whether stock preprocesses in processes of its own: it raises a RuntimeError, whatever has ended them.
+    """
+
+    keep_going: bool = True
+    foreign_ends_run: bool = True
+    in_workers: bool = False
+
+    def kind(self, stage: str, error: Exception | None) -> type[Exception]:
+        """Return the class that stock raises where `error` has left a stage."""
+        return RuntimeError if self.in_workers and stage == "preprocessing" else type(error or Exception())
+
+
+def run_cases(
+    jobs: Iterable[Job], predict: Predict, report: RunReport, failing: Failing, on_case: OnCase = None
+) -> list[Any]:
+    """Predict each job and note how it went.
+
+    Parameters
+    ----------
+    jobs : iterable of Job
+    predict : callable
+        (job, clock) -> (result, report of the case, its files if they are not written yet)
+    report : RunReport
+        Filled case by case.
+    failing : Failing
+    on_case : callable, optional
+        Called with the report of each case once its files are there, in the order of the cases.
+
+    Returns
+    -------
+    list
+        One result per job, None for those that failed.
+
+    Raises
+    ------
+    ModelError
+        At once, since it would fail every case.
+    Exception
+        At once, if somebody else's code raised it and that ends a run; without `keep_going` that of the first case that
+        fails.
+    """
+    results = []
+    with _Outcomes(report, failing, on_case) as outcomes:
+        for job in jobs:
+            signals.check()
+            clock = StageClock(job.name)
+            clock.listeners.append(outcomes.settle_if_written)
+            try:
+                result, case_report, pending = predict(job, clock)
+            except ModelError:
+                raise
+            except Exception as error:
+                if not outcomes.ends_run(clock, error):
+                    outcomes.settle()
+                outcomes.failed(clock, error)
+                result = None
+            else:
+                outcomes.predicted(clock, case_report, pending)
+            results.append(result)
+        outcomes.settle()
+    return results
+
+
+class _Outcomes:
+    """Notes how cases went, in their order; the files of the latest may still be being written. A context manager.
+
+    However the block ends, nothing is being written after it.
+    """
+
+    def __init__(self, report: RunReport, failing: Failing, on_case: OnCase) -> None:
+        self._report, self._failing, self._on_case = report, failing, on_case
+        self._latest: tuple[StageClock, CaseReport, PendingWrite | None] | None = None
+
+    def __enter__(self) -> _Outcomes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(Exception):  # one is on its way
+            self.settle(tells=False)
+
+    def predicted(self, clock: StageClock, case_report: CaseReport, pending: PendingWrite | None) -> None:
+        """Take a case, whose files are there unless they are `pending`."""
+        try:
+            self.settle()
+        finally:
+            self._latest = clock, case_report, pending
+        if pending is None:
+            self.settle()
+
+    def settle_if_written(self, progress: Progress) -> None:
+        """Note the case before the one that makes progress, if its files are there by now."""
+        if self._latest is None:
+            return
+        clock, _, pending = self._latest
+        if clock.case != progress.case and (pending is None or pending.is_over):
+            self.settle()
+
+    def settle(self, tells: bool = True) -> None:
+        """Wait for the files of the latest case and note how it went; its stage counts what there was to wait."""
+        if self._latest is None:
+            return
+        clock, case_report, pending = self._latest
+        try:
+            if pending is not None:
+                with clock.stage("writing") if tells else nullcontext():
+                    pending.result()
+            self._latest = None
+            if self._on_case is not None:
+                with foreign(clock):
+                    self._on_case(case_report)
+        except Exception as error:
+            if pending is not None and self._latest is not None:
+                pending.wait()  # a listener may have raised earlier
+                self._latest, clock.failed_stage = None, "writing"
+            elif self.ends_run(clock, error):
+                self._report.done.append(case_report)  # its files are there, whatever the callback says
+            self.failed(clock, error)
+        else:
+            self._report.done.append(case_report)
+
+    def ends_run(self, clock: StageClock, error: Exception) -> bool:
+        """Whether somebody else's code has raised it, or what led to it, and that ends the run."""
+        return self._failing.foreign_ends_run and clock.foreign_cause(error) is not None
+
+    def failed(self, clock: StageClock, error: Exception) -> None:
+        """Note a failure, or raise it."""
+        cause, clock.foreign_error = clock.foreign_cause(error), None  # its frames hold the clock
+        try:
+            if cause is not None and self._failing.foreign_ends_run:
+                raise cause
+            if not self._failing.keep_going:
+                if isinstance(error, LowMemError):
+                    error = of_kinds(error, self._failing.kind(clock.failed_stage, error))
+                    _name_case(error, clock.case, clock.failed_stage or "start")
+                raise error
+        finally:
+            del cause
+        failed = FailedCase.of(clock.case, clock.failed_stage or "start", error)
+        self._report.failed.append(failed)
+        logger.error("%s", failed.in_words())
+        logger.debug("%s", failed.traceback_text)
+
+
+def _name_case(error: Exception, case: str, stage: str) -> None:
+    """Say case and stage in an error that the user can mend."""
+    if isinstance(error, UsageError):
+        error.args = (f"case {case}, {stage}: {error}",)
+
+
+def raise_failures(report: RunReport, results: list[Any] | None, failing: Failing) -> None:
+    """Raise one error for all cases that failed, if any.
+
+    Raises
+    ------
+    CasesFailedError
+        With the report and the results of the others; its cause is the first failure, at which stock stops, and it is
+        of the kind that stock raises there.
+    """
+    if not report.failed:
+        return
+    first = report.failed[0]
+    error = twin(CasesFailedError, failing.kind(first.stage, first.error))(report.failures_in_words())
+    error.__cause__ = first.error
+    error.exit_code, error.report, error.results = report.exit_code, report, results
+    raise error
+
+
+def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
+    """Leave out the cases whose output is there, whole, and made from the same input; note them as skipped."""
+    remaining, records = [], Records()
+    for job in jobs:
+        if job.recipe is None:  # one that cannot be right
+            remaining.append(job)
+            continue
+        standing = job.recipe.standing(records)
+        if standing.keeps:
+            report.skipped.append(SkippedCase(job.name, standing.value))
+            logger.info("case %s is skipped: %s", job.name, standing.value)
+        else:
+            remaining.append(job)
+            logger.info("case %s is predicted: %s", job.name, standing.value)
+    return remaining
+
+
+def require_space(
+    jobs: Sequence[Job], reader: type, file_ending: str, voxel_bytes: int, probability_bytes: int = 0
+) -> None:
+    """Refuse a run whose files cannot fit the disk, however well they compress; say how large probabilities can get.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+    reader : type
+        The model's reader class.
+    file_ending : str
+        Of the label maps.
+    voxel_bytes, probability_bytes : int
+        Of one voxel in a label map, and in the archive of probabilities: of all heads.
+
+    Raises
+    ------
+    WriteError
+        With the bytes needed and free.
+    """
+    shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
+    for folder, voxels in _voxels_by_folder(jobs, counted_by(reader)).items():
+        require_free_bytes(
+            folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
+        )
+        if probability_bytes:
+            _tell_size_of_probabilities(folder, voxels * probability_bytes)
+
+
+def _voxels_by_folder(jobs: Sequence[Job], library: Library) -> dict[Path, int]:
+    """Voxels that will be written to each folder, by headers."""
+    voxels: dict[Path, int] = {}
+    for job in jobs:
+        if job.recipe is None or job.files is None:
+            continue
+        with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
+            # a header that promises more than its file can hold needs no space
+            shape, _ = read_header(job.files[0][0], library).grid()
+            folder = place_of(job.recipe.outputs[0]).parent
+            voxels[folder] = voxels.get(folder, 0) + math.prod(shape)
+    return voxels
+
+
+def _tell_size_of_probabilities(folder: Path, size_bytes: int) -> None:
+    with suppress(UsageError):  # a file system that cannot be asked
+        free = free_disk_bytes(folder)
+        logger.log(
+            logging.INFO if free >= size_bytes else logging.WARNING,
+            "probabilities may take as much as %s in %s, where %s are free; they compress little",
+            format_gib(size_bytes),
+            folder,
+            format_gib(free),
+        )

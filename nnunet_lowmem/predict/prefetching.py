@@ -1,0 +1,200 @@
+"""Preprocess the next case in a supervised process while the current one is predicted.
+
+The array comes over as a file in the temporary folder, so that nothing large is pickled and ``/dev/shm`` is not used. A
+worker that stalls or dies is replaced once by a fresh one; where no process can be started, the case is preprocessed in
+this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.preprocessing.case import preprocess_case
+from nnunet_lowmem.preprocessing.reading import counted_by
+from nnunet_lowmem.system.stalls import WorkerLimits
+from nnunet_lowmem.system.worker_child import Report
+from nnunet_lowmem.system.workers import JobError, Worker, WorkerStartError
+from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.volumes.formats import read_header
+
+logger = logging.getLogger(__name__)
+
+#: Stock's preprocessing takes 15 s for 512 x 512 x 250.
+VOXELS_PER_HOUR = 2**28
+
+
+class Prefetcher:
+    """At most one worker, one case ahead, once it has been released; a context manager.
+
+    Parameters
+    ----------
+    model : tuple
+        nnU-Net's plans manager, configuration manager and dataset.json.
+    folder : Path
+        Temporary folder for the arrays.
+    stall_s : float
+        Seconds without progress after which a worker is ended; 0: never, nor for being busy too long.
+    threads : int
+        Threads of the compiled kernels in the worker.
+    accept_nan : bool
+        Set NaN and infinite voxels to 0 instead of refusing the case.
+
+    Attributes
+    ----------
+    all_jobs : sequence of Job
+        What is to be predicted; the worker preprocesses any of it but the first.
+    """
+
+    def __init__(
+        self, model: tuple[Any, Any, Any], folder: Path, stall_s: float, threads: int, accept_nan: bool = False
+    ) -> None:
+        self._model_file = folder / "model.pkl"
+        self._model_file.write_bytes(pickle.dumps(model))
+        self._library = counted_by(model[0].image_reader_writer_class)
+        self._folder = folder
+        self._stall_s = stall_s
+        self._threads = threads
+        self._accept_nan = accept_nan
+        self.all_jobs: Sequence[Job] = ()
+        self._is_released = False
+        self._following: Job | None = None
+        self._job: Job | None = None
+        self._worker: Worker[dict[str, Any], dict[str, str]] | None = None
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def jobs(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Yield each job with a `load` that uses the worker; the one after it is started when it has been loaded."""
+        self.all_jobs = jobs
+        for number, job in enumerate(jobs):
+            following = jobs[number + 1] if number + 1 < len(jobs) else None
+            yield replace(job, load=partial(self._load, job, following))
+
+    def release(self) -> None:
+        """Let the worker begin, with the case after the one that was loaded last."""
+        self._is_released = True
+        self._start_following()
+
+    def _load(self, job: Job, following: Job | None) -> PreprocessedCase:
+        self._following = following
+        try:
+            case = self.take(job)
+        except Exception:
+            self._start_following()  # a case that fails costs the next one nothing
+            raise
+        self._start_following()
+        return case
+
+    def _start_following(self) -> None:
+        if self._following is not None and self._is_released:
+            self.start(self._following)
+
+    def start(self, job: Job) -> None:
+        """Begin with `job` in the background, if it is one of files and a process can be started."""
+        self._close()
+        if job.files is None:
+            return
+        argument = {
+            "files": job.files,
+            "model": self._model_file,
+            "folder": self._folder,
+            "threads": self._threads,
+            "accept_nan": self._accept_nan,
+        }
+        try:
+            self._worker = Worker(preprocess_to_files, argument, case=job.name, limits=self._limits(job))
+            self._job = job
+        except WorkerStartError as error:
+            logger.warning("%s; preprocessing goes on in this process", error)
+
+    def _limits(self, job: Job) -> WorkerLimits:
+        """No total limit below an hour, and an hour per `VOXELS_PER_HOUR`: a hundred times what is usual."""
+        if self._stall_s == 0:
+            return WorkerLimits(0, 0)
+        voxels = 0
+        with contextlib.suppress(UsageError):  # the worker will tell
+            voxels = max(read_header(file, self._library).voxels for file in job.files[0]) if job.files else 0
+        return WorkerLimits(self._stall_s, 3600 * max(1.0, voxels / VOXELS_PER_HOUR))
+
+    def take(self, job: Job) -> PreprocessedCase:
+        """Return the preprocessed case: the one in the background if it is that, else made here and now.
+
+        Raises
+        ------
+        WorkerError
+            If the job failed in the worker, and in a fresh one where another try made sense.
+        """
+        if self._worker is None or self._job is not job:
+            return job.load()
+        try:
+            return _read_case(self._worker.result())
+        except JobError as error:
+            if error.original is not None:
+                raise error.original from error
+            if not error.retryable:
+                raise
+            logger.warning("%s; trying once more in a fresh worker", error)
+        self.start(job)
+        return job.load() if self._worker is None else _read_case(self._worker.result())
+
+    def _close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = self._job = None
+
+
+def preprocess_to_files(argument: dict[str, Any], report: Report) -> dict[str, str]:
+    """Preprocess one case and leave it in files; runs in the worker."""
+    report("preprocessing")
+    plans_manager, configuration_manager, dataset_json = pickle.loads(argument["model"].read_bytes())
+    files, previous_stage = argument["files"]
+    image_path = argument["folder"] / f"case-{os.getpid()}.npy"
+    properties_path = image_path.with_suffix(".pkl")
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        return np.lib.format.open_memmap(image_path, mode="w+", dtype=dtype, shape=shape)
+
+    case = preprocess_case(
+        files,
+        previous_stage,
+        plans_manager,
+        configuration_manager,
+        dataset_json,
+        threads=argument["threads"],
+        accept_nan=argument["accept_nan"],
+        allocate=allocate,
+    )
+    report("handing over")
+    if not isinstance(case.image, np.memmap):  # a preprocessor that is not nnU-Net's own allocates by itself
+        np.save(image_path, case.image)
+    properties_path.write_bytes(pickle.dumps((case.previous_stage, case.properties)))
+    return {"image": str(image_path), "properties": str(properties_path)}
+
+
+def _read_case(paths: dict[str, str]) -> PreprocessedCase:
+    """Map the image; its file goes with the mapping."""
+    image = np.load(paths["image"], mmap_mode="r")
+    previous_stage, properties = pickle.loads(Path(paths["properties"]).read_bytes())
+    for path in paths.values():
+        with contextlib.suppress(OSError):  # Windows keeps a mapped file; the folder goes at the end
+            Path(path).unlink()
+    return PreprocessedCase(image, previous_stage, properties)

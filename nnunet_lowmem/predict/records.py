@@ -1,0 +1,241 @@
+"""Done-records: what was made from what, so that a run can be continued without trusting that a file exists.
+
+After an output has got its name, one line of JSON in ``lowmem_run-<id>.jsonl`` beside it notes size and checksum of
+what was written, size and time of what it was made from, a fingerprint of model and options, and when. Every process
+appends to a file of its own, so processes that share a folder need no lock, and a line that a power cut has torn is
+the last one of its file. Readers take all files; the last line about an output wins, among those that are about the
+bytes that are there. A file is removed once its process has ended and others say more of all its outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from nnunet_lowmem.system.atomic_files import is_left_over, owned_name
+from nnunet_lowmem.system.placing import flush
+from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
+
+logger = logging.getLogger(__name__)
+
+_KIND, _ENDING = "lowmem_run", ".jsonl"
+# with the process id, which a restarted container gives again and a forked process does not share
+_UNIQUE = secrets.token_hex(4)
+#: Where versions before this one kept a file per output; read, never written.
+FORMER_FOLDER = ".nnunet_lowmem"
+_CHUNK_BYTES = 2**20
+
+
+class Standing(Enum):
+    """What is there of a case that may have been predicted before; the value says why."""
+
+    ABSENT = "not predicted yet"
+    DAMAGED = "its output is damaged"
+    CHANGED_INPUT = "its input has changed since"
+    DONE = "done before"
+    UNRECORDED = "there is a whole file that this package has not recorded"
+    OTHER_MODEL = "done before by another model or with other options"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the case is skipped when a run is continued."""
+        return self in (Standing.DONE, Standing.UNRECORDED, Standing.OTHER_MODEL)
+
+
+class Records:
+    """What is recorded of outputs; each folder is read once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+
+    def of(self, output: Path) -> Iterator[dict[str, Any]]:
+        """Give the records of an output, the latest first."""
+        if output.parent not in self._folders:
+            known = self._folders[output.parent] = {}
+            for _, record in _in_order(_files_in(output.parent)):
+                for name in record["outputs"]:
+                    known.setdefault(name, []).append(record)
+        yield from reversed(self._folders[output.parent].get(output.name, []))
+        with contextlib.suppress(OSError):
+            former = _record_in((output.parent / FORMER_FOLDER / f"{output.name}.json").read_bytes())
+            if former is not None:
+                yield former
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One output and what it is made from.
+
+    Attributes
+    ----------
+    outputs : tuple of Path
+        The segmentation first, then the probabilities where they are asked for.
+    inputs : tuple of Path
+        Images, and the segmentation of a previous stage.
+    made_with : str
+        Fingerprint of model and options.
+    """
+
+    outputs: tuple[Path, ...]
+    inputs: tuple[Path, ...]
+    made_with: str
+
+    def write_record(self) -> None:
+        """Note that the outputs are done, once they have their names; where that cannot be noted, a warning says so."""
+        folder = self.outputs[0].parent
+        try:
+            _append(folder / f"{owned_name(_KIND, _UNIQUE)}{_ENDING}", {
+                "outputs": {path.name: _content(path) for path in self.outputs},
+                "inputs": _input_states(self.inputs),
+                "made_with": self.made_with,
+                "time_ns": time.time_ns(),
+            })  # fmt: skip
+        except OSError as error:
+            logger.warning("%s is whole, but that could not be recorded in %s: %s", self.outputs[0].name, folder, error)
+
+    def standing(self, records: Records | None = None) -> Standing:
+        """Judge what is there; files without a record of their own are decoded to their end."""
+        if not all(path.is_file() for path in self.outputs):
+            return Standing.ABSENT
+        record = self._record(records or Records())
+        if record is None:
+            return Standing.UNRECORDED if all(map(_is_whole, self.outputs)) else Standing.DAMAGED
+        if record.get("inputs") != _input_states(self.inputs):
+            return Standing.CHANGED_INPUT
+        return Standing.DONE if record.get("made_with") == self.made_with else Standing.OTHER_MODEL
+
+    def is_recorded(self) -> bool:
+        """Whether a record is about the files that are there now."""
+        return self._record(Records()) is not None
+
+    def _record(self, records: Records) -> dict[str, Any] | None:
+        """Return the latest record of the files that are there now."""
+        contents: dict[str, list[int | str]] = {}
+        with contextlib.suppress(OSError):
+            for record in records.of(self.outputs[0]):
+                contents = contents or {path.name: _content(path) for path in self.outputs if path.is_file()}
+                if all(record["outputs"].get(name) == content for name, content in contents.items()):
+                    return record
+        return None
+
+
+def fingerprint(description: Any, weights: Iterable[bytes]) -> str:
+    """Return a checksum of JSON-like data and of bytes: of the options a model is used with, and of its weights."""
+    text = json.dumps(description, sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for part in weights:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# -- files of records --------------------------------------------------------------------------------------------------
+
+
+def _append(file: Path, record: dict[str, Any]) -> None:
+    """Append one line; opened anew for each, so that a file that was taken away meanwhile is made again."""
+    is_new = not file.exists()
+    line = (b"\n" if _is_torn(file) else b"") + json.dumps(record).encode() + b"\n"
+    with file.open("ab", buffering=0) as stream:
+        if stream.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    flush(file)
+    if is_new:
+        flush(file.parent)
+        _tidy(file.parent, file)
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether the last line has no end: the disk was full, or another thread is writing it right now.
+
+    After the one that is being written, the newline that ends it twice leaves an empty line, which is no record.
+    """
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return stream.read(1) != b"\n"
+    except OSError:  # missing or empty
+        return False
+
+
+def _files_in(folder: Path) -> dict[Path, list[dict[str, Any]]]:
+    """Return the records of every file that can be read."""
+    files = {}
+    for file in sorted(folder.glob(f"{_KIND}-*{_ENDING}")):
+        with contextlib.suppress(OSError):
+            files[file] = [record for line in file.read_bytes().split(b"\n") if (record := _record_in(line))]
+    return files
+
+
+def _in_order(files: Mapping[Path, list[dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return file and content of all records, as they were made; a clock set back changes nothing within a file."""
+    found = []
+    for file, records in files.items():
+        times_ns = accumulate((record["time_ns"] for record in records), max)
+        found += [(time_ns, file, record) for time_ns, record in zip(times_ns, records, strict=True)]
+    return [(file, record) for _, file, record in sorted(found, key=lambda entry: entry[0])]
+
+
+def _record_in(text: bytes) -> dict[str, Any] | None:
+    """Return the record that a line, or a file of former versions, holds; None if it is none, or a part of one."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("outputs"), dict):
+        return None
+    return record if isinstance(record.setdefault("time_ns", 0), int) else None
+
+
+def _tidy(folder: Path, own: Path) -> None:
+    """Remove files of ended processes about whose outputs, those that are there, others say what is new."""
+    files = _files_in(folder)
+    latest = {folder / name: file for file, record in _in_order(files) for name in record["outputs"]}
+    needed = {own, *(file for output, file in latest.items() if output.exists())}
+    for file in files.keys() - needed:
+        if is_left_over(file, file.name.removesuffix(_ENDING), (_KIND,)):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+# -- states of files ---------------------------------------------------------------------------------------------------
+
+
+def _input_states(paths: Sequence[Path]) -> list[list[str | int]]:
+    """Name, size and time of change in the order of the inputs; a name alone where a file is missing."""
+    return [_state(path) for path in paths]
+
+
+def _state(path: Path) -> list[str | int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return [path.name]
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def _content(path: Path) -> list[int | str]:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_whole(path)
+    except (DamagedFileError, OSError):
+        return False
+    return True

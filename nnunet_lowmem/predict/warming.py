@@ -1,0 +1,47 @@
+"""Runs every kernel once on a few voxels, so that what compilers take counts as reserved and not as a case's."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_lowmem.labels.labeller import SlabLabeller
+from nnunet_lowmem.labels.resampling import resampling_tables
+from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.network import tile_memory
+from nnunet_lowmem.network.fast_network import FastNorm, Head
+from nnunet_lowmem.preprocessing import spline
+from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.window.rolling import RollingWindow
+from nnunet_lowmem.window.tiling import tile_grid
+
+
+@cache
+def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) -> None:
+    """Load or compile the kernels that a model of this kind needs; does nothing the second time."""
+    tile_memory.warm_up(dimensions)
+    spline.matches_scipy()
+    grid = tile_grid((4, 4, 4), (4, 4, 4), 0.5)
+    labels = np.zeros((7, 7, 7), label_type)
+    rule = LabelRule(ranked, np.arange(3, dtype=np.uint16), labels.dtype)
+    with RowThreads(1) as threads:
+        window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half, device="cpu"), threads)
+        window.add(_voxels((2, *grid.tile_shape)), (0, 0, 0))
+        if fast:
+            norm = nn.InstanceNorm3d(2, dtype=torch.float32, device="cpu")
+            FastNorm(norm, 0.01, False, threads)(_voxels((1, 2, *grid.tile_shape)))
+            window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
+            window.add(_voxels((1, *grid.tile_shape)), (0, 0, 0))
+        labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)
+        labeller.add(window.finish(4))
+        labeller.finish()
+
+
+def _voxels(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return numbers that differ, and leave torch's random state, types and devices alone: these are the program's."""
+    size = math.prod(shape)
+    return torch.from_numpy(np.linspace(0, 1, size, dtype=np.float32).reshape(shape))

@@ -1,0 +1,227 @@
+"""The weights of all folds: read once, then kept in RAM or in a file without a name; no checkpoint is read again.
+
+``list_of_parameters`` is a plain list of dicts of tensors as in stock, and whoever embeds the predictor holds and edits
+them. So a tensor stays the same object when its memory moves to a mapped file, tensors that share memory go on sharing
+it, and memory that something else shares (a view, a numpy array, the network) stays where it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_lowmem.budget.arrays import Budget, ModelFacts
+from nnunet_lowmem.errors import ModelError, because
+from nnunet_lowmem.network.tile_memory import storage_users
+from nnunet_lowmem.nnunet.model import check_finite, uncompiled, why_not_loaded
+from nnunet_lowmem.overrides.foreign import foreign
+from nnunet_lowmem.sizes import format_gib
+from nnunet_lowmem.system.allocator import return_freed_memory
+from nnunet_lowmem.system.clock import StageClock
+from nnunet_lowmem.types import Place
+from nnunet_lowmem.volumes.planes import spilled_array
+
+Parameters = Sequence[Mapping[str, Any]]
+
+#: Of the RAM that is free before the first fold is read, all folds together take no more than one part in so many.
+SHARE_OF_FREE_RAM = 4
+# smaller blocks lie between others in the heap, so that the pages they free are few
+_LEAST_BYTES = 128 * 1024
+_ALIGNMENT = 64
+
+_logger = logging.getLogger(__name__)
+
+# the files there are, as long as a tensor lies in them
+_files: list[weakref.ref[np.ndarray[Any, Any]]] = []
+
+
+class FoldWeights:
+    """The part of the predictor that keeps the weights of its folds.
+
+    Attributes
+    ----------
+    list_of_parameters : list of dict, or None
+        As in stock; without it the network is used as it is.
+    """
+
+    list_of_parameters: Any
+    network: Any
+    tmp_dir: Path | None
+    _checkpoints: tuple[Path, ...] = ()
+    _clock: StageClock | None
+
+    def _keep_weights(self, folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int) -> None:
+        """Make `list_of_parameters` of the weights of folds, each read when it is asked for."""
+        kept: list[Mapping[str, Any]] = []
+        room_bytes = free_bytes // SHARE_OF_FREE_RAM
+        for fold in folds:
+            kept.append(fold)
+            _make_movable(fold)
+            if room_bytes < (size_bytes := movable_bytes([fold])) <= disk_bytes:
+                move_to_disk([fold], self._spill_folder())
+                disk_bytes -= size_bytes
+            else:
+                room_bytes -= size_bytes
+        self.list_of_parameters = kept
+
+    def _mover(self) -> Callable[[], int]:
+        """Return what moves the weights of now to disk; it does not hold the predictor, which would be a cycle."""
+        return partial(move_to_disk, self.list_of_parameters, self._spill_folder())
+
+    def _spill_folder(self) -> Path:
+        return Path(tempfile.gettempdir() if self.tmp_dir is None else self.tmp_dir)
+
+    def _without_weights(self, budget: Budget) -> Budget:
+        """Return the budget with weights that can be moved not in use, since the plan says where they are."""
+        return replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - movable_bytes(self.list_of_parameters))
+
+    def _with_weights(self, facts: ModelFacts) -> ModelFacts:
+        """Return the facts with those of the weights as they are now."""
+        kept_bytes = movable_bytes(self.list_of_parameters) + missing_bytes(self.list_of_parameters)
+        return replace(
+            facts,
+            folds=fold_count(self.list_of_parameters),
+            kept_bytes=kept_bytes,
+            kept_place=Place.DISK if not kept_bytes and are_on_disk(self.list_of_parameters) else None,
+        )
+
+    def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
+        network = uncompiled(self.network)
+        name = self._weights_name(number)
+        check_finite(weights, name)
+        with foreign(self._clock):
+            try:
+                network.load_state_dict(weights)
+            except RuntimeError as error:
+                if "state_dict" not in str(error):  # a hook's
+                    raise
+                raise because(ModelError, why_not_loaded(name, error), error) from error
+
+    def _weights_name(self, number: int) -> str:
+        """Name the checkpoint of a fold, as long as the list is as long as it was read."""
+        if len(self._checkpoints) == len(self.list_of_parameters):
+            return str(self._checkpoints[number])
+        return f"entry {number} of list_of_parameters"
+
+
+def fold_count(parameters: Parameters | None) -> int:
+    """Count the passes over an image."""
+    return 1 if parameters is None else len(parameters)
+
+
+def movable_bytes(parameters: Parameters | None) -> int:
+    """Return the bytes of weights in RAM that `move_to_disk` would move."""
+    return sum(tensors[0].untyped_storage().nbytes() for tensors in _sharing(parameters) if _is_movable(tensors))
+
+
+def missing_bytes(parameters: Parameters | None) -> int:
+    """Return the bytes of weights that are described and not read: on the device "meta"."""
+    return sum(tensors[0].untyped_storage().nbytes() for tensors in _sharing(parameters) if tensors[0].is_meta)
+
+
+def move_to_disk(parameters: Parameters | None, folder: Path) -> int:
+    """Let the tensors of weights have their memory in a file in `folder`; return how many bytes have moved.
+
+    The file has no name, is mapped, and goes with the last of the tensors. Nothing is held twice in RAM.
+
+    Raises
+    ------
+    WriteError
+        If the folder has too little room.
+    """
+    blocks = [tensors for tensors in _sharing(parameters) if _is_movable(tensors)]
+    sizes = [tensors[0].untyped_storage().nbytes() for tensors in blocks]
+    if not blocks:
+        return 0
+    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
+    mapped = spilled_array((starts[-1],), np.dtype(np.uint8), folder)
+    _files.append(weakref.ref(mapped))
+    for tensors, start, size_bytes in zip(blocks, starts, sizes, strict=False):
+        _move(tensors, torch.from_numpy(mapped[start : start + size_bytes]))
+    return_freed_memory()
+    _logger.info("weights, %s: kept in a file in %s", format_gib(sum(sizes)), folder)
+    return sum(sizes)
+
+
+def are_on_disk(parameters: Parameters | None) -> bool:
+    """Whether `move_to_disk` has moved any of these weights."""
+    _files[:] = [file for file in _files if file() is not None]
+    areas = [(mapped.ctypes.data, mapped.nbytes) for file in _files if (mapped := file()) is not None]
+    places = [tensors[0].untyped_storage().data_ptr() for tensors in _sharing(parameters)] if areas else []
+    return any(0 <= place - start < size_bytes for place in places for start, size_bytes in areas)
+
+
+def _make_movable(fold: Mapping[str, Any]) -> None:
+    """Let weights that have just been read, and are nobody else's yet, have memory of torch's own.
+
+    What torch reads cannot be told from memory that came from elsewhere, and a loader may have mapped the checkpoint.
+    """
+    for tensors in _sharing([fold]):
+        storage = tensors[0].untyped_storage()
+        if _is_ours(tensors) and not storage.resizable():
+            _move(tensors, torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu"))
+
+
+def _move(tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    memory = target.untyped_storage()
+    memory.copy_(tensors[0].untyped_storage())
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _sharing(parameters: Parameters | None) -> list[list[torch.Tensor]]:
+    """Group the tensors of all folds by the memory that they share."""
+    groups: dict[int, dict[int, torch.Tensor]] = {}
+    for fold in () if parameters is None else parameters:
+        for value in fold.values() if isinstance(fold, Mapping) else ():
+            if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided:
+                groups.setdefault(value.untyped_storage()._cdata, {})[id(value)] = value
+    return [list(group.values()) for group in groups.values()]
+
+
+def _is_movable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the memory is torch's own and no one else's.
+
+    Memory that came from elsewhere, or was ever seen as a numpy array, cannot be resized.
+    """
+    return _is_ours(tensors) and tensors[0].untyped_storage().resizable()
+
+
+def _is_ours(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether there is enough memory in RAM to care, and these tensors are all that use it."""
+    if tensors[0].device.type != "cpu" or any(tensor.is_inference() for tensor in tensors):
+        return False
+    storage = tensors[0].untyped_storage()
+    return storage.nbytes() >= _LEAST_BYTES and storage_users(tensors[0]) == len(tensors)
+
+
+def digests(parameters: Parameters) -> Iterator[bytes]:
+    """Yield what tells weights apart: names, types, shapes and a checksum of the bytes; shared memory is read once."""
+    known: dict[tuple[Any, ...], bytes] = {}
+    for number, fold in enumerate(parameters):
+        for name, value in fold.items() if isinstance(fold, Mapping) else [("", fold)]:
+            if not isinstance(value, torch.Tensor):
+                yield repr((number, name, value)).encode()
+                continue
+            yield repr((number, name, str(value.dtype), tuple(value.shape))).encode()
+            where = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            if where not in known:
+                known[where] = _checksum(value)
+            yield known[where]
+
+
+def _checksum(tensor: torch.Tensor) -> bytes:
+    # `Tensor.numpy` would fix the memory where it is for good
+    values = np.from_dlpack(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+    return hashlib.blake2b(values.data, digest_size=16).digest()

@@ -1,0 +1,369 @@
+"""From image files to the array that the network takes, in bounded memory and bit-equal to stock nnU-Net's.
+
+Stock's ``DefaultPreprocessor`` casts everything to float32, makes a −1/0 segmentation beside the image, normalises,
+casts to float64 and resamples image and segmentation. Here the image stays in its own type, is cast and normalised
+block by block while `spline` resamples it, and a segmentation exists only where the model needs one. Peak memory of a
+CT: the image in the file's type, the result, and about ``2 * sqrt(planes)`` planes of float64.
+
+A stage that is not nnU-Net's own is called as it is: another preprocessor class (then all of it), a normalisation other
+than nnU-Net's five (with the whole channel, as stock calls it), another resampling function or other arguments than
+order 3 (with all channels, as stock calls it).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
+from nnunetv2.preprocessing.preprocessors import default_preprocessor
+from nnunetv2.preprocessing.resampling import default_resampling
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
+
+from nnunet_lowmem.errors import UsageError, twin
+from nnunet_lowmem.overrides import lookup
+from nnunet_lowmem.overrides.bypassed import DEFAULT_PREPROCESSOR, Step
+from nnunet_lowmem.overrides.lookup import is_class
+from nnunet_lowmem.preprocessing import spline
+from nnunet_lowmem.preprocessing.checks import check_case
+from nnunet_lowmem.preprocessing.crop import nonzero_box, nonzero_mask
+from nnunet_lowmem.preprocessing.finite_voxels import check_values
+from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
+from nnunet_lowmem.preprocessing.reading import Volume, check_stored, read_channels
+from nnunet_lowmem.preprocessing.refusals import check_names, telling_colours
+from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.types import PreprocessedCase, Shape3
+
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+
+_BLOCK_BYTES = 4 << 20
+_OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
+_logger = logging.getLogger(__name__)
+
+
+class Grid(NamedTuple):
+    """The cropped image's grid and the network's, axes in network order, spacing in mm."""
+
+    shape: Shape3
+    spacing: list[float]
+    new_shape: Shape3
+    new_spacing: list[float]
+
+
+class _Source(NamedTuple):
+    """A channel that is cast, and normalised where the rule is voxel by voxel, when it is read."""
+
+    volume: Volume
+    normaliser: ImageNormalization | None
+
+    def read(self, planes: slice, rows: slice) -> NDArray[np.float32]:
+        block = self.volume[planes, rows].astype(np.float32, order="C")
+        return block if self.normaliser is None else self.normaliser.run(block)
+
+
+def preprocess_case(
+    image_files: Sequence[str],
+    previous_stage_file: str | None,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+    *,
+    threads: int = 1,
+    allocate: Allocate = np.empty,
+    verbose: bool = False,
+    accept_nan: bool = False,
+) -> PreprocessedCase:
+    """Read and preprocess one case, as ``DefaultPreprocessor.run_case`` does.
+
+    Parameters
+    ----------
+    image_files : sequence of str
+        One file per channel.
+    previous_stage_file : str or None
+        Segmentation of the previous stage of a cascade.
+    plans_manager, configuration_manager, dataset_json
+        nnU-Net's description of the model.
+    threads : int
+        Threads for reading blocks and resampling.
+    allocate : callable
+        ``allocate(shape, dtype)`` makes the preprocessed image, float32 of shape (channels, z, y, x); in a file, say.
+    verbose : bool
+        Handed to a preprocessor that is not nnU-Net's own.
+    accept_nan : bool
+        Set NaN and infinity to 0 instead of refusing them; a preprocessor that is not nnU-Net's own reads by itself.
+
+    Returns
+    -------
+    PreprocessedCase
+        Its properties lack ``class_locations``, which stock samples from the previous stage and only training reads.
+
+    Raises
+    ------
+    UsageError
+        If the files cannot be read, do not fit each other or have another number of channels than the model.
+    """
+    reader = plans_manager.image_reader_writer_class
+    check_headers(image_files, plans_manager, configuration_manager)
+    if previous_stage_file is not None:
+        check_names([previous_stage_file], reader)
+        check_stored(previous_stage_file, reader, accept_nan)
+    if not is_own(configuration_manager.preprocessor_class):
+        for file in image_files if not is_class(configuration_manager.preprocessor_class, DEFAULT_PREPROCESSOR) else ():
+            check_stored(file, reader, accept_nan)
+        preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
+        result = preprocessor.run_case(
+            list(image_files), previous_stage_file, plans_manager, configuration_manager, dataset_json
+        )
+        return _from_preprocessor(result, result[2], previous_stage_file is not None, allocate)
+    with telling_colours(image_files, reader, len(configuration_manager.normalization_schemes)) as read:
+        channels, properties = read_channels(reader, image_files, accept_nan)
+        read.append(len(channels))
+    previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
+    case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
+    return case.preprocess(threads, allocate)
+
+
+def check_headers(
+    image_files: Sequence[str], plans_manager: PlansManager, configuration_manager: ConfigurationManager
+) -> None:
+    """Refuse a case by the names and headers of its files.
+
+    Raises
+    ------
+    UsageError
+        With the file and what is the matter.
+    """
+    check_names(image_files, plans_manager.image_reader_writer_class)
+    channels = len(configuration_manager.normalization_schemes)
+    check_case(image_files, plans_manager.image_reader_writer_class, channels, configuration_manager.spacing)
+
+
+def is_own(preprocessor: type) -> bool:
+    """Whether what a preprocessor does is known here."""
+    return is_class(preprocessor, DEFAULT_PREPROCESSOR) and not lookup.found(Step.PREPROCESSING, preprocessor)
+
+
+def preprocess_array(
+    image: NDArray[Any],
+    previous_stage: NDArray[Any] | None,
+    properties: dict[str, Any],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+    *,
+    threads: int = 1,
+    allocate: Allocate = np.empty,
+    verbose: bool = False,
+    accept_nan: bool = False,
+) -> PreprocessedCase:
+    """Preprocess an image in memory, as ``DefaultPreprocessor.run_case_npy`` does.
+
+    Parameters
+    ----------
+    image : ndarray, shape (channels, x, y, z)
+        Any real type; not modified.
+    previous_stage : ndarray, shape (1, x, y, z), or None
+        Labels of the previous stage of a cascade; not modified.
+    properties : dict
+        Needs ``spacing`` in mm, axes as in `image`; receives what nnU-Net's export reads (crop and shapes).
+    plans_manager, configuration_manager, dataset_json, threads, allocate, verbose, \
+    accept_nan
+        As for `preprocess_case`.
+
+    Returns
+    -------
+    PreprocessedCase
+        With `properties` itself.
+
+    Raises
+    ------
+    UsageError
+        If the arrays do not fit each other or the model.
+    """
+    if not is_own(configuration_manager.preprocessor_class) or isinstance(image, np.ma.MaskedArray):
+        preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
+        result = preprocessor.run_case_npy(
+            image, previous_stage, properties, plans_manager, configuration_manager, dataset_json
+        )
+        return _from_preprocessor(result, properties, previous_stage is not None, allocate)
+    if image.ndim != 4:
+        raise twin(UsageError, ValueError)(
+            f"The image has the shape {image.shape}; four axes are needed: channels, and three of space."
+        )
+    if accept_nan and image.dtype.kind == "f" and not np.isfinite(image).all():
+        image = image.copy(order="K")
+    for number, channel in enumerate(image):
+        check_values(channel, f"channel {number}", accept_nan)
+    interleaved = len(image) > 1 and not image.flags.c_contiguous
+    # float32 sums depend on strides; the copy keeps what stock's cast of the whole array makes of them
+    channels = list(image.astype(np.float32) if interleaved else image)
+    case = _Case(channels, interleaved, previous_stage, properties, plans_manager, configuration_manager)
+    return case.preprocess(threads, allocate)
+
+
+def _from_preprocessor(
+    result: Sequence[Any], properties: dict[str, Any], has_previous_stage: bool, allocate: Allocate
+) -> PreprocessedCase:
+    """Take over what a preprocessor of another class returned: image, segmentation and perhaps more."""
+    image = allocate(result[0].shape, np.dtype(np.float32))
+    image[...] = result[0]
+    return PreprocessedCase(image, result[1][0] if has_previous_stage else None, properties)
+
+
+class _Case:
+    """One case on its way through nnU-Net's default preprocessing."""
+
+    def __init__(
+        self,
+        channels: list[Volume],
+        own_channels: bool,
+        previous_stage: NDArray[Any] | None,
+        properties: dict[str, Any],
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+    ) -> None:
+        self.channels = channels  # emptied on the way, so that a channel's memory is free once it is normalised
+        self.own_channels = own_channels  # whether they may be overwritten
+        self.configuration = configuration_manager
+        self.properties = properties
+        self.order = plans_manager.transpose_forward
+        self.normalisers = normalisers(plans_manager, configuration_manager)
+        self._check(previous_stage)
+        self.grid = self._crop()
+        self.segmentation = self._make_segmentation(previous_stage)
+        self.has_previous_stage = previous_stage is not None
+
+    def preprocess(self, threads: int, allocate: Allocate) -> PreprocessedCase:
+        _logger.debug("preprocessing %s", self.grid)
+        with RowThreads(threads) as pool:
+            image = self._resample_image(pool, allocate)
+        return PreprocessedCase(image, self._resample_previous_stage(), self.properties)
+
+    def _check(self, previous_stage: NDArray[Any] | None) -> None:
+        if len(self.channels) != len(self.normalisers):
+            raise twin(UsageError, RuntimeError if 0 < len(self.channels) < len(self.normalisers) else IndexError)(
+                f"The image has {len(self.channels)} channels, the model takes {len(self.normalisers)}: "
+                f"give one file per channel, _0000 to _{len(self.normalisers) - 1:04d}."
+            )
+        shape = self.channels[0].shape
+        if previous_stage is not None and previous_stage.shape != (1, *shape):
+            raise twin(UsageError, AssertionError)(
+                f"The previous stage has shape {previous_stage.shape[1:]}, the image has {shape}. "
+                "Predict the previous stage from this image."
+            )
+
+    def _view(self, volume: Volume) -> Volume:
+        """Axes in network order, cropped to the nonzero box."""
+        return volume.transpose(self.order)[self.crop]
+
+    def _crop(self) -> Grid:
+        box = nonzero_box(self.channels)
+        self.crop = tuple(slice(*box[axis]) for axis in self.order)
+        shape: Shape3 = self._view(self.channels[0]).shape
+        self.properties["shape_before_cropping"] = self.channels[0].transpose(self.order).shape
+        self.properties["bbox_used_for_cropping"] = [box[axis] for axis in self.order]
+        self.properties["shape_after_cropping_and_before_resampling"] = shape
+        spacing = [self.properties["spacing"][axis] for axis in self.order]
+        new_spacing = [*spacing[: 3 - len(self.configuration.spacing)], *self.configuration.spacing]
+        new_shape: Shape3 = tuple(default_preprocessor.compute_new_shape(shape, spacing, new_spacing).tolist())
+        if 0 in new_shape:
+            raise twin(UsageError, ValueError)(
+                f"Resampling {shape} voxels from {np.array(spacing).tolist()} to {new_spacing} mm leaves {new_shape}: "
+                "the spacing in the file's header or in the plans is wrong."
+            )
+        return Grid(shape, spacing, new_shape, new_spacing)
+
+    def _make_segmentation(self, previous_stage: NDArray[Any] | None) -> NDArray[Any] | None:
+        """Previous stage, or zeros, with −1 outside the filled nonzero mask, shape (1, z, y, x); None if unneeded."""
+        if previous_stage is None and not any(map(needs_mask, self.normalisers)):
+            return None
+        outside = ~nonzero_mask([self._view(channel) for channel in self.channels])
+        if previous_stage is None:
+            return np.where(outside, np.int8(_OUTSIDE), np.int8(0))[None]
+        signed = np.promote_types(previous_stage.dtype, np.int8)
+        segmentation = self._view(previous_stage[0]).astype(signed)
+        segmentation[(segmentation == 0) & outside] = _OUTSIDE
+        return segmentation[None]
+
+    def _next_source(self, normaliser: ImageNormalization) -> _Source:
+        """Take the first channel off the list."""
+        if is_one_of(normaliser, VOXELWISE):
+            return _Source(self._view(self.channels.pop(0)), normaliser)
+        if self.own_channels and self.channels[0].dtype == np.float32 and self.channels[0].flags.writeable:
+            whole = self.channels.pop(0)
+        else:
+            whole = self.channels.pop(0).astype(np.float32)
+        segmentation = None if self.segmentation is None else self.segmentation[0]
+        return _Source(normaliser.run(self._view(whole), segmentation), None)
+
+    def _resample_image(self, pool: RowThreads, allocate: Allocate) -> NDArray[np.float32]:
+        function = self.configuration.resampling_fn_data
+        own = bounded_resampling(function, self.grid)
+        if own is not None:
+            image = allocate((len(self.normalisers), *self.grid.new_shape), np.dtype(np.float32))
+            for normaliser, target in zip(self.normalisers, image, strict=True):
+                own(self._next_source(normaliser), target, pool)
+            return image
+        whole = np.empty((len(self.normalisers), *self.grid.shape), np.float32)
+        for normaliser, target in zip(self.normalisers, whole, strict=True):
+            _copy(self._next_source(normaliser), target, pool)
+        result = function(whole, np.array(self.grid.new_shape), self.grid.spacing, self.grid.new_spacing)
+        image = allocate(result.shape, np.dtype(np.float32))
+        image[...] = result
+        return image
+
+    def _resample_previous_stage(self) -> NDArray[np.integer[Any]] | None:
+        if not self.has_previous_stage:
+            return None
+        grid = self.grid
+        function = self.configuration.resampling_fn_seg
+        labels = function(self.segmentation, np.array(grid.new_shape), grid.spacing, grid.new_spacing)[0]
+        integers: NDArray[np.integer[Any]] = labels.astype(np.int16 if labels.max() > 127 else np.int8)
+        return integers
+
+
+def bounded_resampling(
+    function: partial[Any], grid: Grid
+) -> Callable[[_Source, NDArray[np.float32], RowThreads], None] | None:
+    """Our own way to the result of nnU-Net's resampling `function`, or None where there is none."""
+    if function.func is not default_resampling.resample_data_or_seg_to_shape or lookup.found(Step.RESAMPLING):
+        return None
+    if grid.new_shape == grid.shape:
+        return _copy
+    arguments = {"order": 3, "order_z": 0, "force_separate_z": False, **function.keywords}
+    if arguments.get("is_seg") or arguments["order"] != 3 or not spline.matches_scipy():
+        return None
+    threshold = [arguments[key] for key in ("separate_z_anisotropy_threshold",) if key in arguments]
+    separate, axis = default_resampling.determine_do_sep_z_and_axis(
+        arguments["force_separate_z"], grid.spacing, grid.new_spacing, *threshold
+    )
+    if not separate:
+        return _zoom
+    if arguments["order_z"] != 0 and grid.shape[axis] != grid.new_shape[axis]:
+        return None
+    return partial(_zoom_slices, axis)
+
+
+def _zoom(source: _Source, target: NDArray[np.float32], pool: RowThreads) -> None:
+    spline.zoom_cubic(source.read, source.volume.shape, target, pool)
+
+
+def _zoom_slices(axis: int, source: _Source, target: NDArray[np.float32], pool: RowThreads) -> None:
+    source = source._replace(volume=np.moveaxis(source.volume, axis, 0))
+    spline.zoom_cubic_slices(source.read, source.volume.shape, np.moveaxis(target, axis, 0), pool)
+
+
+def _copy(source: _Source, target: NDArray[np.float32], pool: RowThreads) -> None:
+    planes, rows, columns = target.shape
+    depth = max(1, _BLOCK_BYTES // (4 * rows * columns))
+
+    def copy(begin: int, end: int) -> None:
+        for block in range(begin, end):
+            part = slice(block * depth, (block + 1) * depth)
+            target[part] = source.read(part, slice(None))
+
+    pool.run(copy, -(-planes // depth))

@@ -1,0 +1,1 @@
+"""What a run took and made: the page of a run, and the comparison with stock."""

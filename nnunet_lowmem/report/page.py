@@ -1,0 +1,222 @@
+"""``lowmem_report.html``: one page that tells what a run took and made, and needs nothing beside itself.
+
+Pictures wait as small files, and the page is written piece by piece, so that its cost in memory does not grow with the
+number of cases. Names of cases, labels and messages are strangers' strings: the template escapes every one, and the
+page forbids itself to load or run anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
+
+from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.nnunet.installed import version_of
+from nnunet_lowmem.predict.outcomes import RunReport
+from nnunet_lowmem.report.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
+from nnunet_lowmem.report.slices import colour, labelled_volume, overlays
+from nnunet_lowmem.sizes import format_gib
+from nnunet_lowmem.system.atomic_files import atomic_output
+from nnunet_lowmem.system.clock import Progress, StageClock
+from nnunet_lowmem.system.memory_held import PeakSampler, Timeline
+from nnunet_lowmem.types import Place, PreprocessedCase
+
+REPORT_FILE = "lowmem_report.html"
+
+_SHOWN_LABELS = 12
+_SHOWN_WARNINGS = 100
+_WIDE, _NARROW = (10.4, 3.7), (3.9, 3.6)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A slice that waits in a file."""
+
+    title: str
+    path: Path
+
+    @property
+    def uri(self) -> str:
+        """The picture itself, for a page."""
+        return _data_uri(self.path.read_bytes(), "image/jpeg")
+
+
+@dataclass
+class CasePictures:
+    """The slices of one case, the labels that take most of them, and how many labels more there are."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    further: int = 0
+
+
+class HtmlReport:
+    """Watches a run and writes its page at the end, however it ends; a context manager.
+
+    Parameters
+    ----------
+    target : Path
+        Output folder.
+    folder : Path
+        Temporary folder for pictures.
+    facts : mapping
+        What else to tell of the run: names and values.
+    report : RunReport
+        Filled by whoever runs the cases.
+    """
+
+    def __init__(self, target: Path, folder: Path, facts: Mapping[str, str], report: RunReport) -> None:
+        self._target, self._folder, self._facts, self._report = target, folder, facts, report
+        self._pictures: dict[str, CasePictures] = {}
+        self._plans: dict[str, Plan] = {}
+        self._story = MemoryStory()
+        self._timeline = Timeline()
+        self._messages = _Messages()
+        self._began_s = time.time()
+
+    def __enter__(self) -> HtmlReport:
+        logging.getLogger("nnunet_lowmem").addHandler(self._messages)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logging.getLogger("nnunet_lowmem").removeHandler(self._messages)
+        self._story.end_s = self._now_s()
+        self._story.points = [(when - self._began_s, held) for when, held in self._timeline.points]
+        self._write("" if kind is None else f"{kind.__name__}: {error}")
+
+    @contextmanager
+    def case(self, clock: StageClock, sampler: PeakSampler) -> Iterator[None]:
+        """Take part in one case."""
+        self._story.cases.append((self._now_s(), clock.case))
+        clock.listeners.append(self._note)
+        try:
+            yield
+        finally:
+            self._story.stages.append((self._now_s(), ""))
+            for point in sampler.timeline():
+                self._timeline.add(*point)
+
+    def plan(self, plan: Plan) -> None:
+        """Take note of the plan of a case."""
+        self._plans[plan.case] = plan
+        limits = Limits(self._now_s(), plan.projected_bytes(Place.RAM), plan.budget.limit(Place.RAM))
+        self._story.limits.append(limits)
+
+    def draw(
+        self,
+        output: str,
+        case: PreprocessedCase,
+        labels: NDArray[Any],
+        transpose_forward: Sequence[int],
+        names: Mapping[int, str],
+    ) -> None:
+        """Keep slices of the case that was written to `output`; its labels are in the axes of the file."""
+        kept = self._pictures[output] = CasePictures()
+        counts: Counter[int] = Counter()
+        for axis, overlay in enumerate(overlays(labelled_volume(case, labels, transpose_forward))):
+            path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
+            overlay.save(path)
+            kept.pictures.append(Picture(overlay.title, path))
+            counts += overlay.counts
+        shown = [value for value, _ in counts.most_common(_SHOWN_LABELS)]
+        kept.legend = [(names.get(value, f"label {value}"), colour(value)) for value in shown]
+        kept.further = max(0, len(counts) - _SHOWN_LABELS)
+
+    def _now_s(self) -> float:
+        return time.time() - self._began_s
+
+    def _note(self, progress: Progress) -> None:
+        if not self._story.stages or self._story.stages[-1][1] != progress.stage:
+            self._story.stages.append((self._now_s(), progress.stage))
+
+    def _write(self, ended_by: str) -> None:
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.filters |= {"gib": format_gib, "duration": duration, "colour": stage_colour}
+        template = environment.from_string((files("nnunet_lowmem") / "data" / "report.html").read_text("utf-8"))
+        with atomic_output(self._target / REPORT_FILE) as path, path.open("wb") as file:
+            for piece in template.generate(self._content(ended_by)):
+                file.write(piece.encode("utf-8", "backslashreplace"))
+
+    def _content(self, ended_by: str) -> dict[str, Any]:
+        sizes = (_WIDE, _NARROW) if self._story.points else ()
+        charts = [_data_uri(memory_chart(self._story, *size), "image/svg+xml") for size in sizes]
+        return {
+            "run": self._report,
+            "cases": [(case, self._pictures.get(case.output or "", CasePictures())) for case in self._report.done],
+            "failed": [(case, self._plans.get(case.case)) for case in self._report.failed],
+            "peak": max(self._report.done, key=lambda case: case.peak_bytes, default=None),
+            "longest_s": max((sum(case.seconds.values()) for case in self._report.done), default=0.0),
+            "charts": charts,
+            "story": self._story,
+            "messages": self._messages,
+            "facts": self._facts,
+            "folder": self._target.resolve().name,
+            "began": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._began_s)),
+            "ended_by": ended_by,
+            "ram": Place.RAM,
+            "places": list(Place),
+        }
+
+
+class _Messages(logging.Handler):
+    """Warnings of a run, each once; errors are told with the case that failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self.further = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.ERROR or text in self.texts:
+            return
+        if len(self.texts) < _SHOWN_WARNINGS:
+            self.texts.append(text)
+        else:
+            self.further += 1
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text: ``0.04 s``, ``4.2 s``, ``83 s``, ``12 min 05 s``."""
+    if seconds < 119.5:
+        digits = 2 if seconds < 0.95 else 1 if seconds < 9.95 else 0
+        return f"{seconds:.{digits}f} s"
+    seconds = round(seconds)
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def facts_of(predictor: Any) -> dict[str, str]:
+    """Name what the labels and the times of a run depend on."""
+    mirrored = bool(predictor._mirrored_axes())
+    patch = " × ".join(map(str, predictor.configuration_manager.patch_size))
+    known = predictor.plans_manager.plans  # nobody needs these to predict
+    facts = {
+        "model": ", ".join([known.get("dataset_name", "?"), predictor.trainer_name, known.get("plans_name", "?")]),
+        "heads": str(predictor.label_manager.num_segmentation_heads),
+        "checkpoints": str(1 if predictor.list_of_parameters is None else len(predictor.list_of_parameters)),
+        "tiles": f"{patch} voxels, step {predictor.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
+        "device": str(predictor.device),
+        "budget asked for": f"RAM {predictor.max_ram or 'not limited'}, VRAM {predictor.max_vram or 'not limited'}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+    return facts | {name: version_of(name) for name in ("nnunetv2", "torch", "numpy")}

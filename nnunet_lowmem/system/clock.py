@@ -1,0 +1,147 @@
+"""Time and progress per stage of one case, and who is told of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_lowmem.system import signals
+from nnunet_lowmem.system.memory_held import PeakSampler
+
+#: Environment variable naming a file to which the span of every stage is appended as a JSON line.
+TRACE_VARIABLE = "nnUNet_lowmem_trace"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one case is.
+
+    Attributes
+    ----------
+    stage, case : str
+    done, total : int
+        Steps of this stage: tiles of all folds in "prediction", planes of the label map in "export" (heads, once per
+        pass, where they are needed as a whole); a stage without steps is one.
+    memory_bytes : int
+        What the process tree holds; 0 where nobody measures.
+    """
+
+    stage: str
+    case: str
+    done: int
+    total: int
+    memory_bytes: int = 0
+
+
+@dataclass
+class StageClock:
+    """Seconds and steps per stage of one case; stages may nest, the inner one's time is not counted for the outer.
+
+    Attributes
+    ----------
+    case : str
+    listeners : list of callable
+        Called, in the thread that works, with the `Progress` whenever a stage is entered or returned to, and after
+        its steps. What they raise ends the run.
+    held_bytes : callable
+        Tells what memory is held.
+    seconds : dict
+        Seconds per stage so far.
+    failed_stage : str
+        The innermost stage that an exception has left; empty if none has.
+    foreign_error : Exception or None
+        What a listener, or other code that is not ours, has raised.
+    """
+
+    case: str
+    listeners: list[Callable[[Progress], None]] = field(default_factory=list)
+    held_bytes: Callable[[], int] = int
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed_stage: str = ""
+    foreign_error: Exception | None = None
+    _done: dict[str, int] = field(default_factory=dict)
+    _totals: dict[str, int] = field(default_factory=dict)
+    _stack: list[str] = field(default_factory=list)
+    _since: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def stage(self, name: str, steps: int | None = None) -> Iterator[None]:
+        """Count the time of the block for stage `name`, which has so many steps; without, leaving it is its only one.
+
+        A stage that is entered again goes on with the steps that were done.
+        """
+        self._switch()
+        self._stack.append(name)
+        self._totals[name] = steps or 1
+        self._tell(name)
+        try:
+            yield
+            if steps is None:
+                self.advance()
+        except Exception:
+            self.failed_stage = self.failed_stage or name
+            raise
+        finally:
+            self._switch()
+            self._stack.pop()
+        if self._stack:
+            self._tell(self._stack[-1])
+
+    @contextmanager
+    def failing_in(self, name: str) -> Iterator[None]:
+        """Count what fails in the block as of stage `name`, which it belongs to and does not begin."""
+        try:
+            yield
+        except Exception:
+            self.failed_stage = self.failed_stage or name
+            raise
+
+    def advance(self, steps: int = 1) -> None:
+        """Note that steps of the present stage are done."""
+        stage = self._stack[-1]
+        self._done[stage] = min(self._totals[stage], self._done.get(stage, 0) + steps)
+        self._tell(stage)
+
+    def foreign_cause(self, error: Exception) -> Exception | None:
+        """Return what somebody else has raised, if that is the error or has led to it."""
+        link: BaseException | None = error
+        while link is not None and link is not self.foreign_error:
+            link = link.__cause__
+        return None if link is None else self.foreign_error
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            stage, seconds = self._stack[-1], now - self._since
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            trace(stage, seconds, case=self.case)
+        self._since = now
+
+    def measure(self, sampler: PeakSampler) -> None:
+        """Let a sampler know the stages, and tell what it finds."""
+        self.listeners.append(lambda progress: sampler.mark(progress.stage))
+        self.held_bytes = lambda: sampler.held_bytes
+
+    def _tell(self, stage: str) -> None:
+        signals.check()
+        for listener in self.listeners:
+            progress = Progress(stage, self.case, self._done.get(stage, 0), self._totals[stage], self.held_bytes())
+            try:
+                listener(progress)
+            except Exception as error:
+                self.foreign_error = error
+                raise
+
+
+def trace(stage: str, seconds: float, **facts: int | str) -> None:
+    """Append to the trace file, if one is asked for, that `stage` went on for so many seconds until now."""
+    path = os.environ.get(TRACE_VARIABLE)
+    if path:
+        stop_s = time.time()
+        with Path(path).open("a") as file:
+            file.write(json.dumps({"stage": stage, "start_s": stop_s - seconds, "stop_s": stop_s, **facts}) + "\n")

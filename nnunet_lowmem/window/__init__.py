@@ -1,0 +1,1 @@
+"""Tiles in, slabs of final logits out: the rolling window."""

@@ -1,0 +1,100 @@
+"""Compiled CPU kernels that accumulate tiles in half precision.
+
+Arrays of halves are their ``uint16`` bits (see `halves`). No kernel uses ``fastmath``: the order of operations is what
+makes the results equal to stock nnU-Net's. All work on a range of rows, so that a thread pool can share the work; none
+starts threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_lowmem.system.compiler import jit
+from nnunet_lowmem.window.halves import half_to_single, single_to_half
+
+_BLOCK_ROWS = 8
+
+
+@jit
+def accumulate(
+    window: NDArray[np.uint16],
+    tile: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    origin: tuple[int, int, int],
+    row_start: int,
+    row_stop: int,
+) -> None:
+    """Add ``tile * importance`` to the half-precision `window`, rounding as torch's ``half += float32`` does.
+
+    Parameters
+    ----------
+    window : uint16 bits of halves, shape (heads, a, b, c)
+    tile : float32, shape (heads, d, e, f)
+    importance : float32, shape (d, e, f)
+    origin : int, 3
+        Where the tile starts in the window.
+    row_start, row_stop : int
+        Range of the flattened (head, d) planes of the tile to add.
+    """
+    planes, rows, columns = importance.shape
+    for flat in range(row_start, row_stop):
+        head = flat // planes
+        plane = flat % planes
+        for row in range(rows):
+            target = window[head, origin[0] + plane, origin[1] + row, origin[2] : origin[2] + columns]
+            source = tile[head, plane, row]
+            weight = importance[plane, row]
+            for column in range(columns):
+                target[column] = single_to_half(half_to_single(target[column]) + source[column] * weight[column])
+
+
+@jit
+def accumulate_head(
+    window: NDArray[np.uint16],
+    features: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    origin: tuple[int, int, int],
+    plane_start: int,
+    plane_stop: int,
+) -> None:
+    """Add ``(weights @ features + bias) * importance`` to the half-precision `window`, row by row.
+
+    Parameters
+    ----------
+    window : uint16 bits of halves, shape (heads, a, b, c)
+    features : float32, shape (d, e, f, channels)
+    weights : float32, shape (heads, channels)
+    bias : float32, shape (heads,)
+    importance : float32, shape (d, e, f)
+    origin : int, 3
+        Where the tile starts in the window.
+    plane_start, plane_stop : int
+        Range of the planes of the tile to add.
+    """
+    _, rows, columns = importance.shape
+    heads, channels = weights.shape
+    # a few rows of all channels stay in the cache for all heads
+    block = np.empty((_BLOCK_ROWS, channels, columns), np.float32)
+    logits = np.empty(columns, np.float32)
+    for plane in range(plane_start, plane_stop):
+        for first in range(0, rows, _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, rows - first)
+            for row in range(count):
+                block[row] = features[plane, first + row].T
+            for head in range(heads):
+                for row in range(count):
+                    logits[:] = bias[head]
+                    for channel in range(channels):
+                        scale = weights[head, channel]
+                        source = block[row, channel]
+                        for column in range(columns):
+                            logits[column] += scale * source[column]
+                    y = origin[1] + first + row
+                    target = window[head, origin[0] + plane, y, origin[2] : origin[2] + columns]
+                    weight = importance[plane, first + row]
+                    for column in range(columns):
+                        total = half_to_single(target[column]) + logits[column] * weight[column]
+                        target[column] = single_to_half(total)

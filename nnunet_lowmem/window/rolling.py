@@ -1,0 +1,358 @@
+"""The rolling window: tile logits in, slabs of final logits out, one patch deep whatever the length of the scan.
+
+Tiles come in stock nnU-Net's order, axis by axis. After a row of tiles nothing more is added to the planes before the
+next row, so they are final: they are divided, handed on, and the window moves. Sums are rounded to half after every
+tile exactly as stock's full-size accumulator rounds them, since each voxel sees the same additions in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
+from nnunet_lowmem.network.fast_network import Head
+from nnunet_lowmem.network.tile_memory import storage_users
+from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.types import Attempt, Place, Shape3, once
+from nnunet_lowmem.volumes.planes import PlaneStore, spilled_array
+from nnunet_lowmem.window import kernels
+from nnunet_lowmem.window.host_buffer import HostBuffer
+from nnunet_lowmem.window.slabs import LogitsSlab
+from nnunet_lowmem.window.tiles import PredictedTiles
+from nnunet_lowmem.window.tiling import TileGrid
+
+logger = logging.getLogger(__name__)
+
+
+class RollingWindow:
+    """Half-precision accumulator over the planes that still receive tiles.
+
+    Buffer plane 0 along the roll axis keeps the last final plane (resampling needs it as a neighbour); the window
+    itself starts at buffer plane 1.
+
+    Parameters
+    ----------
+    grid : TileGrid
+    heads : int
+    importance : half tensor, shape of a tile
+        Weight of each tile voxel, on the device of the window.
+    threads : RowThreads
+    folder : Path or None
+        Where to spill the sums; None keeps them on the device of `importance`.
+    attempt : Attempt
+        Calls what takes memory.
+
+    Attributes
+    ----------
+    head : Head or None
+        Makes logits of what is added; None where that is logits already.
+    """
+
+    def __init__(
+        self,
+        grid: TileGrid,
+        heads: int,
+        importance: torch.Tensor,
+        threads: RowThreads,
+        folder: Path | None = None,
+        attempt: Attempt = once,
+    ) -> None:
+        near = Place.RAM if importance.device.type == "cpu" else Place.VRAM
+        self._place = near if folder is None else Place.DISK
+        self._grid = grid
+        self._axis = grid.roll_axis
+        self._threads = threads
+        self.attempt = attempt
+        self.head: Head | None = None
+        self._told_of_broadcast = False
+        self._slab_made: LogitsSlab | None = None
+        self._inbox: HostBuffer | None = None
+        self._arriving: tuple[torch.Tensor, Shape3] | None = None
+        self._set_importance(importance)
+        shape = list(grid.padded_shape)
+        shape[self._axis] = grid.tile_shape[self._axis] + 1
+        self._buffer = self._zeros((heads, *shape), folder)
+        self._weight_sum = torch.zeros(shape, dtype=torch.half, device=importance.device)
+        self._position = 0
+
+    def _zeros(self, shape: tuple[int, ...], folder: Path | None) -> torch.Tensor:
+        if folder is None:
+            return torch.zeros(shape, dtype=torch.half, device=self._importance.device)
+        return torch.from_numpy(spilled_array(shape, np.dtype(np.float16), folder))
+
+    def _set_importance(self, importance: torch.Tensor) -> None:
+        self._importance = importance
+        self._importance_single = importance.float().contiguous().numpy() if importance.device.type == "cpu" else None
+
+    def move_to(self, place: Place, folder: Path) -> None:
+        """Take all sums off the device, or out of RAM into a file of `folder`; the slab that is out moves along."""
+        if place is self._place:
+            return
+        self._place = place
+        self._move(folder if place is Place.DISK else None)
+
+    def _move(self, folder: Path | None) -> None:
+        shape = tuple(self._buffer.shape)
+        array = np.empty(shape, np.float16) if folder is None else spilled_array(shape, np.dtype(np.float16), folder)
+        with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
+            buffer = torch.from_numpy(array)
+            buffer.copy_(self._buffer)
+            self._weight_sum = self._weight_sum.cpu()
+            self._set_importance(self._importance.cpu())
+        self._buffer = buffer
+        if self._slab_made is not None:
+            self._slab_made.buffer = buffer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are kept."""
+        return self._buffer.device
+
+    def restart(self) -> None:
+        """Begin again at plane 0 with empty sums."""
+        self._buffer.zero_()
+        self._weight_sum.zero_()
+        self._arriving = None
+        self._position = 0
+
+    def add(self, logits: torch.Tensor, start: Shape3) -> None:
+        """Add one tile's logits, shape (heads, *patch_size), or with a `head` its features; may change them.
+
+        Logits that somebody else holds (a hook that collects them, a network that keeps its output) are multiplied by
+        their weights in place: stock does that to all.
+
+        Logits that come from another device are on their way while the next tile is computed, and are added then.
+
+        Raises
+        ------
+        NetworkOutputError
+            If they are of another shape, or no floating-point numbers: a kernel would read or write beside them.
+        """
+        is_held = isinstance(logits, torch.Tensor) and (logits._base is not None or storage_users(logits) != 1)
+        logits = self._checked(logits, start)
+        self._add_arrived()
+        if logits.device == self.device:
+            self._add_here(logits, start, is_held)
+            return
+        inbox = self._inbox = self._inbox or HostBuffer(logits.device)
+        self._arriving = self.attempt(lambda: inbox.receive(logits)), start
+
+    def _checked(self, logits: Any, start: Shape3) -> torch.Tensor:
+        """Return the output for a tile with three axes behind the heads.
+
+        Stock adds it by broadcasting: one without heads is added to all of them, which is done here, and told.
+        """
+        heads = self._buffer.shape[0] if self.head is None else self.head.weights.shape[1]
+        shape = self._grid.tile_shape
+        due = (heads, *shape[1:]) if self._grid.flat else (heads, *shape)
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            raise NetworkOutputError(
+                f"the network's output for the tile at {start} is {_kind(logits)}; logits of shape {due} in floating "
+                "point are needed"
+            )
+        given = tuple(logits.shape)
+        if given != due:
+            if self.head is not None or given not in (due[1:], (1, *due[1:])):
+                raise NetworkOutputError(
+                    f"the network's output for the tile at {start} has shape {given} without its batch axis, {due} is "
+                    "needed: as many heads as the labels ask for, and the patch's size"
+                )
+            if not self._told_of_broadcast:
+                logger.warning("the network's output has shape %s where %s is due: every head gets it", given, due)
+                self._told_of_broadcast = True
+            logits = logits.expand(due).clone()
+        tile: torch.Tensor = logits[:, None] if self._grid.flat else logits
+        return tile.detach()
+
+    def _add_arrived(self) -> None:
+        if self._arriving is not None and self._inbox is not None:
+            self._inbox.wait()
+            self._add_here(*self._arriving)
+            self._arriving = None
+
+    def _add_here(self, logits: torch.Tensor, start: Shape3, is_held: bool = False) -> None:
+        """Add logits that are where the sums are.
+
+        The dtype of the tile decides the rounding, as in stock: float32 tiles are multiplied and added in float32 and
+        rounded once, half tiles are rounded after the product and after the sum.
+        """
+        origin = list(start)
+        origin[self._axis] += 1 - self._position
+        inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
+        assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
+        if self.head is not None:
+            self._add_features(logits, self.head, (origin[0], origin[1], origin[2]))
+        elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous() and not is_held:
+            planes = logits.shape[0] * logits.shape[1]
+            bits = self._buffer.numpy().view(np.uint16)
+            self._threads.run(kernels.accumulate, planes, bits, logits.numpy(), self._importance_single, tuple(origin))
+        else:
+            logits *= self._importance
+            self._box(self._buffer, origin).add_(logits)
+        self._box(self._weight_sum, origin).add_(self._importance)
+
+    def _add_features(self, features: torch.Tensor, head: Head, origin: Shape3) -> None:
+        bits = self._buffer.numpy().view(np.uint16)
+        last = features.movedim(0, -1).contiguous().numpy()
+        arguments = (bits, last, head.weights, head.bias, self._importance_single, origin)
+        self._threads.run(kernels.accumulate_head, len(last), *arguments)
+
+    def _box(self, tensor: torch.Tensor, origin: Sequence[int]) -> torch.Tensor:
+        first = tensor.ndim - 3
+        for axis in range(3):
+            tensor = tensor.narrow(axis + first, origin[axis], self._grid.tile_shape[axis])
+        return tensor
+
+    def finish(self, stop: int) -> LogitsSlab:
+        """Divide the planes before `stop` by their weights and return them.
+
+        Raises
+        ------
+        NonFiniteLogitsError
+            If a logit is infinite or NaN.
+        """
+        self._add_arrived()
+        start = self._position
+        finite = []
+        for position in range(start, stop):
+            self._final_plane(position).div_(self._weight_sum.select(self._axis, position + 1 - start))
+            finite.append(self.attempt(partial(self._is_finite, position)))
+        # one answer for all planes: a device is waited for once
+        answers = torch.stack([answer.to(self.device) for answer in finite]).tolist()
+        if not all(answers):
+            position = start + answers.index(False)
+            raise NonFiniteLogitsError(_describe_non_finite(self._final_plane(position), self._grid, position))
+        return self._slab(start, stop)
+
+    def _final_plane(self, position: int) -> torch.Tensor:
+        return self._buffer.select(self._axis + 1, position + 1 - self._position)
+
+    def _is_finite(self, position: int) -> torch.Tensor:
+        return torch.isfinite(self._final_plane(position)).all()
+
+    def _slab(self, start: int, stop: int) -> LogitsSlab:
+        """Cut the padding off: only an axis with a single tile is padded, so slabs themselves never are."""
+        grid, axis = self._grid, self._axis
+        halo = 1 if start > 0 else 0
+        origin, shape = list(grid.padding), list(grid.image_shape)
+        if len(grid.starts[axis]) > 1:
+            origin[axis], shape[axis] = 1 - halo, stop - start + halo
+        else:
+            origin[axis], start, stop = 1 + grid.padding[axis], 0, grid.image_shape[axis]
+        self._slab_made = LogitsSlab(
+            axis=axis,
+            start=start,
+            stop=stop,
+            first=start - halo,
+            buffer=self._buffer,
+            origin=(origin[0], origin[1], origin[2]),
+            shape=(shape[0], shape[1], shape[2]),
+        )
+        return self._slab_made
+
+    def advance(self, stop: int) -> None:
+        """Move the window so that it starts at plane `stop`."""
+        shift = stop - self._position
+        if shift == 0:
+            return
+        for tensor, axis in ((self._buffer, self._axis + 1), (self._weight_sum, self._axis)):
+            planes = tensor.shape[axis]
+            for plane in range(planes - shift):
+                tensor.select(axis, plane).copy_(tensor.select(axis, plane + shift))
+            tensor.narrow(axis, planes - shift, shift).zero_()
+        self._position = stop
+
+
+def _kind(output: Any) -> str:
+    return f"of dtype {output.dtype}" if isinstance(output, torch.Tensor) else f"no tensor but {type(output).__name__}"
+
+
+def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> str:
+    infinite = int(torch.isinf(logits).sum())
+    nan = int(torch.isnan(logits).sum())
+    where = torch.nonzero(~torch.isfinite(logits))[0, 1:].tolist()
+    where.insert(grid.roll_axis, plane)
+    covering = [
+        [start for start in grid.starts[axis] if start <= where[axis] < start + grid.tile_shape[axis]]
+        for axis in range(3)
+    ]
+    first, last = tuple(low for low, *_ in covering), tuple(high for *_, high in covering)
+    return (
+        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {plane} of axis "
+        f"{grid.roll_axis} (network space), the first at {tuple(where)} in the tiles that start at {first} to {last}. "
+        "Check the image for values far out of the ordinary: logits beyond half precision (65504) become infinite."
+    )
+
+
+def roll(
+    tiles: PredictedTiles, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
+) -> Generator[LogitsSlab, None, None]:
+    """Add all tiles of a pass and yield slabs of final logits.
+
+    A slab is valid until the next one is asked for; its planes may be changed in place.
+    """
+    window.restart()
+    for row_start, final in grid.rows():
+        with torch.inference_mode():
+            for start in grid.row_tiles(row_start):
+                window.add(tiles.next(window.attempt), start)
+                on_tile()
+        if final > row_start:
+            yield window.finish(final)
+            window.advance(final)
+
+
+def average_folds(
+    passes: Iterable[Iterator[LogitsSlab]], folds: int, store: PlaneStore | None
+) -> Generator[LogitsSlab, None, None]:
+    """Yield the slabs of the mean over folds: each fold's final logits are added in half, then divided in float32.
+
+    Parameters
+    ----------
+    passes : iterable of slab iterators
+        One per fold; the next is started when the one before has ended.
+    folds : int
+    store : PlaneStore or None
+        Holds the running sum between folds; None for a single fold.
+
+    Raises
+    ------
+    NonFiniteLogitsError
+        If a sum over folds is beyond half precision: nobody could tell its labels.
+    """
+    for fold, slabs in enumerate(passes):
+        for slab in slabs:
+            if store is not None:
+                _join_sum(slab, store, fold, folds)
+            if fold == folds - 1:
+                yield slab
+
+
+def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int) -> None:
+    logits = slab.logits
+    finite = []
+    for position in range(slab.start, slab.stop):
+        plane = logits.select(slab.axis + 1, position - slab.start)
+        if fold > 0:
+            # the sum so far is the left operand, as in stock; half addition commutes, so the order does not matter
+            plane.add_(store.read_plane(position).to(plane.device))
+        if fold < folds - 1:
+            store.write_plane(position, plane)
+        else:
+            plane.div_(folds)
+            finite.append(torch.isfinite(plane).all())
+    # what was infinite once stays so, or becomes NaN: the last fold tells of all
+    if finite and not all(answers := torch.stack(finite).tolist()):
+        raise NonFiniteLogitsError(
+            f"the half-precision sum of the logits of {folds} folds is infinite in plane "
+            f"{slab.start + answers.index(False)} of axis {slab.axis} (network space): it may not exceed 65504, so the "
+            f"mean over folds not {65504 // folds}. Predict the folds one by one, or check the image for values far "
+            "out of the ordinary"
+        )
