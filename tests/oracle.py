@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ def make_predictor(
     predictor = cls(device=torch.device(device), allow_tqdm=False, **options)
     predictor.initialize_from_trained_model_folder(model, folds)
     return predictor
+
+
+def outputs(cases: list[list[str]], folder: Path) -> list[str]:
+    return [str(folder / os.path.basename(files[0]).removesuffix("_0000.nii.gz")) for files in cases]
 
 
 def predict_stock(predictor: nnUNetPredictor, cases: Any, out: Any, previous: str | None = None, **kwargs: Any) -> Any:
@@ -162,3 +167,11 @@ def assert_same_return(expected: Any, actual: Any, probabilities: bool) -> None:
             assert_close_probabilities(one[1], other[1])
         else:
             assert_same_array(one, other)
+
+
+def assert_one_line(stderr: str, words: Sequence[str]):
+    assert stderr.endswith("\n")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, f"more than one line: {stderr!r}"
+    for word in words:
+        assert word in stderr, f"{word!r} is not in {stderr!r}"

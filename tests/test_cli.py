@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import SimpleITK
 import torch
 from factory import ModelSpec
 from nnunetv2.inference import predict_from_raw_data
+from oracle import assert_one_line
 
 from nnunet_lowmem.commands import cli, flags
 
@@ -314,14 +315,6 @@ def refused(root) -> dict[str, tuple[int, str, str, list[str]]]:
     )
     assert done.returncode == 0, done.stderr
     return {name: tuple(rest) for name, *rest in map(json.loads, done.stdout.splitlines())}
-
-
-def assert_one_line(stderr: str, words: Sequence[str]):
-    assert stderr.endswith("\n")
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1, f"more than one line: {stderr!r}"
-    for word in words:
-        assert word in stderr, f"{word!r} is not in {stderr!r}"
 
 
 @pytest.mark.parametrize("name", REFUSALS)

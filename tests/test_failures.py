@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from factory import ModelSpec
-from oracle import make_predictor, read_voxels, recorded_names
+from images import broken
+from oracle import make_predictor, outputs, read_voxels, recorded_names
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
@@ -37,10 +38,6 @@ def expected(model, cases, tmp_path_factory) -> dict[str, bytes]:
     return label_maps(folder)
 
 
-def outputs(cases: list[list[str]], folder: Path) -> list[str]:
-    return [str(folder / os.path.basename(files[0]).removesuffix("_0000.nii.gz")) for files in cases]
-
-
 def predict(model: str, cases: list[list[str]], folder: Path, overwrite: bool = True, **options):
     predictor = make_predictor(LowMemPredictor, model, (0,), **options)
     return predictor, predictor.predict_from_files(cases, outputs(cases, folder), overwrite=overwrite)
@@ -48,12 +45,6 @@ def predict(model: str, cases: list[list[str]], folder: Path, overwrite: bool = 
 
 def label_maps(folder: Path) -> dict[str, bytes]:
     return {path.name: read_voxels(path).tobytes() for path in folder.glob("*.nii.gz")}
-
-
-def broken(folder: Path, name: str = "broken") -> list[str]:
-    path = folder / f"{name}_0000.nii.gz"
-    path.write_bytes(b"this is no image")
-    return [str(path)]
 
 
 def test_output_that_cannot_be_written_costs_its_case_before_it_is_computed(images, models, tmp_path):

@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from conftest import CT, read
 from factory import ModelSpec
+from images import BUNDLED_MODEL, CT, read
 from oracle import make_predictor, read_voxels
 from torch import nn
 
-import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network.fast_network import FastNetwork, FastNorm, fast_network
 from nnunet_lowmem.system.threads import RowThreads
-
-BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -46,7 +43,9 @@ def label_map(model: Any, files: Any, out: Path, folds: Any = (0,), **options: A
 def test_labels_agree_on_the_real_ct(part, mirroring, tmp_path):
     SimpleITK.WriteImage(read(CT)[part], str(tmp_path / "ct_0000.nii.gz"))
     same, fast = (
-        label_map(BUNDLED, [str(tmp_path / "ct_0000.nii.gz")], tmp_path / str(flag), fast=flag, use_mirroring=mirroring)
+        label_map(
+            BUNDLED_MODEL, [str(tmp_path / "ct_0000.nii.gz")], tmp_path / str(flag), fast=flag, use_mirroring=mirroring
+        )
         for flag in (False, True)
     )
     sizes = np.bincount(same.ravel(), minlength=118) + np.bincount(fast.ravel(), minlength=118)

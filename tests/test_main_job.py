@@ -13,13 +13,10 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from conftest import CT, DATA, read
+from images import BUNDLED_MODEL, CT, DATA, read
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_folder, read_voxels
 
-import nnunet_lowmem
-
-MODEL = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 COMMAND = Path(sys.executable).parent / "nnUNetv2_predict_lowmem"
 CASE = "ct_abdomen"
 
@@ -40,7 +37,7 @@ def at_spacing(image: SimpleITK.Image, spacing: tuple[float, float, float]) -> S
 @pytest.fixture(scope="session")
 def two_folds(tmp_path_factory) -> Path:
     """The bundled model with a second fold beside its own."""
-    folder = Path(shutil.copytree(MODEL, tmp_path_factory.mktemp("ct118") / "model"))
+    folder = Path(shutil.copytree(BUNDLED_MODEL, tmp_path_factory.mktemp("ct118") / "model"))
     shutil.copytree(DATA / "ct118_fold_1", folder / "fold_1")
     return folder
 
@@ -94,7 +91,7 @@ def crop() -> SimpleITK.Image:
 @pytest.fixture(scope="module")
 def one_fold(tmp_path_factory) -> np.ndarray:
     """Labels of the crop, found equal to stock's."""
-    return assert_command_equals_stock(crop(), tmp_path_factory.mktemp("one_fold"), MODEL, [0])
+    return assert_command_equals_stock(crop(), tmp_path_factory.mktemp("one_fold"), BUNDLED_MODEL, [0])
 
 
 def test_one_fold_on_the_networks_own_grid(one_fold):
@@ -109,21 +106,25 @@ def test_two_folds(one_fold, two_folds, tmp_path):
 
 @pytest.mark.slow
 def test_resampling_from_a_finer_grid(tmp_path):
-    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :50], (1.7, 1.9, 2.3)), tmp_path, MODEL, [0])
+    labels = assert_command_equals_stock(
+        at_spacing(crop()[:60, :60, :50], (1.7, 1.9, 2.3)), tmp_path, BUNDLED_MODEL, [0]
+    )
     assert len(np.unique(labels)) > 10
 
 
 @pytest.mark.slow
 def test_resampling_with_a_separate_axis(tmp_path):
     """Slices of 6 mm, pixels of 1.6 mm: nnU-Net interpolates in the plane and copies along the axis."""
-    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :], (1.6, 1.6, 6.0)), tmp_path, MODEL, [0])
+    labels = assert_command_equals_stock(at_spacing(crop()[:60, :60, :], (1.6, 1.6, 6.0)), tmp_path, BUNDLED_MODEL, [0])
     assert len(np.unique(labels)) > 10
 
 
 @pytest.mark.slow
 def test_mirroring_and_numbers_of_processes(tmp_path):
     """All eight mirrorings of one tile."""
-    labels = assert_command_equals_stock(crop()[:64, :64, :64], tmp_path, MODEL, [0], flags=["-npp", "1", "-nps", "1"])
+    labels = assert_command_equals_stock(
+        crop()[:64, :64, :64], tmp_path, BUNDLED_MODEL, [0], flags=["-npp", "1", "-nps", "1"]
+    )
     assert len(np.unique(labels)) > 5
 
 
@@ -133,7 +134,7 @@ def test_mirroring_and_numbers_of_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whole_ct_on_the_networks_own_grid(tmp_path):
-    labels = assert_command_equals_stock(read(CT), tmp_path, MODEL, [0], flags=[])
+    labels = assert_command_equals_stock(read(CT), tmp_path, BUNDLED_MODEL, [0], flags=[])
     assert len(np.unique(labels)) > 20
 
 
@@ -149,7 +150,7 @@ def test_whole_ct_at_clinical_resolution(tmp_path):
     """0.9 x 0.9 x 1.3 mm, as scanners give it; stock needs about 14 GiB for it."""
     image = at_spacing(read(CT), (0.9, 0.9, 1.3))
     assert image.GetSize() == (407, 337, 258)
-    labels = assert_command_equals_stock(image, tmp_path, MODEL, [0], flags=[])
+    labels = assert_command_equals_stock(image, tmp_path, BUNDLED_MODEL, [0], flags=[])
     assert len(np.unique(labels)) > 20
 
 

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import CT, DATA
+from images import CT, DATA
 
 from nnunet_lowmem.report.slices import Volume, blend, labelled_volume, overlays
 from nnunet_lowmem.types import PreprocessedCase

@@ -14,8 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 from factory import ModelSpec
-from test_validation import assert_same_next_stages, assert_same_validation, moved
-from tiny_training import TRAINERS, VALIDATED, TinyTraining
+from tiny_training import TRAINERS, VALIDATED, TinyTraining, assert_same_next_stages, assert_same_validation, moved
 
 import nnunet_lowmem
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from images import FAKE_PREDICTORS
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.nnunet import predictors
 
-FAKE = Path(__file__).parent / "data" / "fake_predictors"
-
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.syspath_prepend(str(FAKE))
+    monkeypatch.syspath_prepend(str(FAKE_PREDICTORS))
 
 
 def test_own_predictor_is_found_and_lazily():

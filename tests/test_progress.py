@@ -18,8 +18,7 @@ from contextlib import suppress
 import pytest
 import torch
 from factory import ModelSpec
-from oracle import make_predictor
-from test_failures import outputs
+from oracle import make_predictor, outputs
 
 from nnunet_lowmem import LowMemPredictor, predictor
 from nnunet_lowmem.commands import cli

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import CT, read
 from factory import ModelSpec
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from images import CT, read
 
 MIB = 2**20
 CHILD = Path(__file__).with_name("projection_child.py")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import SimpleITK
 from factory import ModelSpec
-from oracle import make_predictor
+from images import broken
+from oracle import make_predictor, outputs
 from PIL import Image
-from test_failures import broken, outputs
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli

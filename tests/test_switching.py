@@ -20,10 +20,10 @@ import nnunetv2.inference.predict_from_raw_data as stock_module
 import pytest
 import torch
 from factory import ModelSpec
+from images import FAKE_PREDICTORS
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module  # noqa: N813
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import assert_same_array
-from test_plugin import FAKE
 
 import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
@@ -53,7 +53,7 @@ def module(monkeypatch):
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter; stdout and stderr are kept apart."""
-    path = os.pathsep.join([str(Path(nnunet_lowmem.__file__).parents[1]), str(FAKE)])
+    path = os.pathsep.join([str(Path(nnunet_lowmem.__file__).parents[1]), str(FAKE_PREDICTORS)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -202,7 +202,7 @@ def test_what_cannot_be_reached_gets_one_warning(module, monkeypatch, caplog):
 
 
 def test_another_predictor_can_be_chosen(monkeypatch):
-    monkeypatch.syspath_prepend(str(FAKE))
+    monkeypatch.syspath_prepend(str(FAKE_PREDICTORS))
     with nnunet_lowmem.enable("echo", volume=3):
         assert stock_module.nnUNetPredictor(device=CPU).volume == 3
     assert stock_module.nnUNetPredictor is HOLDER.stock

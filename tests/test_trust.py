@@ -32,19 +32,16 @@ import numpy as np
 import pytest
 import torch
 from factory import ModelSpec
+from images import BUNDLED_MODEL
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from oracle import make_predictor
-from test_cli import assert_one_line
+from oracle import assert_one_line, make_predictor
 
-import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.nnunet import trust
 from nnunet_lowmem.nnunet.trust import Trust
-
-BUNDLED = Path(nnunet_lowmem.__file__).parent / "data" / "ct118"
 
 
 @pytest.fixture
@@ -135,7 +132,7 @@ def test_torch_that_cannot_load_safely_is_refused(model, monkeypatch):
 
 
 def test_bundled_checkpoint_loads():
-    checkpoint = Trust().load_checkpoint(next(BUNDLED.glob("fold_0/*.pth")))
+    checkpoint = Trust().load_checkpoint(next(BUNDLED_MODEL.glob("fold_0/*.pth")))
     assert checkpoint["network_weights"]
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 from factory import ModelSpec
 from nnunetv2.configuration import default_num_processes
-from tiny_training import CASES, NAME, TRAINERS, VALIDATED, TinyTraining
+from tiny_training import (
+    CASES,
+    NAME,
+    TRAINERS,
+    VALIDATED,
+    TinyTraining,
+    assert_same_next_stages,
+    assert_same_validation,
+    moved,
+)
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.predict import validation
 from nnunet_lowmem.predict.cases import Failing
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.training import LowMemValidation
-
-NEXT = ("3d_cascade_fullres", "3d_other")
 
 
 class Base:
@@ -117,50 +122,6 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
         predictor._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
     assert seen == {11}
     assert switched == [False, True]
-
-
-def read(folder: Path) -> dict[str, np.ndarray]:
-    return {path.name: np.asarray(nibabel.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def assert_same_validation(ours: Path, stock: Path, cases: list[str]) -> None:
-    """The same files and no other, the same voxels, the same metrics."""
-    assert names(ours) == names(stock)
-    assert (ours / "summary.json").read_text() == (stock / "summary.json").read_text()
-    expected, actual = read(stock), read(ours)
-    assert sorted(expected) == [f"{case}.nii.gz" for case in cases]
-    for case, voxels in expected.items():
-        np.testing.assert_array_equal(actual[case], voxels)
-        assert len(np.unique(voxels)) > 1, "an empty segmentation compares nothing"
-
-
-def assert_same_next_stages(ours: Path, stock: Path, cases: list[str]) -> None:
-    """The same files, the same labels, stored in the same way."""
-    assert names(ours) == names(stock)
-    for stage, case in product(NEXT, cases):
-        actual, expected = (stored_labels(folder / stage, case) for folder in (ours, stock))
-        assert actual.dtype == expected.dtype
-        np.testing.assert_array_equal(actual[:], expected[:])
-        if not isinstance(actual, np.ndarray):
-            assert (actual.chunks, actual.blocks) == (expected.chunks, expected.blocks)
-
-
-def stored_labels(folder: Path, case: str):
-    """As .npz before nnU-Net 2.6, and compressed by blosc2 since."""
-    if (folder / f"{case}.npz").exists():
-        return np.load(folder / f"{case}.npz")["seg"]
-    import blosc2
-
-    return blosc2.open(str(folder / f"{case}.b2nd"))
-
-
-def moved(folder: Path) -> Path:
-    """Put what one of both has written out of the other's way."""
-    return Path(shutil.move(folder, folder.with_name(folder.name + "_of_ours")))
 
 
 # -- one preprocessed data set; the low resolution is trained on and validates all cases, the cascade one fold

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK
-from conftest import DATA, HEAD, read
+from images import DATA, HEAD, read
 
 import nnunet_lowmem
 
 NAME = "Dataset001_Heads"
 CASES = [f"head_{number}" for number in range(5)]
 VALIDATED = CASES[3:]
+NEXT = ("3d_cascade_fullres", "3d_other")
 TRAINERS = [Path(__file__).with_name("trainers"), Path(nnunet_lowmem.__file__).with_name("trainers")]
 COMMANDS = {
     "nnUNetv2_plan_and_preprocess": "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:"
@@ -127,3 +131,47 @@ def edit_plans(path: Path) -> None:
     other = {**second, "spacing": [5.5, 5.0, 6.0], "data_identifier": "nnUNetPlans_3d_other"}
     plans["configurations"].update({"3d_lowres": low, "3d_cascade_fullres": second, "3d_other": other})
     path.write_text(json.dumps(plans))
+
+
+def read_all(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(nibabel.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_same_validation(ours: Path, stock: Path, cases: list[str]) -> None:
+    """The same files and no other, the same voxels, the same metrics."""
+    assert names(ours) == names(stock)
+    assert (ours / "summary.json").read_text() == (stock / "summary.json").read_text()
+    expected, actual = read_all(stock), read_all(ours)
+    assert sorted(expected) == [f"{case}.nii.gz" for case in cases]
+    for case, voxels in expected.items():
+        np.testing.assert_array_equal(actual[case], voxels)
+        assert len(np.unique(voxels)) > 1, "an empty segmentation compares nothing"
+
+
+def assert_same_next_stages(ours: Path, stock: Path, cases: list[str]) -> None:
+    """The same files, the same labels, stored in the same way."""
+    assert names(ours) == names(stock)
+    for stage, case in product(NEXT, cases):
+        actual, expected = (stored_labels(folder / stage, case) for folder in (ours, stock))
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual[:], expected[:])
+        if not isinstance(actual, np.ndarray):
+            assert (actual.chunks, actual.blocks) == (expected.chunks, expected.blocks)
+
+
+def stored_labels(folder: Path, case: str):
+    """As .npz before nnU-Net 2.6, and compressed by blosc2 since."""
+    if (folder / f"{case}.npz").exists():
+        return np.load(folder / f"{case}.npz")["seg"]
+    import blosc2
+
+    return blosc2.open(str(folder / f"{case}.b2nd"))
+
+
+def moved(folder: Path) -> Path:
+    """Put what one of both has written out of the other's way."""
+    return Path(shutil.move(folder, folder.with_name(folder.name + "_of_ours")))
