@@ -2,7 +2,7 @@
 
 Counted here are the arrays of `preprocessing` (reading, case, spline), and those of nnU-Net's readers and
 functions where they are called as they are. Each rule was checked against measured peaks
-(``tests/test_projection.py``).
+(``tests/promises/test_projection.py``).
 """
 
 from __future__ import annotations

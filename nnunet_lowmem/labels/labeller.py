@@ -6,7 +6,7 @@ heads that can win. Rounding to half can create a tie that a *lower* head would 
 every corner the winner exceeds each lower head by more than one unit in the last place (`cells_cpu.survey_heads`).
 
 CPU tensors go through the compiled kernels, all others through torch operations on their device; both give the bits of
-the slow twin in ``tests/reference.py``.
+the slow twin in ``tests/support/reference.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 MetaIO does not look whether a compressed stream gives as much as the image needs: what is missing keeps whatever the
 memory held before. Nor does it notice a list of files that is too short. The rules below were found by experiments with
-SimpleITK, and ``tests/test_image_reading.py`` has a row for each.
+SimpleITK, and ``tests/preprocessing/test_reading.py`` has a row for each.
 """
 
 from __future__ import annotations

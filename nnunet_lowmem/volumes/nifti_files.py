@@ -2,7 +2,7 @@
 
 SimpleITK and nibabel go by rules of their own. ITK takes a size below 1 for 1 and an offset within the header for its
 end, and tells one file from two by its name; nibabel refuses all that, but reads NIfTI-2, which ITK does not. Found by
-experiments; ``tests/test_mutated_files.py`` holds ours against both.
+experiments; ``tests/volumes/test_mutated_files.py`` holds ours against both.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from factory import ModelSpec
+from images import SUPPORT
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_segmentation, make_predictor, predict_stock
 
@@ -22,7 +23,7 @@ def test_hook_commands_and_predictor_start_and_predict(platform, images, models,
     case, model = images("small"), models(ModelSpec(patch_size=(10, 12, 12)), images("small"))
     predict_stock(make_predictor(nnUNetPredictor, model), [case], [str(tmp_path / "stock")])
     arguments = ["-i", str(Path(case[0]).parent), "-o", str(tmp_path / "out"), "-m", model, "-f", "0", "--report"]
-    program = [sys.executable, str(Path(__file__).with_name("elsewhere.py")), platform, *arguments, "-device", "cpu"]
+    program = [sys.executable, str(SUPPORT / "elsewhere.py"), platform, *arguments, "-device", "cpu"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_segmentation(tmp_path / "stock.nii.gz", tmp_path / "out" / "small.nii.gz")

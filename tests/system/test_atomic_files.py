@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from batchgenerators.utilities.file_and_folder_operations import subfiles
-from faults import NEW, OLD, Fault, is_new, write
+from faulty_calls import NEW, OLD, Fault, is_new, write
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -313,7 +313,7 @@ def outcome_of(kind: str, at: int) -> str:
 KILLED_WRITER = """
     import os, signal, sys
     from pathlib import Path
-    from faults import Fault, is_new, write
+    from faulty_calls import Fault, is_new, write
     from nnunet_lowmem.system.atomic_files import atomic_output
     Fault(int(sys.argv[1]), lambda *_: os.kill(os.getpid(), signal.SIGKILL)).install()
     with atomic_output(Path(sys.argv[2]), is_new) as partial:
@@ -422,7 +422,7 @@ LIMITED_WRITER = """
     import resource, sys
     from pathlib import Path
     import numpy as np
-    from test_files import SHAPE, atomic_output, labels, verify_label_file, write_itk
+    from test_atomic_files import SHAPE, atomic_output, labels, verify_label_file, write_itk
     final = Path(sys.argv[1])
     array = labels()
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))

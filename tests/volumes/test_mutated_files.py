@@ -13,7 +13,7 @@ names it, or gives exactly what stock gives; it raises nothing else, does not ha
 of the file does not account for.
 
 By default a part of the edits and few of the combinations run; the others, and ten thousand damaged files, with
-``pytest -m slow tests/test_mutated_files.py``, which takes half an hour.
+``pytest -m slow tests/volumes/test_mutated_files.py``, which takes half an hour.
 
 Both are judged in a child (`judging`), since ITK crashes on some of these files; there, ours must refuse. Examples are
 drawn anew by nobody (``derandomize``), so that a run says the same everywhere: few by default, many under

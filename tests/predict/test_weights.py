@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from factory import ModelSpec
+from images import SUPPORT
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_array, make_predictor
@@ -491,7 +492,7 @@ def in_child(root: Path, name: str, **options: Any) -> dict[str, Any]:
     given = {"model": root / "model", "images": root / "images", "output": root / name / "out"}
     given = {key: str(value) for key, value in {**given, "tmp_dir": root / name / "tmp"}.items()}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("projection_child.py")),
+        [sys.executable, str(SUPPORT / "projection_child.py"),
          json.dumps({**given, "folds": list(range(5)), **options})],
         capture_output=True, text=True, check=True,
     )  # fmt: skip

@@ -113,7 +113,7 @@ def test_what_is_installed_is_not_taken_for_replaced(model):
 
 
 def test_page_about_differences_holds_the_table():
-    page = (Path(__file__).parents[1] / "docs" / "differences.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
     for step in Step:
         names = [f"`{name}`" for row in ROWS if row.step is step for name in row.names]
         line = next((line for line in page.splitlines() if line.startswith(f"| {step.value} |")), "")

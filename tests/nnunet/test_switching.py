@@ -279,7 +279,7 @@ def test_plans_are_seen_where_a_tool_loads_the_model_itself(images, models):
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 def test_hook_is_installed_and_costs_nothing_unless_the_variable_is_set(tmp_path, hook):
     source = tmp_path / "source"
-    root = Path(__file__).parents[1]  # the checkout: an installed package has no setup.py beside it
+    root = Path(__file__).parents[2]  # the checkout: an installed package has no setup.py beside it
     shutil.copytree(root / "nnunet_lowmem", source / "nnunet_lowmem", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)

@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 import nnunet_lowmem
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CT = Path(nnunet_lowmem.__file__).parent / "data" / "ct_abdomen_3mm.nii.gz"
 INTENSITIES = {"mean": 61.3, "std": 117.9, "percentile_00_5": -931.0, "percentile_99_5": 304.0}
 DEFAULT = "resample_data_or_seg_to_shape"

@@ -15,7 +15,8 @@ from skimage import io
 
 import nnunet_lowmem
 
-DATA = Path(__file__).parent / "data"
+SUPPORT = Path(__file__).parent
+DATA = SUPPORT.parent / "data"
 HEAD = DATA / "t1_head_1mm.nii.gz"
 ANISO = DATA / "t1_aniso_6p5mm.nii.gz"
 FAKE_PREDICTORS = DATA / "fake_predictors"

@@ -12,6 +12,7 @@ import pytest
 import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import SUPPORT
 from preprocessing_oracle import CT, changed, read, write
 from scipy import ndimage
 
@@ -87,9 +88,7 @@ def test_peak_memory_in_float32_images(scheme: str, bound: float, tmp_path) -> N
     coarse = read(CT)
     volume = changed(grid, lambda a: np.resize(SimpleITK.GetArrayFromImage(coarse), a.shape))
     (file,) = write(tmp_path, [volume])
-    out = subprocess.run(
-        [sys.executable, "-c", MEASURE, file, scheme], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-c", MEASURE, file, scheme], cwd=SUPPORT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     peak, image = json.loads(out.stdout.splitlines()[-1])
     print(peak / 4 / 320 / 320 / 176)

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import worker_targets as targets
+from images import SUPPORT
 
 from nnunet_lowmem.errors import UsageError, WorkerError
 from nnunet_lowmem.system import process_tree, workers
@@ -40,7 +41,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals"),
 ]
 
-TESTS = Path(__file__).parent
 SHORT = WorkerLimits(stall_s=1.0)
 # for jobs that must not be flagged while the machine is busy with something else
 LONG = WorkerLimits(stall_s=30.0)
@@ -92,7 +92,7 @@ def children() -> set[int]:
 
 
 def python(*arguments: str, **options) -> subprocess.Popen:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
     return subprocess.Popen([sys.executable, *arguments], env=environ, text=True, **options)
 
 
@@ -612,7 +612,7 @@ class TestParent:
         path = script(tmp_path / "main.py", self.NO_GUARD)
         if subprocess.run(["unshare", "-m", "sh", "-c", inner.split(" && ")[0]], capture_output=True).returncode:
             pytest.skip("may not mount a file system here")
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
         done = subprocess.run(["unshare", "-m", "sh", "-c", inner], env=environ, capture_output=True, text=True)
         assert done.stdout == f"main runs\n3\n{path}\n"
 

@@ -22,10 +22,10 @@ import SimpleITK
 from factory import ModelSpec
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from images import CT, read
+from images import CT, SUPPORT, read
 
 MIB = 2**20
-CHILD = Path(__file__).with_name("projection_child.py")
+CHILD = SUPPORT / "projection_child.py"
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),

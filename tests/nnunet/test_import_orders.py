@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nnunetv2
 import pytest
+from images import SUPPORT
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands.run import environment_for
@@ -42,7 +43,7 @@ def environment(tmp_path: Path, predictor: str) -> dict[str, str]:
 
 def imported_first(targets: list[str], choice: str, tmp_path: Path) -> dict[str, str]:
     """Import each in a process of its own; return what `nnUNetPredictor` is afterwards, by its bases."""
-    program = [sys.executable, str(Path(__file__).with_name("first_imports.py")), choice, *targets]
+    program = [sys.executable, str(SUPPORT / "first_imports.py"), choice, *targets]
     env = environment(tmp_path, "")
     done = subprocess.run(program, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
