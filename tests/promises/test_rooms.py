@@ -13,6 +13,7 @@ import nnunetv2
 import pytest
 
 import nnunet_lowmem
+from nnunet_lowmem import errors
 from nnunet_lowmem.overrides.bypassed import RAW
 
 PACKAGE = Path(nnunet_lowmem.__file__).parent
@@ -222,7 +223,7 @@ def test_what_imports_nnunets_predictor_is_imported_where_it_is_used():
 @pytest.mark.parametrize(
     "statement",
     [
-        "import nnunet_lowmem; nnunet_lowmem.__version__",
+        "import nnunet_lowmem as n; assert all(getattr(n, name) for name in set(n.__all__) - {'LowMemPredictor'})",
         "import nnunet_lowmem.commands.cli",
         "import nnunet_lowmem.commands.cli as c; c.predict_parser()",
         "import nnunet_lowmem.commands.cli as c; c.predict_entry_point(['--help'])",
@@ -259,7 +260,10 @@ def test_only_the_commands_talk():
     assert talkers == {f"commands.{name}" for name in commands}, "a library logs; the commands decide what is shown"
 
 
-def test_package_gives_its_predictor_and_nothing_else():
-    assert set(nnunet_lowmem.__all__) == {"LowMemPredictor", "__version__", "disable", "enable"}
+def test_package_gives_its_predictor_what_it_raises_and_what_it_tells_and_nothing_else():
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type) and name.endswith("Error")}
+    told = {"CaseReport", "Plan", "Progress"}
+    assert set(nnunet_lowmem.__all__) == {"LowMemPredictor", "__version__", "disable", "enable", *raised, *told}
+    assert {getattr(nnunet_lowmem, name) for name in raised} == {getattr(errors, name) for name in raised}
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         nnunet_lowmem.nonsense  # noqa: B018
