@@ -132,6 +132,12 @@ def test_imports_point_downwards():
     assert not {(a, b) for a, b in arrows if DEPTH[room(b)] < DEPTH[room(a)]}
 
 
+def test_the_face_is_for_others_and_tells_the_rooms_its_version():
+    """A name that it gives may come from any room, so whoever took one from it would import upwards unseen."""
+    names = {name for module in MODULES for name in imports(module) if name.split(".")[0] == "nnunet_lowmem"}
+    assert {name for name in names if not ours([name])} == {"nnunet_lowmem.__version__"}
+
+
 def test_nobody_imports_in_a_circle():
     assert not [module for module in MODULES if module in closure(own(module), own)]
 
