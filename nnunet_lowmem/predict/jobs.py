@@ -8,19 +8,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 
-from nnunet_lowmem.budget.arrays import CaseFacts
-from nnunet_lowmem.budget.case_plan import CasePlanner
 from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.system.placing import place_of
 from nnunet_lowmem.types import PreprocessedCase
+
+if TYPE_CHECKING:  # a prefetching worker imports this file and plans nothing
+    from nnunet_lowmem.budget.arrays import CaseFacts
+    from nnunet_lowmem.budget.case_plan import CasePlanner
 
 
 @dataclass(frozen=True)

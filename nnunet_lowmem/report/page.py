@@ -127,9 +127,10 @@ class HtmlReport:
         names: Mapping[int, str],
     ) -> None:
         """Keep slices of the case that was written to `output`; its labels are in the axes of the file."""
+        drawn = overlays(labelled_volume(case, labels, transpose_forward))
         kept = self._pictures[output] = CasePictures()
         counts: Counter[int] = Counter()
-        for axis, overlay in enumerate(overlays(labelled_volume(case, labels, transpose_forward))):
+        for axis, overlay in enumerate(drawn):
             path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
             overlay.save(path)
             kept.pictures.append(Picture(overlay.title, path))
