@@ -342,7 +342,7 @@ class LowMemPredictor(CasePredictor):
                     self._keep(latest)
 
     def _keep(self, latest: PendingWrite) -> None:
-        """Let the files of the last case be written, however the run ends; the case loop has told of most failures."""
+        """Let the files of the last case be written, however the run ends; `run_cases` has told of most failures."""
         try:
             latest.result()
         except Exception as error:

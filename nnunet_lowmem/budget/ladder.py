@@ -59,7 +59,7 @@ class Recovery:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # window and labeller hold this in turn: the cycle would keep them until the next garbage collection
+        # the window holds this in turn: the cycle would keep them until the next garbage collection
         self.listeners.clear()
 
     def run(self, operation: Callable[[], T]) -> T:

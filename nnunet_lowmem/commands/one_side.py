@@ -1,7 +1,8 @@
-"""One side of a comparison, in a process of its own: ``python -m <this module> stock|ours MODEL FLAGS``.
+"""One side of a comparison, in a process of its own.
 
-Runs the real command of either side. Stock's stages get timers around its own functions, in its worker processes, too:
-these import the main module, which is this one, as ``__mp_main__``. Ours writes its spans itself.
+``python -m nnunet_lowmem.commands.one_side stock|ours MODEL FLAGS``, started by `report.compare`, runs the real
+command of either side. Stock's stages get timers around its own functions, in its worker processes, too: these import
+the main module, which is this one, as ``__mp_main__``. Ours writes its spans itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From slabs of logits to the label map in the original grid, and to files; never all heads on the original grid."""
+"""From slabs of logits to the label map in the original grid, axes of the network; never all heads on that grid."""
 
 from __future__ import annotations
 

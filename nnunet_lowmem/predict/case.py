@@ -1,4 +1,4 @@
-"""One case: from a preprocessed image to the segmentation in the file's axes, its probabilities, and its files."""
+"""The steps of one case: its plan, then from a preprocessed image to its segmentation and probabilities."""
 
 from __future__ import annotations
 

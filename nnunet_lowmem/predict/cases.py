@@ -46,7 +46,8 @@ class Failing:
     keep_going : bool
         Whether the other cases are predicted when one fails.
     foreign_ends_run : bool
-        Whether what `foreign` code raises ends the run whatever `keep_going` says; else it fails the case.
+        Whether what other people's code raises (`overrides.foreign`) ends the run whatever `keep_going` says; else it
+        fails the case.
     in_workers : bool
         Whether stock preprocesses in processes of its own: it raises a RuntimeError, whatever has ended them.
     """

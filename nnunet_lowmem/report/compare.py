@@ -22,7 +22,7 @@ from nnunet_lowmem.system.atomic_files import temporary_folder
 from nnunet_lowmem.system.memory_limits import available_ram, less_headroom
 
 SIDES = ("stock", "ours")
-#: Flag of `one_side`.
+#: Flag of `commands.one_side`, which is started by its name.
 DETERMINISTIC = "--deterministic"
 #: Sockets of stock's manager lie in its temporary folder; their whole path may have so many characters.
 _SOCKET_PATH_LIMIT = 103

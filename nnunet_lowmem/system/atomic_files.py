@@ -61,7 +61,7 @@ def atomic_output(
     final : Path
         The file to be; its folder must exist. An older file stays until the new one is complete.
     verify : callable, optional
-        Called with the written path before it gets its name; see `verify_label_file`.
+        Called with the written path before it gets its name; see `volumes.verifying`.
     needed_bytes : int, optional
         Free bytes without which it need not be tried.
 
