@@ -330,7 +330,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
     ) -> RollingWindow:
         if recovery is None:
             return self._window(grid, threads, plan.placement.window, folder)
-        window = self._window(grid, threads, plan.placement.window, folder, recovery.run)
+        window = recovery.run(lambda: self._window(grid, threads, recovery.plan.placement.window, folder, recovery.run))
         recovery.listeners.append(lambda following: window.move_to(following.placement.window, folder))
         return window
 

@@ -24,6 +24,7 @@ from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.predict.logits import LogitsPredictor
 from nnunet_lowmem.types import Place
 from nnunet_lowmem.window.rolling import RollingWindow
 from nnunet_lowmem.window.tiles import PredictedTiles
@@ -214,3 +215,23 @@ def test_a_device_that_has_less_than_it_says_costs_no_label(images, models, capl
         np.testing.assert_array_equal(labels, expected)
         assert smaller.peak_bytes <= capacity_bytes
         assert "VRAM ran out" in caplog.text
+
+
+def test_memory_that_is_taken_before_the_window_is_made_costs_no_label(images, models, caplog, monkeypatch):
+    files = images("head")
+    model = models(ONE, files)
+    make_window = LogitsPredictor._window
+    expected = labels_of(make_predictor(LowMemPredictor, model), files)
+    with simulated_device(said_bytes=2**33) as device:
+
+        def crowded(self: LogitsPredictor, grid: Any, threads: Any, place: Place, *more: Any) -> RollingWindow:
+            free, device.capacity_bytes = device.capacity_bytes, device.live_bytes + 2**16
+            try:
+                return make_window(self, grid, threads, place, *more)
+            finally:
+                device.capacity_bytes = free
+
+        monkeypatch.setattr(LogitsPredictor, "_window", crowded)
+        labels = labels_of(make_predictor(LowMemPredictor, model, device=DEVICE), files)
+    np.testing.assert_array_equal(labels, expected)
+    assert "window in RAM" in caplog.text
