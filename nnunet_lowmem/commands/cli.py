@@ -89,13 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> int:
     model_folder = _check(options)
     allocator.own_process()
-    from nnunet_lowmem.commands import console
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints, 2.5 already when imported
+        from nnunet_lowmem.commands import console
 
-    device = console.choose_device(options.device)
-    print(f"{CITATION}\ndevice: {device}", file=sys.stderr if options.json else sys.stdout)
-    _check_cases(options.i, Path(model_folder))
-    console.set_torch_threads(device)
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints
+        device = console.choose_device(options.device)
+        print(f"{CITATION}\ndevice: {device}")
+        _check_cases(options.i, Path(model_folder))
+        console.set_torch_threads(device)
         predictor = _predictor(options, device, model_folder)
         if options.estimate:
             predictor.describe_trained_model_folder(model_folder, options.f, options.chk)

@@ -6,7 +6,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from nnunet_lowmem.errors import UsageError
@@ -48,25 +48,26 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
     flags, our_flags = _flags_of_both(options), _our_flags(options)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
         model_folder, ending = checked_model([*flags, *_model_words(options), "-o", out, *our_flags])
-    from nnunet_lowmem.commands import console
-    from nnunet_lowmem.commands.compare_table import print_comparison
-    from nnunet_lowmem.nnunet import model_files
-    from nnunet_lowmem.report.compare import Request, compare
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net 2.5 prints when it is imported
+        from nnunet_lowmem.commands import console
+        from nnunet_lowmem.commands.compare_table import print_comparison
+        from nnunet_lowmem.nnunet import model_files
+        from nnunet_lowmem.report.compare import Request, compare
 
-    model_files.check_for_stock(options.i, ending)
-    request = Request(
-        model_folder=model_folder,
-        cases=tuple(model_files.case_name(files, ending) for files in model_files.list_cases(options.i, ending)),
-        file_ending=ending,
-        device=str(console.choose_device(options.device)),
-        flags=tuple(flags),
-        our_flags=tuple(our_flags),
-        repeat=options.repeat,
-        stock_limit_bytes=limit_bytes,
-        deterministic=options.deterministic,
-        keep=Path(options.o) if options.o else None,
-    )
-    found = compare(request, _tell)
+        model_files.check_for_stock(options.i, ending)
+        request = Request(
+            model_folder=model_folder,
+            cases=tuple(model_files.case_name(files, ending) for files in model_files.list_cases(options.i, ending)),
+            file_ending=ending,
+            device=str(console.choose_device(options.device)),
+            flags=tuple(flags),
+            our_flags=tuple(our_flags),
+            repeat=options.repeat,
+            stock_limit_bytes=limit_bytes,
+            deterministic=options.deterministic,
+            keep=Path(options.o) if options.o else None,
+        )
+        found = compare(request, _tell)
     names = model_files.label_names(model_files.read_json(Path(model_folder) / "dataset.json"))
     print_comparison(found, names, options.json)
     return found.exit_code
