@@ -19,7 +19,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, save
 from factory import ModelSpec
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from oracle import make_predictor, predict_ours, predict_stock
+from oracle import INSTALLED, make_predictor, predict_ours, predict_stock
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
@@ -141,9 +141,10 @@ def test_sizes_of_a_run(model, array):
         return predictor.predict_single_npy_array(array[0], dict(array[1]))
 
     assert "case array, start: tile step size" in str(assert_as_stock(lambda cls: with_step(cls, 2), cause=False))
-    assert_as_stock(
-        lambda cls: make_predictor(cls, model, (0,)).predict_from_files([], None, num_parts=2, part_id=3), False
-    )
+    if INSTALLED >= (2, 6):  # before, stock predicts nothing and says nothing
+        assert_as_stock(
+            lambda cls: make_predictor(cls, model, (0,)).predict_from_files([], None, num_parts=2, part_id=3), False
+        )
     assert (
         make_predictor(LowMemPredictor, model, (0,)).predict_from_files([["a"]], None, num_parts=2, part_id=2) is None
     )

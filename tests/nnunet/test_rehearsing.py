@@ -21,7 +21,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReori
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from oracle import assert_same_array, make_predictor, predict_stock
+from oracle import INSTALLED, assert_same_array, make_predictor, predict_stock
 from skimage import io
 
 from nnunet_lowmem import LowMemPredictor
@@ -145,6 +145,8 @@ def test_properties_stay_as_they_are_and_lacking_ones_are_told(tmp_path):
 
 @pytest.mark.parametrize("ending, words", [(".png", ""), (".bmp", "labels of 255 and more cannot be written there")])
 def test_labels_that_a_case_need_not_hold_are_a_warning(ending, words, tmp_path, caplog):
+    if INSTALLED < (2, 6):
+        words = "labels of 255 and more cannot be written there"  # that writer wraps them, whatever the ending
     assert tried(NaturalImage2DIO, "case", ending, tmp_path, MANY_LABELS) == ""
     assert (words in caplog.text) if words else not caplog.text
 

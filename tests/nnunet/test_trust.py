@@ -35,7 +35,8 @@ from factory import ModelSpec
 from images import BUNDLED_MODEL
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from oracle import assert_one_line, make_predictor
+from oracle import INSTALLED, assert_one_line, make_predictor
+from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
@@ -215,11 +216,17 @@ def test_what_runs_no_code_when_it_is_built_survives(name, legacy, tmp_path):
     assert is_same(read, value), read
 
 
+def scheduler() -> LRScheduler:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
+    # nnU-Net 2.5 gives its own an argument that torch no longer knows
+    return PolyLRScheduler(optimizer, 0.1, 10) if INSTALLED >= (2, 6) else PolynomialLR(optimizer, 10)
+
+
 WHOLE = {
     "generators": [np.random.default_rng(1), np.random.RandomState(1), torch.Generator()],
     "modules": [torch.nn.Sequential(torch.nn.Conv3d(1, 1, 1))],
     "optimizer": [torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1, 0.9)],
-    "scheduler": [PolyLRScheduler(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), 0.1, 10)],
+    "scheduler": [scheduler()],
     "masked": [np.ma.array([1, 2], mask=[0, 1])],
     "pattern": [re.compile("a+")],
 }

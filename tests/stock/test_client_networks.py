@@ -14,7 +14,7 @@ import torch
 from factory import ModelSpec
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from oracle import assert_same_array, make_predictor
+from oracle import INSTALLED, assert_same_array, make_predictor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,6 +241,8 @@ def outcome(
 @pytest.mark.parametrize("mirrors", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "mirrored"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_of_a_client_is_used_as_by_stock(name, model, array, mirrors):
+    if INSTALLED < (2, 6) and name in ("changes its input", "override of a method"):
+        pytest.skip("nnU-Net 2.5 hands out a part of the image itself; what is written there the next tiles see")
     expected, seen_by_stock = outcome(nnUNetPredictor, model, array, NETWORKS[name], mirrors)
     labels, seen_by_ours = outcome(LowMemPredictor, model, array, NETWORKS[name], mirrors)
     assert_same_array(expected, labels)

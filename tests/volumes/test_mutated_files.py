@@ -51,11 +51,16 @@ from mutations import (
     edit,
     voxels,
 )
+from oracle import INSTALLED
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by Linux's means")
 
-ITK, NIBABEL = ("SimpleITKIO", "SimpleITKIOWithReorient"), ("NibabelIO", "NibabelIOWithReorient")
+# the second is new in nnU-Net 2.6
+ITK, NIBABEL = (
+    ("SimpleITKIO", "SimpleITKIOWithReorient")[: 1 if INSTALLED < (2, 6) else 2],
+    ("NibabelIO", "NibabelIOWithReorient"),
+)
 TARGET_VOLUME = 4.4 * 3.7 * 3.9
 MOST_VOXELS = 2**40
 GZIPPED = {"ending": ".nii.gz", "pack": PACKS["gzip"]}
