@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _predict(options: argparse.Namespace) -> int:
     model_folder = _check(options)
     allocator.own_process()
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints, 2.5 already when imported
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net prints, older ones at import
         from nnunet_lowmem.commands import console
 
         device = console.choose_device(options.device)

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
     flags, our_flags = _flags_of_both(options), _our_flags(options)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
         model_folder, ending = checked_model([*flags, *_model_words(options), "-o", out, *our_flags])
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # nnU-Net 2.5 prints when it is imported
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # older nnU-Nets print at import
         from nnunet_lowmem.commands import console
         from nnunet_lowmem.commands.compare_table import print_comparison
         from nnunet_lowmem.nnunet import model_files
