@@ -17,6 +17,7 @@ import psutil
 import pytest
 import SimpleITK
 from factory import ModelSpec
+from oracle import own_lines
 
 from nnunet_lowmem.commands import cli, compare_table
 from nnunet_lowmem.report import compare
@@ -82,8 +83,7 @@ def test_both_sides_are_measured_and_their_labels_are_the_same(start, short_tmp,
         spent = [run["stages"][stage]["seconds"] for stage in ("preprocessing", "prediction", "export")]
         assert min(spent) > 0
         assert spent[0] < run["first_tile_s"] < run["seconds"] - spent[1]
-    told = [line for line in stderr.splitlines() if not line.startswith("nnUNet_")]  # before 2.8 nnU-Net misses folders
-    assert told == ["stock, run 1 of 1", "ours, run 1 of 1"]
+    assert own_lines(stderr) == ["stock, run 1 of 1", "ours, run 1 of 1"]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "compare.json", "ours", "ours.log", "stock", "stock.log"
     ]  # fmt: skip
