@@ -178,7 +178,11 @@ GROUPS = [
             ]
         )
     ),
-    *(pytest.param(ITK[1], name, {}, id=f"{name}, reoriented", marks=slow) for name in ("meta", "nrrd", "gipl")),
+    *(
+        pytest.param(reader, name, {}, id=f"{name}, reoriented", marks=slow)
+        for reader in ITK[1:]
+        for name in ("meta", "nrrd", "gipl")
+    ),
 ]
 
 
@@ -194,7 +198,7 @@ def test_every_edit_alone(reader: str, format: str, options: Edit, half: int, ju
 
 
 @pytest.mark.parametrize(
-    "reader", [ITK[0], NIBABEL[0], *(pytest.param(name, marks=slow) for name in (ITK[1], NIBABEL[1]))]
+    "reader", [ITK[0], NIBABEL[0], *(pytest.param(name, marks=slow) for name in (*ITK[1:], NIBABEL[1]))]
 )
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", pytest.param(".NII.GZ", marks=slow)])
 def test_every_way_to_pack(reader: str, ending: str, judge: Judge) -> None:
