@@ -23,7 +23,10 @@ _LAST_FIELD = "ElementDataFile"
 _REAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*[=:][\s=:]*")
 _PER_AXIS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin")
-_LOSING = ("ElementSize", "Position")
+# how many numbers MetaIO reads, at the cost of the lines below where some are missing; 0: one for each axis
+_NUMBERS = {
+    "ElementSize": 0, "Position": 0, "Origin": 0, "CenterOfRotation": 0, "ElementMin": 1, "ElementMax": 1, "Color": 4,
+}  # fmt: skip
 _MOST_AXES, _LONGEST_NAME, _SHOWN = 10, 255, 40
 _PATTERN_WORDS = 4
 
@@ -56,6 +59,10 @@ def raw_header(path: Path) -> Raw:
             if found:
                 _check_field(key, value)
                 fields[key] = value
+            elif key.startswith("CompressedData"):
+                raise DamagedFileError(
+                    "its header has a line CompressedData without a value: MetaIO takes one elsewhere"
+                )
             elif key:
                 is_known = False  # MetaIO takes the name of a field from one line and its value from another
             if key == _LAST_FIELD:
@@ -83,10 +90,11 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
     fields, end, is_known = raw
     # where there are not as many numbers as axes, MetaIO takes the following fields for other than they are
     axes = {len(fields[key].split()) for key in _PER_AXIS if key in fields}
-    for key in _LOSING if _is_true(fields.get("CompressedData", "")) else ():
-        count = len(fields[key].split()) if key in fields else len(header.shape)
-        if count != len(header.shape):
-            told = f"its {key} has {count} numbers for {len(header.shape)} axes"
+    for key, numbers in _NUMBERS.items() if _is_true(fields.get("CompressedData", "")) else ():
+        needed = numbers or len(header.shape)
+        count = len(fields[key].split()) if key in fields else needed
+        if count != needed:
+            told = f"its {key} has {count} numbers and not {needed}"
             raise DamagedFileError(f"{told}: MetaIO then loses compressed bytes")
     is_known = (
         is_known and is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))

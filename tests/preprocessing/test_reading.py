@@ -221,6 +221,15 @@ META = [
     meta("size_less_1.mha", "LOCAL", "ends within its compressed data", fields=sized(len(PACKED) - 1), data=PACKED),
     meta("size_large.mha", "LOCAL", "compressed bytes", fields=sized(len(PACKED) + 9), data=PACKED),
     meta(
+        "size_eaten.mha",
+        "LOCAL",
+        "ElementMin has 0 numbers and not 1",
+        fields=f"ElementMin = \n{sized(9)}",
+        data=PACKED,
+    ),
+    meta("size_left.mha", "LOCAL", None, fields=f"ElementMin = 0\n{sized(len(PACKED))}", data=PACKED),
+    meta("name_alone.mha", "LOCAL", "CompressedData without a value", fields="CompressedData\0 False\n", data=RAW),
+    meta(
         "stream_short.mha",
         "LOCAL",
         "after 100 of 672",
