@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +22,11 @@ _HEADER_LIMIT_BYTES = 2**24
 _LAST_FIELD = "ElementDataFile"
 _REAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*[=:][\s=:]*")
-_PER_AXIS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin")
-# how many numbers MetaIO reads, at the cost of the lines below where some are missing; 0: one for each axis
+_PER_AXIS = ("DimSize", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin", "CenterOfRotation")
+_PER_TWO_AXES = ("TransformMatrix", "Rotation", "Orientation")
 _NUMBERS = {
-    "ElementSize": 0, "Position": 0, "Origin": 0, "CenterOfRotation": 0, "ElementMin": 1, "ElementMax": 1, "Color": 4,
+    "ElementMin": 1, "ElementMax": 1, "Color": 4,
+    "ElementToIntensityFunctionSlope": 1, "ElementToIntensityFunctionOffset": 1,
 }  # fmt: skip
 _MOST_AXES, _LONGEST_NAME, _SHOWN = 10, 255, 40
 _PATTERN_WORDS = 4
@@ -88,17 +89,16 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
         If a list of files cannot be read.
     """
     fields, end, is_known = raw
-    # where there are not as many numbers as axes, MetaIO takes the following fields for other than they are
-    axes = {len(fields[key].split()) for key in _PER_AXIS if key in fields}
-    for key, numbers in _NUMBERS.items() if _is_true(fields.get("CompressedData", "")) else ():
-        needed = numbers or len(header.shape)
-        count = len(fields[key].split()) if key in fields else needed
-        if count != needed:
-            told = f"its {key} has {count} numbers and not {needed}"
-            raise DamagedFileError(f"{told}: MetaIO then loses compressed bytes")
-    is_known = (
-        is_known and is_plain(fields) and axes <= {len(header.shape)} and _is_true(fields.get("BinaryData", "True"))
-    )
+    axes = len(header.shape)
+    due = _NUMBERS | dict.fromkeys(_PER_AXIS, axes) | dict.fromkeys(_PER_TWO_AXES, axes * axes)
+    counts = {key: len(fields[key].split()) for key in fields.keys() & due.keys()}
+    # where numbers are missing, MetaIO looks for them in the next line, and that field is lost
+    for key, below in pairwise(fields) if _is_true(fields.get("CompressedData", "")) else ():
+        if below.startswith("CompressedData") and key in counts and counts[key] < due[key]:
+            told = f"its {key} has {counts[key]} of {due[key]} numbers"
+            raise DamagedFileError(f"{told}: MetaIO does not find {below} below, and loses compressed bytes")
+    has_all = all(count == due[key] for key, count in counts.items())
+    is_known = is_known and is_plain(fields) and has_all and _is_true(fields.get("BinaryData", "True"))
     is_swapped = _is_true(fields.get("BinaryDataByteOrderMSB") or fields.get("ElementByteOrderMSB", ""))
     spacing = fields.get("ElementSpacing") or fields.get("ElementSize") or ""
     return Layout(
@@ -126,16 +126,17 @@ def _parts(path: Path, fields: dict[str, str], end: int, header: Header) -> list
 
 def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> Part:
     """One file: a positive HeaderSize counts from its beginning, −1 says that the voxels are its last bytes."""
-    skip = whole_number(fields.get("HeaderSize", ""))
+    skip, is_packed = whole_number(fields.get("HeaderSize", "")), _is_true(fields.get("CompressedData", ""))
     if 0 < skip < start:
         raise DamagedFileError(f"its HeaderSize is {skip:,}, within the {start:,} bytes of its header")
     if skip > 0:
         start = skip
     elif skip == -1 and path.is_file():
-        start = max(0, path.stat().st_size - needed_bytes)
+        # what is cut lacks bytes at its end, and takes none of its header; a stream is not found from there
+        start = max(0 if is_packed else start, path.stat().st_size - needed_bytes)
     if not _is_true(fields.get("BinaryData", "True")):
         return Part(path, start, needed_bytes, Encoding.TEXT)
-    if not _is_true(fields.get("CompressedData", "")):
+    if not is_packed:
         return Part(path, start, needed_bytes)
     stored_bytes = whole_number(fields.get("CompressedDataSize", ""))
     if stored_bytes:

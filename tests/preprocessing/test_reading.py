@@ -223,10 +223,13 @@ META = [
     meta(
         "size_eaten.mha",
         "LOCAL",
-        "ElementMin has 0 numbers and not 1",
+        "ElementMin has 0 of 1 numbers",
         fields=f"ElementMin = \n{sized(9)}",
         data=PACKED,
     ),
+    meta("more_numbers.mha", "LOCAL", None, fields=f"Color = 1 1 1 1 1\n{sized(len(PACKED))}", data=PACKED),
+    meta("order_eaten.mha", "LOCAL", None, fields="Color = 1\nBinaryDataByteOrderMSB = True\n", data=RAW),
+    meta("last_bytes_cut.mha", "LOCAL", "ends after 572 of 672", fields="HeaderSize = -1\n", data=RAW[:-100]),
     meta("size_left.mha", "LOCAL", None, fields=f"ElementMin = 0\n{sized(len(PACKED))}", data=PACKED),
     meta("name_alone.mha", "LOCAL", "CompressedData without a value", fields="CompressedData\0 False\n", data=RAW),
     meta(

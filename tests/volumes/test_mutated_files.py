@@ -29,6 +29,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,37 @@ def test_every_edit_alone(reader: str, format: str, options: Edit, half: int, ju
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", pytest.param(".NII.GZ", marks=slow)])
 def test_every_way_to_pack(reader: str, ending: str, judge: Judge) -> None:
     found = deviations(judge, reader, (Recipe("nifti", (one,), {"ending": ending}) for one in PACKED_EDITS))
+    assert not found, report(found)
+
+
+# fewer numbers than MetaIO reads, and what it then takes them from
+TOO_FEW = {
+    "CenterOfRotation": "1", "Color": "1 1 1", "ElementMax": "", "ElementMin": "", "ElementSize": "4",
+    "ElementSpacing": "1.5 2", "ElementToIntensityFunctionOffset": "", "ElementToIntensityFunctionSlope": "",
+    "Offset": "1 2", "Position": "", "TransformMatrix": "1 0 0",
+}  # fmt: skip
+EATEN = {
+    "CompressedData": dict(META_EDITS)["CompressedData=True"],
+    "CompressedDataSize": dict(META_EDITS)["CompressedData=True"],
+    "ElementByteOrderMSB": dict(META_EDITS)["ElementByteOrderMSB=True"],
+    "HeaderSize": dict(META_EDITS)["HeaderSize and a gap"],
+}
+
+
+@slow
+@pytest.mark.parametrize("below", EATEN)
+def test_too_few_numbers_above_what_says_where_voxels_are(below: str, judge: Judge) -> None:
+    def directly_above(key: str, lines: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        (moved,) = (line for line in lines if line[0] == key)
+        others = [line for line in lines if line is not moved]
+        place = [name for name, _ in others].index(below)
+        return [*others[:place], moved, *others[place:]]
+
+    recipes = (
+        Recipe("meta", ((key, {key: few, "order": partial(directly_above, key)}), (below, EATEN[below])), {})
+        for key, few in TOO_FEW.items()
+    )
+    found = deviations(judge, "SimpleITKIO", recipes)
     assert not found, report(found)
 
 
