@@ -214,7 +214,7 @@ class LowMemPredictor(CasePredictor):
 
     def _new_prefetcher(self, folder: Path) -> Prefetcher:
         model = (self.plans_manager, self.configuration_manager, self.dataset_json)
-        return Prefetcher(model, folder, self.worker_timeout_s, max(1, self.kernel_threads // 2), self.accept_nan)
+        return Prefetcher(model, folder, self.worker_timeout_s, max(1, self._kernel_threads() // 2), self.accept_nan)
 
     @unless_replaced
     def predict_from_data_iterator(

@@ -7,10 +7,9 @@ import re
 from fractions import Fraction
 
 from nnunet_lowmem.errors import UsageError, twin
+from nnunet_lowmem.options import variable
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%|[kmgt](?:ib|b)?|b)?", re.IGNORECASE)
-#: Environment variables that hold where a flag is not given.
-VARIABLES = {"--max_ram": "nnUNet_lowmem_max_ram", "--max_vram": "nnUNet_lowmem_max_vram"}
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -54,7 +53,7 @@ def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | No
     Parameters
     ----------
     flag : str
-        One of `VARIABLES`.
+        Of an option.
     size : int or str, optional
         What was given with it.
     total_bytes : int
@@ -67,7 +66,7 @@ def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | No
     """
     source = flag
     if size is None:
-        source = VARIABLES[flag]
+        source = variable(flag.strip("-"))
         size = os.environ.get(source) or None
     if size is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def machine_budget(
     max_ram: int | str | None,
     max_vram: int | str | None,
     device: torch.device,
-    tmp_dir: Path | None = None,
+    tmp_dir: str | os.PathLike[str] | None = None,
     with_children: bool = True,
 ) -> Budget:
     """Read the machine and apply the wishes of the user; what is in use now becomes the reserved part.
@@ -39,7 +40,7 @@ def machine_budget(
         ``nnUNet_lowmem_max_vram``, and without them what is free now, less some headroom.
     device : torch.device
         The network's.
-    tmp_dir : Path, optional
+    tmp_dir : path, optional
         Where arrays are spilled; the system's folder for temporary files if not given.
     with_children : bool
         Whether what child processes hold is reserved; False where it is planned.
@@ -73,7 +74,7 @@ def ram_limit(max_ram: int | str | None, with_children: bool = True) -> tuple[in
     return limit, in_use
 
 
-def spill_bytes(tmp_dir: Path | None) -> int:
+def spill_bytes(tmp_dir: str | os.PathLike[str] | None) -> int:
     """Return what can be spilled: the free space of the folder, or nothing where the folder is itself kept in RAM."""
     folder = Path(tempfile.gettempdir() if tmp_dir is None else tmp_dir)
     return 0 if _file_system(folder) in _IN_MEMORY else free_disk_bytes(folder)

@@ -19,6 +19,7 @@ from nnunet_lowmem.commands.flags import predict_parser
 from nnunet_lowmem.commands.shell import guarded
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.names import shown
+from nnunet_lowmem.options import WITH_FLAG
 from nnunet_lowmem.system import allocator
 
 __all__ = ["main", "predict_entry_point", "predict_parser"]
@@ -33,19 +34,6 @@ CITATION = (
     "(2021). nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature Methods, "
     "18(2), 203-211."
 )
-#: Arguments of the predictor and the flags that give them; what is not given is looked for in environment and plans.
-LIMIT_FLAGS = {
-    "max_ram": "max_ram",
-    "max_vram": "max_vram",
-    "tmp_dir": "tmp_dir",
-    "worker_timeout_s": "worker_timeout",
-    "probabilities_dtype": "probabilities_dtype",
-    "accept_nan": "accept_nan",
-    "trust": "trust",
-    "trust_model": "trust_model",
-    "fast": "fast",
-    "report": "report",
-}
 
 
 def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +116,7 @@ def _predictor(options: argparse.Namespace, device: torch.device, model_folder: 
     from nnunet_lowmem.nnunet import model_files, predictors
     from nnunet_lowmem.predictor import LowMemPredictor
 
-    given = {name: getattr(options, flag) for name, flag in LIMIT_FLAGS.items() if getattr(options, flag) is not None}
+    given = {own.name: value for own in WITH_FLAG if (value := getattr(options, own.name)) is not None}
     plans = model_files.read_json(Path(model_folder) / "plans.json")
     predictor = LowMemPredictor(
         tile_step_size=options.step_size,
@@ -194,7 +182,7 @@ def _check(options: argparse.Namespace) -> str:
     for flag, number in (
         ("-npp", options.npp),
         ("-nps", options.nps),
-        ("--worker_timeout", options.worker_timeout or 0),
+        ("--worker_timeout", options.worker_timeout_s or 0),
     ):
         if not 0 <= number < math.inf:
             raise UsageError(f"{flag} must be a number that is not negative, got {number}")

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nnunet_lowmem import options
+
 #: Long flags of nnU-Net's commands, which scripts shorten. Not to be shortened is the rule for all others, so that
 #: whatever is added here later, each prefix goes on meaning what it means to nnU-Net.
 SHORTENED = frozenset(
@@ -26,9 +28,9 @@ class Flags(argparse.ArgumentParser):
         Flags with one dash that nnU-Net's command does not have.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, **words: Any) -> None:
         self.written_out: set[str] = set()
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **words)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         # argparse has no other way to leave single flags out of prefix matching
@@ -39,13 +41,13 @@ class Flags(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; a flag that is not known but begins one of ours ends the program with its name."""
-        options, unknown = super().parse_known_args(args, namespace)
+        given, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             name = word.partition("=")[0]
             meant = [flag for flag in self._option_string_actions if name.strip("-") and flag.startswith(name)]
             if meant and not any(map(self._may_be_shortened, meant)):
                 self.error(f"{name} is not a flag; did you mean {' or '.join(meant)}?")
-        return options, unknown
+        return given, unknown
 
 
 def predict_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -80,44 +82,7 @@ def predict_parser(by_folder: bool = False) -> Flags:
     add("-part_id", type=int, default=0, metavar="K", help="which of them this one is, from 0 (default: 0)")
     add("--disable_progress_bar", action="store_true", help="no progress bar")
     more = parser.add_argument_group("bounded memory")
-    more.add_argument("--max_ram", metavar="SIZE", help="RAM budget: 6G or 6GiB (2**30 bytes), 6GB (10**9), 80%%")
-    more.add_argument("--max_vram", metavar="SIZE", help="VRAM budget, likewise")
-    more.add_argument("--tmp_dir", metavar="DIR", help="where to spill (default: the system's temporary folder)")
-    more.add_argument(
-        "--worker_timeout",
-        type=float,
-        metavar="SECONDS",
-        help="time without progress after which a worker counts as stalled; 0: never (default: 600)",
-    )
-    more.add_argument(
-        "--probabilities_dtype",
-        choices=("float32", "float16"),
-        help="of the .npz files; float16 halves them but is not stock's file (default: float32)",
-    )
-    more.add_argument(
-        "--accept_nan", action="store_true", default=None, help="set NaN and infinite voxels to 0 instead of failing"
-    )
-    more.add_argument(
-        "--trust",
-        action="append",
-        metavar="PACKAGE",
-        help="a package whose code this model may use, beside nnU-Net's and torch's; may be given several times",
-    )
-    more.add_argument(
-        "--trust_model",
-        action="store_true",
-        default=None,
-        help="run whatever code this model's files hold or name",
-    )
-    more.add_argument(
-        "--fast",
-        action="store_true",
-        default=None,
-        help="on the CPU: less time, sums in another order than stock's, so that a label here and there may differ",
-    )
-    more.add_argument(
-        "--report", action="store_true", default=None, help="write lowmem_report.html: memory, times, slices, failures"
-    )
+    options.add_flags(more.add_argument)
     more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
     more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")
     return parser

@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.options import NOT_FOR_MODELS
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,6 @@ GROUP = "nnunetv2.predictors"
 #: Known without looking through the installed packages, so that a start-up costs nothing and needs no metadata.
 OWN = EntryPoint("lowmem", "nnunet_lowmem.predictor:LowMemPredictor", GROUP)
 
-# a model that could say whom to trust would say itself
-_NOT_FOR_MODELS = ("trust", "trust_model", "accept_nan", "fast", "report")
 # names a file, in `nnunet_lowmem.system.clock`, and no option
 _TRACE_VARIABLE = "nnunet_lowmem_trace"
 _TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -123,7 +122,7 @@ def _from_plans(name: str, predictor: type, plans: Mapping[str, Any]) -> dict[st
     for option, value in block.items():
         origin = f"'predictor_options' of the plans: {option}"
         argument, converted = _argument(predictor, option, str(value), origin)
-        if "PathLike" in _keywords(predictor)[argument] or argument in _NOT_FOR_MODELS:
+        if "PathLike" in _keywords(predictor)[argument] or argument in NOT_FOR_MODELS:
             raise ModelError(f"{origin} is not for a model to choose; it may choose sizes and numbers")
         found[argument] = converted
     return found

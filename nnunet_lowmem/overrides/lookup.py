@@ -139,7 +139,7 @@ def _sorted_out(
 def _tell_of_foreign(predictor: Any, name: str, foreign: Mapping[str, Any]) -> None:
     """Say that nnU-Net's own method is called; one that loads a model runs what is in it, which a user must ask for."""
     told = ", ".join(f"{keyword}={value!r:.60}" for keyword, value in foreign.items())
-    if name == "initialize_from_trained_model_folder" and not predictor.trust.everything:
+    if name == "initialize_from_trained_model_folder" and not predictor.trust_model:
         raise UsageError(
             f"{name}({told}): only nnU-Net's own loading knows this, and that runs whatever code the checkpoint holds; "
             "leave it out, or give trust_model=True if you know who made the model"

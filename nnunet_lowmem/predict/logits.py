@@ -25,14 +25,13 @@ from nnunet_lowmem.network.tile_memory import TileBytes, weight_bytes
 from nnunet_lowmem.nnunet import adapter, model_files, stock_calls
 from nnunet_lowmem.nnunet.model import load_model, uncompiled, why_not_loaded
 from nnunet_lowmem.nnunet.trust import Trust
+from nnunet_lowmem.options import OPTIONS, Options, with_options
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.overrides.lookup import as_installed, found, replaced, unless_replaced
-from nnunet_lowmem.predict.options import Options
-from nnunet_lowmem.predict.outcomes import CaseReport
-from nnunet_lowmem.predict.progress import logging_prints, observed
+from nnunet_lowmem.predict.progress import Listener, logging_prints, observed
 from nnunet_lowmem.predict.weights import FoldWeights, fold_count
-from nnunet_lowmem.system.clock import Progress, StageClock
+from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.memory_held import PeakSampler
 from nnunet_lowmem.system.threads import RowThreads, torch_threads, usable_cores
 from nnunet_lowmem.types import Attempt, Place, PreprocessedCase, once
@@ -56,42 +55,28 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
     allow_tqdm
         As in nnU-Net. `perform_everything_on_device` says where the rolling window lives; without `allow_tqdm` there
         are neither bars nor, where no terminal is, lines in the log.
-    max_ram, max_vram : int or str, optional
-        Budgets in bytes or as text (``6G``, ``80%``); what the machine has free if not given.
-    tmp_dir : path, optional
-        Where arrays are spilled; the system's temporary folder if not given.
-    kernel_threads : int, optional
-        Threads of the compiled kernels (never the network's); all usable cores if not given.
-    probabilities_dtype : str
-        "float32" as in stock, or "float16" for files of half the size.
-    worker_timeout_s : float
-        Seconds without progress after which a worker counts as stalled; 0: never.
-    prefetch : bool, optional
-        Preprocess the next case in a process meanwhile; by default only beside a GPU.
-    continue_on_error : bool
-        Predict the others when a case fails, then raise one `CasesFailedError`; but see `Options.foreign_ends_run`.
-    accept_nan : bool
-        Set NaN and infinite voxels to 0, and log how many, instead of refusing the case.
-    trust : sequence of str
-        Packages whose code a model may name, beside nnU-Net's, ``dynamic_network_architectures`` and ``torch.nn``.
-    trust_model : bool
-        Run whatever code a model's files hold or name, as stock does.
-    fast : bool
-        On the CPU, let the network add in another order, on all cores: less time, labels that may differ.
-    report : bool
-        Write ``lowmem_report.html`` into the output folder of `predict_from_files`: what the run took and made.
-    on_plan : callable, optional
-        Called with the `Plan` of each case once that is final: of the first case when its first tile has been measured.
-    on_case : callable, optional
-        Called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`.
-    on_progress : callable, optional
-        Called with the `Progress` (stage, case, done, total, memory_bytes) of each case, in the thread that called the
-        predictor. What it raises ends the run at once and reaches the caller.
+    **more : any
+        Our options by their names, described in `nnunet_lowmem.options`; and what only the installed nnU-Net knows.
+
+    Attributes
+    ----------
+    foreign_ends_run : bool
+        What the network, an override or a callback raises ends a run at once. For commands it is a failure of the case.
+    network_threads : int or None
+        At most; None takes stock's number, which it sets for predictions and not for validations.
     """
 
     network: Any
+    foreign_ends_run = True
+    network_threads: int | None = None
+
+    _clock: StageClock | None = None  # of the case under way
+    _fast_network: tuple[Any, FastNetwork | None] = (None, None)
+    _listener: Listener | None = None
+    _known_tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
 
     @as_installed
+    @with_options
     def __init__(
         self,
         tile_step_size: float = 0.5,
@@ -102,46 +87,19 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
         verbose: bool = False,
         verbose_preprocessing: bool = False,
         allow_tqdm: bool = True,
-        *,
-        max_ram: int | str | None = None,
-        max_vram: int | str | None = None,
-        tmp_dir: str | os.PathLike[str] | None = None,
-        kernel_threads: int | None = None,
-        probabilities_dtype: str = "float32",
-        worker_timeout_s: float = 600.0,
-        prefetch: bool | None = None,
-        continue_on_error: bool = True,
-        accept_nan: bool = False,
-        trust: Sequence[str] = (),
-        trust_model: bool = False,
-        fast: bool = False,
-        report: bool = False,
-        on_plan: Callable[[Plan], None] | None = None,
-        on_case: Callable[[CaseReport], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-        **others: Any,
+        **more: Any,
     ) -> None:
+        own = {option.name: more.pop(option.name, option.default) for option in OPTIONS}
         on_device = perform_everything_on_device and device.type == "cuda"
         # nnU-Net says of every other device that CUDA alone keeps logits, whatever it was asked for
         with logging_prints(logging.DEBUG):
             super().__init__(
                 tile_step_size=tile_step_size, use_gaussian=use_gaussian, use_mirroring=use_mirroring,
                 perform_everything_on_device=on_device, device=device, verbose=verbose,
-                verbose_preprocessing=verbose_preprocessing, allow_tqdm=allow_tqdm, **others,
+                verbose_preprocessing=verbose_preprocessing, allow_tqdm=allow_tqdm, **more,
             )  # fmt: skip
-        self.max_ram = max_ram
-        self.max_vram = max_vram
-        self.tmp_dir = None if tmp_dir is None else Path(tmp_dir)
-        self.kernel_threads = kernel_threads or usable_cores()
-        self.probabilities_dtype = probabilities_dtype
-        self.worker_timeout_s = worker_timeout_s
-        self.prefetch = prefetch
-        self.continue_on_error = continue_on_error
-        self.accept_nan = accept_nan
-        self.trust = Trust((trust,) if isinstance(trust, str) else tuple(trust), trust_model)
-        self.fast = fast and device.type == "cpu"
-        self.report = report
-        self.on_plan, self.on_case, self.on_progress = on_plan, on_case, on_progress
+        vars(self).update(own)
+        self.fast = self.fast and device.type == "cpu"
 
     @unless_replaced
     def initialize_from_trained_model_folder(
@@ -186,16 +144,17 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
         """Set the attributes that describe the model, once all of it is read; its network has no weights yet."""
         folds = stock_calls.find_folds(folder, checkpoint_name) if folds is None else folds
         checkpoints = model_files.checkpoint_files(folder, folds, checkpoint_name, stock_calls.reads_files())
-        if self.trust.everything:
+        trust = Trust((self.trust,) if isinstance(self.trust, str) else tuple(self.trust), self.trust_model)
+        if trust.everything:
             logger.warning("%s is trusted: the code it holds or names is run", folder)
         try:
-            model = load_model(Path(folder), checkpoints[0], self.trust, device, trainer)
+            model = load_model(Path(folder), checkpoints[0], trust, device, trainer)
         except LowMemError:
             raise
         except Exception as error:
             raise because(ModelError, why_not_loaded(checkpoints[0], error), error) from error
         adapter.check_reader(model.plans_manager)
-        others = (self.trust.load_checkpoint(path, device)["network_weights"] for path in checkpoints[1:])
+        others = (trust.load_checkpoint(path, device)["network_weights"] for path in checkpoints[1:])
         self._keep_weights(chain([model.weights], others), free_bytes, spill_bytes(self.tmp_dir))
         self._checkpoints = tuple(checkpoints)
         self.plans_manager, self.configuration_manager = model.plans_manager, model.configuration_manager
@@ -220,7 +179,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
             return None
         network = uncompiled(self.network)
         if self._fast_network[0] != (parts := parts_of(network)):
-            self._fast_network = parts, fast_network(network, self._tile_shape(), self.kernel_threads)
+            self._fast_network = parts, fast_network(network, self._tile_shape(), self._kernel_threads())
         return self._fast_network[1]
 
     def _fast_threads(self) -> AbstractContextManager[object]:
@@ -234,6 +193,9 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
     def _threads_of_network(self) -> int:
         most = stock_calls.network_threads() if self.network_threads is None else self.network_threads
         return most if self._fast() is None else usable_cores()
+
+    def _kernel_threads(self) -> int:
+        return self.kernel_threads or usable_cores()
 
     def _tile_shape(self) -> tuple[int, ...]:
         return (1, self._input_channels(), *self.configuration_manager.patch_size)
@@ -251,7 +213,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
         grid = self._grid(case)
         clock = StageClock("image")
         with ExitStack() as stack:
-            threads = stack.enter_context(RowThreads(self.kernel_threads))
+            threads = stack.enter_context(RowThreads(self._kernel_threads()))
             stack.enter_context(self._fast_threads())
             stack.enter_context(self._observed(clock))
 
@@ -368,7 +330,7 @@ class LogitsPredictor(Options, FoldWeights, nnUNetPredictor):  # type: ignore[mi
             activation_bytes=tile.certain,
             unmeasured_bytes=tile.uncertain,
             label_bytes=1 if len(self.label_manager.foreground_labels) < 255 else 2,
-            threads=self.kernel_threads,
+            threads=self._kernel_threads(),
         )
         return self._with_weights(facts)
 

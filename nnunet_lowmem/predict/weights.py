@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ class FoldWeights:
 
     list_of_parameters: Any
     network: Any
-    tmp_dir: Path | None
+    tmp_dir: str | os.PathLike[str] | None
     _checkpoints: tuple[Path, ...] = ()
     _clock: StageClock | None
 

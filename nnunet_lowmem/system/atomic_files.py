@@ -116,14 +116,14 @@ def require_free_bytes(path: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def temporary_folder(tmp_dir: Path | None = None) -> Iterator[Path]:
+def temporary_folder(tmp_dir: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """Give an empty folder that is removed, with all it holds, however the block ends.
 
     Those that earlier processes had to leave behind are removed first.
 
     Parameters
     ----------
-    tmp_dir : Path, optional
+    tmp_dir : path, optional
         Where to make it; the system's folder for temporary files if not given.
 
     Yields

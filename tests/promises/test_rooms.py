@@ -34,7 +34,7 @@ preprocessing
 volumes
 overrides
 system
-types errors names sizes
+types errors names sizes options
 """
 DEPTH = {room: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for room in row.split()}
 
