@@ -18,131 +18,100 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 _PREFIX = "nnUNet_lowmem_"
 
 
-def _told(about: str, flag: str = "", *, for_models: bool = False, **words: Any) -> dict[str, Any]:
+def _option(default: Any, about: str, flag: str = "", *, for_models: bool = False, **words: Any) -> Any:
     """Tell of an option: what it does, for the docs and the help; its flag; whether a model may choose it in its plans.
 
     A bool is a switch and a sequence may be given several times; other `words` are argparse's.
     """
-    return {"about": about, "flag": flag, "for_models": for_models, "words": words}
+    return field(default=default, metadata={"about": about, "flag": flag, "for_models": for_models, "words": words})
 
 
 @dataclass(init=False, repr=False, eq=False)
 class Options:
     """Values of all options, where nobody sets them: programs derive classes whose ``__init__`` does not call ours."""
 
-    max_ram: int | str | None = field(
-        default=None,
-        metadata=_told(
-            "RAM budget, libraries and child processes included: `6G` or `6GiB` (2**30 bytes), `6GB` (10**9), `80%`; "
-            "by default what the machine, cgroup, SLURM or `ulimit` leaves",
-            "--max_ram",
-            for_models=True,
-            metavar="SIZE",
-        ),
+    max_ram: int | str | None = _option(
+        None,
+        "RAM budget, libraries and child processes included: `6G` or `6GiB` (2**30 bytes), `6GB` (10**9), `80%`; "
+        "by default what the machine, cgroup, SLURM or `ulimit` leaves",
+        "--max_ram",
+        for_models=True,
+        metavar="SIZE",
     )
-    max_vram: int | str | None = field(
-        default=None,
-        metadata=_told(
-            "VRAM budget, likewise, for what torch takes; CUDA's own context, some 0.6 GiB, comes on top",
-            "--max_vram",
-            for_models=True,
-            metavar="SIZE",
-        ),
+    max_vram: int | str | None = _option(
+        None,
+        "VRAM budget, likewise, for what torch takes; CUDA's own context, some 0.6 GiB, comes on top",
+        "--max_vram",
+        for_models=True,
+        metavar="SIZE",
     )
-    tmp_dir: str | os.PathLike[str] | None = field(
-        default=None,
-        metadata=_told(
-            "where arrays go that do not fit (default: the system's temporary folder; one in RAM is not used)",
-            "--tmp_dir",
-            metavar="DIR",
-        ),
+    tmp_dir: str | os.PathLike[str] | None = _option(
+        None,
+        "where arrays go that do not fit (default: the system's temporary folder; one in RAM is not used)",
+        "--tmp_dir",
+        metavar="DIR",
     )
-    kernel_threads: int | None = field(
-        default=None,
-        metadata=_told("threads of the compiled kernels, never the network's (default: all cores)", for_models=True),
+    kernel_threads: int | None = _option(
+        None, "threads of the compiled kernels, never the network's (default: all cores)", for_models=True
     )
-    worker_timeout_s: float = field(
-        default=600.0,
-        metadata=_told(
-            "time without progress after which a worker counts as stalled; 0: never (default: 600)",
-            "--worker_timeout",
-            for_models=True,
-            type=float,
-            metavar="SECONDS",
-        ),
+    worker_timeout_s: float = _option(
+        600.0,
+        "time without progress after which a worker counts as stalled; 0: never (default: 600)",
+        "--worker_timeout",
+        for_models=True,
+        type=float,
+        metavar="SECONDS",
     )
-    probabilities_dtype: str = field(
-        default="float32",
-        metadata=_told(
-            "of the `.npz` files; `float16` halves them but is not stock's file (default: `float32`)",
-            "--probabilities_dtype",
-            for_models=True,
-            choices=("float32", "float16"),
-        ),
+    probabilities_dtype: str = _option(
+        "float32",
+        "of the `.npz` files; `float16` halves them but is not stock's file (default: `float32`)",
+        "--probabilities_dtype",
+        for_models=True,
+        choices=("float32", "float16"),
     )
-    prefetch: bool | None = field(
-        default=None,
-        metadata=_told("preprocess the next case in a process meanwhile (default: only beside a GPU)", for_models=True),
+    prefetch: bool | None = _option(
+        None, "preprocess the next case in a process meanwhile (default: only beside a GPU)", for_models=True
     )
-    continue_on_error: bool = field(
-        default=True,
-        metadata=_told(
-            "predict the others when a case fails, then raise one `CasesFailedError`; what the network, an override or "
-            "a callback raises ends the run at once all the same",
-            for_models=True,
-        ),
+    continue_on_error: bool = _option(
+        True,
+        "predict the others when a case fails, then raise one `CasesFailedError`; what the network, an override or "
+        "a callback raises ends the run at once all the same",
+        for_models=True,
     )
-    accept_nan: bool = field(
-        default=False,
-        metadata=_told(
-            "set NaN and infinite voxels to 0 and say how many, instead of failing the case", "--accept_nan"
-        ),
+    accept_nan: bool = _option(
+        False, "set NaN and infinite voxels to 0 and say how many, instead of failing the case", "--accept_nan"
     )
-    trust: Sequence[str] = field(
-        default=(),
-        metadata=_told(
-            "a package whose code the model may use, beside nnU-Net's and torch's; may be given several times",
-            "--trust",
-            metavar="PACKAGE",
-        ),
+    trust: Sequence[str] = _option(
+        (),
+        "a package whose code the model may use, beside nnU-Net's and torch's; may be given several times",
+        "--trust",
+        metavar="PACKAGE",
     )
-    trust_model: bool = field(
-        default=False,
-        metadata=_told("run all code that the model's files hold or name, as stock does", "--trust_model"),
+    trust_model: bool = _option(
+        False, "run all code that the model's files hold or name, as stock does", "--trust_model"
     )
-    fast: bool = field(
-        default=False,
-        metadata=_told(
-            "on the CPU, sums in another order than stock's: less time and memory; a label here and there may differ",
-            "--fast",
-        ),
+    fast: bool = _option(
+        False,
+        "on the CPU, sums in another order than stock's: less time and memory; a label here and there may differ",
+        "--fast",
     )
-    report: bool = field(
-        default=False,
-        metadata=_told(
-            "write `lowmem_report.html` into the output folder: memory, times, plans, slices, failures", "--report"
-        ),
+    report: bool = _option(
+        False, "write `lowmem_report.html` into the output folder: memory, times, plans, slices, failures", "--report"
     )
-    on_plan: Callable[[Any], None] | None = field(
-        default=None,
-        metadata=_told("called with the `Plan` of each case when it is final: of the first after its first tile"),
+    on_plan: Callable[[Any], None] | None = _option(
+        None, "called with the `Plan` of each case when it is final: of the first after its first tile"
     )
-    on_case: Callable[[Any], None] | None = field(
-        default=None,
-        metadata=_told(
-            "called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`"
-        ),
+    on_case: Callable[[Any], None] | None = _option(
+        None, "called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`"
     )
-    on_progress: Callable[[Any], None] | None = field(
-        default=None,
-        metadata=_told(
-            "called with the `Progress` of each case (stage, case, done, total, memory_bytes), in the thread that "
-            "called the predictor; what it raises ends the run at once"
-        ),
+    on_progress: Callable[[Any], None] | None = _option(
+        None,
+        "called with the `Progress` of each case (stage, case, done, total, memory_bytes), in the thread that "
+        "called the predictor; what it raises ends the run at once",
     )
 
 
-#: Fields with ``name``, ``type`` as text, ``default``, and in ``metadata`` what `_told` takes.
+#: Fields with ``name``, ``type`` as text, ``default``, and in ``metadata`` what `_option` takes.
 OPTIONS: tuple[Field[Any], ...] = fields(Options)
 WITH_FLAG = tuple(option for option in OPTIONS if option.metadata["flag"])
 #: A model that could say whom to trust would say itself; it may choose sizes and numbers.
@@ -152,6 +121,14 @@ NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metad
 def variable(name: str) -> str:
     """Return the environment variable that holds an option where no flag and no argument does."""
     return _PREFIX + name
+
+
+def values_of(holder: Options) -> Options:
+    """Return the options of `holder` as they are now."""
+    values = Options()
+    for option in OPTIONS:
+        setattr(values, option.name, getattr(holder, option.name))
+    return values
 
 
 def with_options(constructor: Constructor) -> Constructor:

@@ -31,6 +31,22 @@ class Place(Enum):
 
 
 @dataclass(frozen=True)
+class SlabLimits:
+    """How much is labelled at a time; the labels do not depend on it.
+
+    Attributes
+    ----------
+    planes : int or None
+        Network planes; None takes all that are final.
+    block_bytes : int
+        Working memory of the torch path on a device.
+    """
+
+    planes: int | None = None
+    block_bytes: int = 1 << 28
+
+
+@dataclass(frozen=True)
 class NextStage:
     """A later stage of a cascade that wants the labels of a case in its own grid.
 

@@ -6,10 +6,10 @@ Pure numbers, for `planner`. A constant here is a size that was measured or coun
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from nnunet_lowmem.types import Place, Shape3
+from nnunet_lowmem.types import Place, Shape3, SlabLimits
 from nnunet_lowmem.window.tiling import TileGrid
 
 MIB = 2**20
@@ -72,6 +72,10 @@ class Budget:
         """Return what is in use before the plan begins."""
         return {Place.RAM: self.reserved_ram_bytes, Place.VRAM: self.reserved_vram_bytes, Place.DISK: 0}[place]
 
+    def with_in_use(self, ram_bytes: int) -> Budget:
+        """Return the budget with so much more RAM in use, or less."""
+        return replace(self, reserved_ram_bytes=self.reserved_ram_bytes + ram_bytes)
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -96,10 +100,10 @@ class ModelFacts:
         Threads of the compiled kernels.
     worker_bytes : int
         Of a process that preprocesses the next case meanwhile; 0 without one.
-    pending_bytes : int
-        What writing the files of the case before takes, its label map included; 0 where nothing is being written.
-    pending_until : Stage
-        The last stage in which it may be going on.
+    device : str
+        Type of the network's device: "cpu", "cuda" or "mps".
+    window_on_device : bool
+        False keeps the window in RAM whatever fits (``--not_on_device``).
     """
 
     heads: int
@@ -113,8 +117,8 @@ class ModelFacts:
     kept_place: Place | None = None
     threads: int = 1
     worker_bytes: int = 0
-    pending_bytes: int = 0
-    pending_until: Stage = Stage.EXPORT
+    device: str = "cpu"
+    window_on_device: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,11 @@ class Placement:
     block_bytes: int = 256 * MIB
     weights: Place = Place.RAM
 
+    @property
+    def slab_limits(self) -> SlabLimits:
+        """For whoever labels."""
+        return SlabLimits(self.slab_planes, self.block_bytes)
+
     def in_words(self) -> str:
         """Name what is not in the fastest place."""
         places = {
@@ -226,9 +235,9 @@ def writer_bytes(label_map_bytes: int) -> int:
     return label_map_bytes + _BUFFER_BYTES
 
 
-def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device: str) -> Iterator[Allocation]:
+def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Iterator[Allocation]:
     """Every large array of a case under a placement."""
-    compute = Place.VRAM if device == "cuda" else Place.RAM
+    compute = Place.VRAM if model.device == "cuda" else Place.RAM
     predict = (Stage.PREDICTION,)
     with_window = (Stage.LOADING, Stage.PREDICTION)
     from_prediction = (Stage.PREDICTION, Stage.EXPORT, Stage.WRITING)
@@ -244,9 +253,6 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement, device
     yield Allocation("freed blocks that the allocator keeps", ram, HEAP_BYTES, tuple(Stage))
     if model.worker_bytes:
         yield Allocation("process that preprocesses the next case", ram, model.worker_bytes, tuple(Stage))
-    if model.pending_bytes:
-        until = tuple(Stage)[: tuple(Stage).index(model.pending_until) + 1]
-        yield Allocation("label map of the case before, being written", ram, model.pending_bytes, until)
     if model.kept_bytes:
         yield Allocation("weights of all folds", placement.weights, model.kept_bytes, tuple(Stage))
     if model.weight_bytes:

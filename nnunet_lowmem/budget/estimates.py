@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
-from nnunet_lowmem.budget.case_plan import CasePlanner
-from nnunet_lowmem.budget.planner import Plan, refusal, smallest_ram_bytes
+from nnunet_lowmem.budget.case_facts import CaseSizes
+from nnunet_lowmem.budget.planner import Plan, closest_plan, refusal, smallest_ram_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.nnunet.model_files import check_numbers
 from nnunet_lowmem.types import Place
@@ -76,7 +76,8 @@ class Estimate:
 
 def estimates(
     cases: Iterable[tuple[str, list[str], str | None]],
-    planner: CasePlanner,
+    sizes: CaseSizes,
+    model: ModelFacts,
     budget: Budget,
     probabilities: bool,
     file_ending: str,
@@ -85,18 +86,14 @@ def estimates(
     for name, files, previous_stage in cases:
         try:
             check_numbers(files, file_ending)
-            facts = planner.facts_of_files(name, files, previous_stage, probabilities)
+            facts = sizes.of_files(name, files, previous_stage, probabilities)
         except UsageError as error:
             yield Estimate(name, problem=str(error))
             continue
-        plan = planner.closest(facts, budget)
-        described = planner.description
-        least = [
-            smallest_ram_bytes(planner.model, facts, budget, described.device, described.window_on_device, spill)
-            for spill in (True, False)
-        ]
+        plan = closest_plan(model, facts, budget)
+        least = [smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False)]
         problem = None if plan.fits_everywhere() else refusal(plan)
-        yield Estimate(name, facts, plan, problem, stock_bytes(planner.model, facts), *least)
+        yield Estimate(name, facts, plan, problem, stock_bytes(model, facts), *least)
 
 
 def stock_bytes(model: ModelFacts, facts: CaseFacts) -> int:

@@ -8,7 +8,8 @@ not about memory passes through.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,8 @@ class Recovery:
         What the case began with.
     plans : iterable of Plan
         All there are, fastest first; those that change what cannot be changed under way are left out.
+    on_step : callable
+        Called with each new plan.
     stage : Stage
         Prediction, or preprocessing.
 
@@ -44,23 +47,29 @@ class Recovery:
         What holds now.
     steps : list of str
         What was done, with numbers.
-    listeners : list of callable
-        Called with each new plan; forgotten at the end of the ``with`` block, since they hold the window.
     """
 
-    def __init__(self, plan: Plan, plans: Iterable[Plan], stage: Stage = Stage.PREDICTION) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        plans: Iterable[Plan],
+        on_step: Callable[[Plan], object] = id,
+        stage: Stage = Stage.PREDICTION,
+    ) -> None:
         self.plan = plan
         self._stage = stage
         self.steps: list[str] = []
-        self.listeners: list[Callable[[Plan], None]] = []
+        self._listeners = [on_step]
         self._plans = [other for other in plans if _fixed(other, stage) == _fixed(plan, stage)]
 
-    def __enter__(self) -> Recovery:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # the window holds this in turn: the cycle would keep them until the next garbage collection
-        self.listeners.clear()
+    @contextmanager
+    def followed_by(self, listener: Callable[[Plan], object]) -> Iterator[None]:
+        """Tell `listener` of each new plan in the block, and hold it no longer: the window holds this in turn."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def run(self, operation: Callable[[], T]) -> T:
         """Return ``operation()``, tried again with less and less memory.
@@ -100,7 +109,7 @@ class Recovery:
         _logger.warning("case %s: %s", self.plan.case, step)
         self.plan = following
         self._plans = [other for other in self._plans if _follows(other, following)]
-        for listener in self.listeners:
+        for listener in self._listeners:
             listener(following)
         return_freed_memory()
         if torch.cuda.is_available():

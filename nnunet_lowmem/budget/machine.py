@@ -76,8 +76,13 @@ def ram_limit(max_ram: int | str | None, with_children: bool = True) -> tuple[in
 
 def spill_bytes(tmp_dir: str | os.PathLike[str] | None) -> int:
     """Return what can be spilled: the free space of the folder, or nothing where the folder is itself kept in RAM."""
-    folder = Path(tempfile.gettempdir() if tmp_dir is None else tmp_dir)
+    folder = spill_folder(tmp_dir)
     return 0 if _file_system(folder) in _IN_MEMORY else free_disk_bytes(folder)
+
+
+def spill_folder(tmp_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the folder where arrays are spilled; the system's for temporary files if none is given."""
+    return Path(tmp_dir or tempfile.gettempdir())
 
 
 def _file_system(folder: Path) -> str:

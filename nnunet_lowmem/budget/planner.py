@@ -77,25 +77,15 @@ class Plan:
         return all(map(self.fits, Place))
 
 
-def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True) -> Plan:
+def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
     """Choose the fastest placement that fits the budget.
-
-    Parameters
-    ----------
-    model : ModelFacts
-    case : CaseFacts
-    budget : Budget
-    device : str
-        Type of the network's device: "cpu", "cuda" or "mps".
-    window_on_device : bool
-        False keeps the window in RAM whatever fits (``--not_on_device``).
 
     Raises
     ------
     BudgetError
         If no placement fits.
     """
-    plan = closest_plan(model, case, budget, device, window_on_device)
+    plan = closest_plan(model, case, budget)
     if not plan.fits_everywhere():
         error = BudgetError(refusal(plan))
         error.place = _too_small(plan)
@@ -103,19 +93,17 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, w
     return plan
 
 
-def closest_plan(
-    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
-) -> Plan:
+def closest_plan(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
     """As `plan_case`; where nothing fits, the plan that comes closest to fitting.
 
     For what the network may take beyond what is certain, as long as none of its tiles is measured, room is left where
     there is any. Where there is none, the placement is the one that leaves most, and the plan counts what is certain.
     """
-    plan = _closest(all_plans(model, case, budget, device, window_on_device))
+    plan = _closest(all_plans(model, case, budget))
     if plan.fits_everywhere() or not model.unmeasured_bytes:
         return plan
-    plan = placed(certain(model), case, budget, device, plan.placement)
-    return plan if plan.fits_everywhere() else closest_plan(certain(model), case, budget, device, window_on_device)
+    plan = placed(certain(model), case, budget, plan.placement)
+    return plan if plan.fits_everywhere() else closest_plan(certain(model), case, budget)
 
 
 def _closest(plans: Iterable[Plan]) -> Plan:
@@ -134,17 +122,15 @@ def certain(model: ModelFacts) -> ModelFacts:
     return replace(model, unmeasured_bytes=0)
 
 
-def placed(model: ModelFacts, case: CaseFacts, budget: Budget, device: str, placement: Placement) -> Plan:
+def placed(model: ModelFacts, case: CaseFacts, budget: Budget, placement: Placement) -> Plan:
     """Return the plan of a placement, whether it fits or not."""
-    return Plan(case.name, placement, tuple(allocations(model, case, placement, device)), budget)
+    return Plan(case.name, placement, tuple(allocations(model, case, placement)), budget)
 
 
-def all_plans(
-    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool = True
-) -> Iterator[Plan]:
+def all_plans(model: ModelFacts, case: CaseFacts, budget: Budget) -> Iterator[Plan]:
     """Yield the plan of every placement, fastest first."""
-    for placement in placements(model, case, device, window_on_device):
-        yield placed(model, case, budget, device, placement)
+    for placement in placements(model, case):
+        yield placed(model, case, budget, placement)
 
 
 def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = Stage.PREDICTION) -> Plan | None:
@@ -158,20 +144,14 @@ def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = 
     return next((plan for plan in smaller if all(map(plan.fits, elsewhere))), None)
 
 
-def smallest_ram_bytes(
-    model: ModelFacts, case: CaseFacts, budget: Budget, device: str, window_on_device: bool, spill: bool
-) -> int:
+def smallest_ram_bytes(model: ModelFacts, case: CaseFacts, budget: Budget, spill: bool) -> int:
     """Return the least RAM that any placement projects, with or without arrays on disk."""
-    frugal = [
-        chosen
-        for chosen in placements(model, case, device, window_on_device)
-        if chosen.threads == 1 and chosen.slab_planes is not None
-    ]
+    frugal = [c for c in placements(model, case) if c.threads == 1 and c.slab_planes is not None]
     fewest = min(map(_spills, frugal))  # what is on disk already stays there
     frugal = [chosen for chosen in frugal if spill or _spills(chosen) == fewest]
     # in RAM no place is better than disk, so with spilling only what is on disk altogether has to be looked at
     most = max(map(_spills, frugal))
-    plans = [placed(model, case, budget, device, chosen) for chosen in frugal if _spills(chosen) >= most - 1]
+    plans = [placed(model, case, budget, chosen) for chosen in frugal if _spills(chosen) >= most - 1]
     return min(plan.projected_bytes(Place.RAM) for plan in plans)
 
 
@@ -181,12 +161,12 @@ def _spills(placement: Placement) -> int:
     return chosen.count(Place.DISK)
 
 
-def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device: bool = True) -> tuple[Placement, ...]:
+def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     """All placements in the order of what they cost in time."""
     small = finished_bytes(model, case) <= _SMALL_BYTES
     either = ((Place.RAM, 0), (Place.DISK, 2))
     windows = [(Place.RAM, 0), (Place.DISK, 16)]
-    if device == "cuda" and window_on_device:
+    if model.device == "cuda" and model.window_on_device:
         windows = [(Place.VRAM, 0), (Place.RAM, 8), (Place.DISK, 16)]
     images = either if case.image_place is None else ((case.image_place, 0),)
     planes: tuple[tuple[Place, int], ...] = (
@@ -195,7 +175,7 @@ def placements(model: ModelFacts, case: CaseFacts, device: str, window_on_device
     planes = planes if model.folds > 1 or not case.streams else ((Place.RAM, 0),)
     threads = ((model.threads, 0), (1, 4)) if model.threads > 1 else ((1, 0),)
     slabs = ((None, 0), (8, 1))
-    blocks = ((256 * MIB, 0), (16 * MIB, 1)) if device == "cuda" else ((256 * MIB, 0),)
+    blocks = ((256 * MIB, 0), (16 * MIB, 1)) if model.device == "cuda" else ((256 * MIB, 0),)
     weights: tuple[tuple[Place, float], ...] = ((model.kept_place or Place.RAM, 0),)
     if model.kept_bytes and model.kept_place is None:
         # mapped pages, read once for each fold: less than anything else

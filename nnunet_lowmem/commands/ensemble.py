@@ -18,6 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.labels.heads import HeadContest
 from nnunet_lowmem.labels.probabilities import npz_sink
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.nnunet.adapter import label_rule, write_properties, write_segmentation
@@ -165,12 +166,12 @@ def _merge(files: Sequence[Path], rule: LabelRule, target: Path | None) -> NDArr
         if path is not None:
             sink = stack.enter_context(npz_sink(path, heads, tuple(shape), [0, 1, 2], np.dtype(np.float32)))
         labels = np.zeros(shape, np.uint16)
-        best = np.full(shape, -np.inf, np.float32)
-        for head in range(heads):
+        contest = HeadContest(rule, labels)
+        for _ in range(heads):
             mean = _mean(archives)
             if sink is not None:
                 sink(mean)
-            _update(labels, best, mean, head, rule)
+            contest.show(mean)
         return labels
 
 
@@ -180,13 +181,3 @@ def _mean(archives: Sequence[HeadArchive]) -> NDArray[np.float32]:
         total += archive.read_head()
     total /= len(archives)
     return total
-
-
-def _update(
-    labels: NDArray[np.uint16], best: NDArray[np.float32], mean: NDArray[np.float32], head: int, rule: LabelRule
-) -> None:
-    """Let one head compete: the largest wins, the lowest on a tie; of regions the last one above 0.5."""
-    better = mean > best if rule.ranked else mean > 0.5
-    np.copyto(labels, rule.values[head if rule.ranked else head + 1], where=better)
-    if rule.ranked:
-        np.copyto(best, mean, where=better)

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem.labels import cells_cpu
-from nnunet_lowmem.labels.labeller import SlabLabeller, SlabLimits
+from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
 from nnunet_lowmem.labels.resampling import flat_tables
 from nnunet_lowmem.labels.rules import HEADS_PER_CALL, CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Attempt, Shape3, once
+from nnunet_lowmem.types import Shape3
 from nnunet_lowmem.volumes.planes import PlaneStore, spilled_array
 from nnunet_lowmem.window.slabs import LogitsSlab
 
@@ -34,12 +34,9 @@ def label_slabs(
     slabs: Iterable[LogitsSlab],
     resampling: LogitsResampling,
     geometry: CaseGeometry,
-    rule: LabelRule,
-    threads: RowThreads,
+    how: Labelling,
     clock: StageClock,
-    limits: Callable[[], SlabLimits] = SlabLimits,
     folder: Path | None = None,
-    attempt: Attempt = once,
 ) -> NDArray[Any]:
     """Label slabs as they come, into a file of `folder` if one is given; needs a resampling that is known as tables.
 
@@ -48,8 +45,8 @@ def label_slabs(
     uint8 or uint16 array, original grid in the axis order of the network
     """
     assert resampling.tables is not None
-    whole, cropped = empty_label_map(geometry, rule, folder)
-    labeller = SlabLabeller(resampling.tables, rule, cropped, threads, limits, attempt)
+    whole, cropped = empty_label_map(geometry, how.rule, folder)
+    labeller = SlabLabeller(resampling.tables, how, cropped)
     for slab in slabs:
         with clock.stage("export", cropped.shape[slab.axis]):
             done = labeller.done
@@ -66,6 +63,41 @@ def plain(result: Any) -> Any:
     return np.asarray(result) if isinstance(result, np.memmap) else result
 
 
+class HeadContest:
+    """Labels of voxels while one head after the other is shown: a running argmax.
+
+    Parameters
+    ----------
+    rule : LabelRule
+        Ranked: the largest value wins, the lowest head on a tie. Regions: the last one above 0.5.
+    labels : integers, shape (z, y, x), any strides
+        Written; of regions 0 at first.
+
+    Attributes
+    ----------
+    largest : array, shape (z, y, x), or None
+        Of the values that were shown; None before the first head, and of regions.
+    """
+
+    def __init__(self, rule: LabelRule, labels: NDArray[Any]) -> None:
+        self.largest: NDArray[Any] | None = None
+        self._rule, self._labels, self._head = rule, labels, 0
+
+    def show(self, planes: Iterable[NDArray[Any]]) -> None:
+        """Let the next head compete: logits or, of regions, probabilities, one plane (y, x) after the other."""
+        label = self._rule.values[self._head + (not self._rule.ranked)].astype(self._labels.dtype)
+        for z, plane in enumerate(planes):
+            if not self._rule.ranked:
+                np.copyto(self._labels[z], label, where=plane > 0.5)
+                continue
+            if self.largest is None:
+                self.largest = np.empty(self._labels.shape, plane.dtype)
+            better: Any = self._head == 0 or plane > self.largest[z]
+            np.copyto(self.largest[z], plane, where=better)
+            np.copyto(self._labels[z], label, where=better)
+        self._head += 1
+
+
 def label_heads(heads: Iterable[NDArray[Any]], geometry: CaseGeometry, rule: LabelRule) -> NDArray[Any]:
     """Label head after head: for resampling functions that are not known as tables.
 
@@ -79,19 +111,15 @@ def label_heads(heads: Iterable[NDArray[Any]], geometry: CaseGeometry, rule: Lab
     uint8 or uint16 array, original grid in the axis order of the network
     """
     whole, cropped = empty_label_map(geometry, rule)
-    best: NDArray[Any] | None = None
-    for index, logits in enumerate(heads):
-        if not rule.ranked:
-            probability = torch.sigmoid(torch.from_numpy(logits).float()).numpy()
-            np.copyto(cropped, rule.values[index + 1].astype(rule.dtype), where=probability > 0.5)
-        elif best is None:
-            best = logits.copy()
-            cropped[...] = rule.values[index]
-        else:
-            better = logits > best
-            np.copyto(best, logits, where=better)
-            np.copyto(cropped, rule.values[index].astype(rule.dtype), where=better)
+    contest = HeadContest(rule, cropped)
+    for logits in heads:
+        contest.show(logits if rule.ranked else map(sigmoid, logits))
     return whole
+
+
+def sigmoid(logits: NDArray[Any]) -> NDArray[np.float32]:
+    """Return stock's probabilities of a region, float32, whatever the type of the logits."""
+    return torch.sigmoid(torch.from_numpy(logits).float()).numpy()
 
 
 class ResampledHeads:
@@ -108,20 +136,24 @@ class ResampledHeads:
     shape : int, 3
         Cropped grid.
     threads : RowThreads
-
-    Attributes
-    ----------
     on_head : callable
         Called when a head has been used.
     """
 
-    def __init__(self, store: PlaneStore, resampling: LogitsResampling, shape: Shape3, threads: RowThreads) -> None:
+    def __init__(
+        self,
+        store: PlaneStore,
+        resampling: LogitsResampling,
+        shape: Shape3,
+        threads: RowThreads,
+        on_head: Callable[[], object] = int,
+    ) -> None:
         self.heads = store.heads
         self._store = store
         self._resampling = resampling
         self._shape = shape
         self._threads = threads
-        self.on_head: Callable[[], object] = int
+        self._on_head = on_head
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         group = 1 if self._resampling.tables is not None else HEADS_PER_CALL
@@ -129,7 +161,7 @@ class ResampledHeads:
             logits = self._store.read_heads(start, min(start + group, self.heads))
             for head in self._resample(logits):
                 yield head
-                self.on_head()
+                self._on_head()
 
     def _resample(self, logits: NDArray[np.float16]) -> Iterable[NDArray[Any]]:
         tables = self._resampling.tables

@@ -23,25 +23,30 @@ from nnunet_lowmem.labels import cells_cpu, cells_torch
 from nnunet_lowmem.labels.resampling import AxisTable, flat_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Attempt, once
+from nnunet_lowmem.types import Attempt, SlabLimits, once
 from nnunet_lowmem.window.host_buffer import HostBuffer
 from nnunet_lowmem.window.slabs import LogitsSlab
 
 
 @dataclass(frozen=True)
-class SlabLimits:
-    """How much is worked on at a time; the labels do not depend on it.
+class Labelling:
+    """How slabs are labelled.
 
     Attributes
     ----------
-    planes : int or None
-        Network planes; None takes all that are final.
-    block_bytes : int
-        Working memory of the torch path on a device.
+    rule : LabelRule
+    threads : RowThreads
+        For the compiled kernels.
+    limits : callable
+        Returns the `SlabLimits` of now; asked before every part.
+    attempt : Attempt
+        Calls what labels a part.
     """
 
-    planes: int | None = None
-    block_bytes: int = 1 << 28
+    rule: LabelRule
+    threads: RowThreads
+    limits: Callable[[], SlabLimits] = SlabLimits
+    attempt: Attempt = once
 
 
 class SlabLabeller:
@@ -51,15 +56,9 @@ class SlabLabeller:
     ----------
     tables : 3 AxisTable
         From network space to the cropped grid.
-    rule : LabelRule
+    how : Labelling
     labels : uint8 or uint16, shape of the cropped grid, any strides
         Written.
-    threads : RowThreads
-        For the compiled kernels.
-    limits : callable
-        Returns the `SlabLimits` of now; asked before every part.
-    attempt : Attempt
-        Calls what labels a part.
 
     Attributes
     ----------
@@ -67,21 +66,10 @@ class SlabLabeller:
         Output planes that are labelled.
     """
 
-    def __init__(
-        self,
-        tables: tuple[AxisTable, ...],
-        rule: LabelRule,
-        labels: NDArray[Any],
-        threads: RowThreads,
-        limits: Callable[[], SlabLimits] = SlabLimits,
-        attempt: Attempt = once,
-    ) -> None:
+    def __init__(self, tables: tuple[AxisTable, ...], how: Labelling, labels: NDArray[Any]) -> None:
         self._tables = tables
-        self._rule = rule
+        self._how = how
         self._labels = labels
-        self._threads = threads
-        self._limits = limits
-        self._attempt = attempt
         self._outbox: HostBuffer | None = None
         self._arriving: tuple[torch.Tensor, NDArray[Any]] | None = None
         self._axis = 0
@@ -93,7 +81,7 @@ class SlabLabeller:
         table = self._tables[slab.axis]
         ready = table.ready(slab.stop)
         while self.done < ready:
-            self._attempt(lambda: self._label_part(slab, ready))
+            self._how.attempt(lambda: self._label_part(slab, ready))
 
     def _next_stop(self, table: AxisTable, ready: int, planes: int | None) -> int:
         """End of the output planes that are labelled together."""
@@ -103,7 +91,7 @@ class SlabLabeller:
         return min(ready, max(within, self.done + 1))
 
     def _label_part(self, slab: LogitsSlab, ready: int) -> None:
-        table, limits = self._tables[slab.axis], self._limits()
+        table, limits = self._tables[slab.axis], self._how.limits()
         ready = self._next_stop(table, ready, limits.planes)
         first, last = int(table.low[self.done]), int(table.high[ready - 1])
         origin = list(slab.origin)
@@ -137,7 +125,7 @@ class SlabLabeller:
         box = buffer
         for axis in range(3):
             box = box.narrow(axis + 1, origin[axis], shape[axis])
-        winners = cells_torch.winners(box, tables, self._rule.ranked, limits.block_bytes)
+        winners = cells_torch.winners(box, tables, self._how.rule.ranked, limits.block_bytes)
         self._write_arrived()
         self._outbox = self._outbox or HostBuffer(buffer.device)
         self._arriving = self._outbox.receive(winners), labels
@@ -147,7 +135,7 @@ class SlabLabeller:
         if self._arriving is not None and self._outbox is not None:
             self._outbox.wait()
             for winners, plane in zip(*self._arriving, strict=True):
-                plane[...] = self._rule.values[winners.numpy()]
+                plane[...] = self._how.rule.values[winners.numpy()]
             self._arriving = None
 
     def _label_on_cpu(
@@ -162,12 +150,12 @@ class SlabLabeller:
         winner = np.empty(shape, np.uint16)
         gap = np.empty(shape, np.int8)
         magnitude = np.empty(shape, np.int8)
-        rows = shape[0] * shape[1]
-        if self._rule.ranked:
-            self._threads.run(cells_cpu.survey_heads, rows, bits, origin, winner, gap, magnitude)
+        rows, run = shape[0] * shape[1], self._how.threads.run
+        if self._how.rule.ranked:
+            run(cells_cpu.survey_heads, rows, bits, origin, winner, gap, magnitude)
         else:
-            self._threads.run(cells_cpu.survey_regions, rows, bits, origin, winner)
-        self._threads.run(
+            run(cells_cpu.survey_regions, rows, bits, origin, winner)
+        run(
             cells_cpu.label_rows,
             labels.shape[0] * labels.shape[1],
             bits,
@@ -178,7 +166,7 @@ class SlabLabeller:
             *flat_tables(tables),
             *tables[2].cells,
             any(table.interpolates for table in tables),
-            self._rule.ranked,
-            self._rule.values,
+            self._how.rule.ranked,
+            self._how.rule.values,
             labels,
         )

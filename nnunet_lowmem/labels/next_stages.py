@@ -7,7 +7,7 @@ head once the last slab has passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nnunet_lowmem.labels.heads import ResampledHeads, empty_label_map, label_heads
-from nnunet_lowmem.labels.labeller import SlabLabeller, SlabLimits
+from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
 from nnunet_lowmem.labels.probabilities import label_and_export
-from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling, streams, takes_softmax
-from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Attempt, NextStage
+from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling, streams, takes_softmax
+from nnunet_lowmem.types import NextStage
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.slabs import LogitsSlab, store_slabs
 
@@ -37,20 +36,15 @@ class Target:
 def label_along(
     slabs: Iterator[LogitsSlab],
     wanted: Sequence[Target],
-    rule: LabelRule,
-    threads: RowThreads,
-    limits: Callable[[], SlabLimits],
-    attempt: Attempt,
+    how: Labelling,
     folder: Path,
 ) -> Iterator[LogitsSlab]:
     """Pass slabs on as they are; when they have ended, the labels of every target are written."""
     with ExitStack() as stack:
         makers: list[_Streamed | _Stored] = []
         for target in wanted:
-            if streams(target.resampling, rule):
-                makers.append(_Streamed(target, rule, threads, limits, attempt))
-            else:
-                makers.append(_Stored(target, rule, threads, folder, stack))
+            streamed = streams(target.resampling, how.rule)
+            makers.append(_Streamed(target, how) if streamed else _Stored(target, how, folder, stack))
         for slab in slabs:
             for maker in makers:
                 maker.add(slab)
@@ -62,17 +56,10 @@ def label_along(
 class _Streamed:
     """Labels slab by slab."""
 
-    def __init__(
-        self,
-        target: Target,
-        rule: LabelRule,
-        threads: RowThreads,
-        limits: Callable[[], SlabLimits],
-        attempt: Attempt,
-    ) -> None:
+    def __init__(self, target: Target, how: Labelling) -> None:
         assert target.resampling.tables is not None
-        self._labels, cropped = empty_label_map(target.geometry, rule)
-        self._labeller = SlabLabeller(target.resampling.tables, rule, cropped, threads, limits, attempt)
+        self._labels, cropped = empty_label_map(target.geometry, how.rule)
+        self._labeller = SlabLabeller(target.resampling.tables, how, cropped)
         self.add = self._labeller.add
 
     def finish(self) -> NDArray[Any]:
@@ -83,9 +70,8 @@ class _Streamed:
 class _Stored:
     """Spills the slabs, and labels head by head."""
 
-    def __init__(self, target: Target, rule: LabelRule, threads: RowThreads, folder: Path, stack: ExitStack) -> None:
-        self._target, self._rule, self._threads = target, rule, threads
-        self._folder, self._stack = folder, stack
+    def __init__(self, target: Target, how: Labelling, folder: Path, stack: ExitStack) -> None:
+        self._target, self._how, self._folder, self._stack = target, how, folder, stack
         self._store: PlaneStore | None = None
 
     def add(self, slab: LogitsSlab) -> None:
@@ -98,7 +84,7 @@ class _Stored:
     def finish(self) -> NDArray[Any]:
         assert self._store is not None, "a grid has at least one tile"
         geometry = self._target.geometry
-        heads = ResampledHeads(self._store, self._target.resampling, geometry.cropped_shape, self._threads)
-        if takes_softmax(self._rule):
-            return label_and_export(heads, geometry, self._rule, None)
-        return label_heads(heads, geometry, self._rule)
+        heads = ResampledHeads(self._store, self._target.resampling, geometry.cropped_shape, self._how.threads)
+        if takes_softmax(self._how.rule):
+            return label_and_export(heads, geometry, self._how.rule, None)
+        return label_heads(heads, geometry, self._how.rule)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem.labels.heads import ResampledHeads, empty_label_map
+from nnunet_lowmem.labels.heads import HeadContest, ResampledHeads, empty_label_map, sigmoid
 from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule
 
 #: Receives the probabilities of one head after the other: float32, shape (z, y, x), original grid, network axis order.
@@ -40,7 +40,11 @@ def label_and_export(
     if not rule.ranked:
         return _sigmoid(heads, geometry, rule, sink)
     labels, cropped = empty_label_map(geometry, rule)
-    largest = _maximum(heads, rule, cropped)
+    contest = HeadContest(rule, cropped)
+    for logits in heads:
+        contest.show(logits)
+    largest = contest.largest
+    assert largest is not None, "a model has at least one head"
     total, close = _sum_of_exponentials(heads, largest)
     if sink is not None:
         _export_softmax(heads, geometry, largest, total, sink)
@@ -53,12 +57,12 @@ def _sigmoid(
 ) -> NDArray[Any]:
     """Regions: outside the crop every probability is 0."""
     labels, cropped = empty_label_map(geometry, rule)
+    contest = HeadContest(rule, cropped)
     whole = np.zeros(geometry.original_shape, np.float32)
-    for region, logits in enumerate(heads):
+    for logits in heads:
         for z in range(len(logits)):
-            probability = torch.sigmoid(_single(logits[z])).numpy()
-            whole[geometry.crop][z] = probability
-            np.copyto(cropped[z], rule.values[region + 1].astype(rule.dtype), where=probability > 0.5)
+            whole[geometry.crop][z] = sigmoid(logits[z])
+        contest.show(whole[geometry.crop])
         if sink is not None:
             sink(whole)
     return labels
@@ -74,22 +78,6 @@ def _export_softmax(
         for z in range(len(logits)):
             whole[geometry.crop][z] = (torch.exp(_single(logits[z]) - _single(largest[z])) / total[z]).numpy()
         sink(whole)
-
-
-def _maximum(heads: ResampledHeads, rule: LabelRule, labels: NDArray[Any]) -> NDArray[Any]:
-    """Largest logit of each voxel; writes the label of the lowest head that has it."""
-    largest: NDArray[Any] | None = None
-    for head, logits in enumerate(heads):
-        if largest is None:
-            largest = logits.copy()
-            labels[...] = rule.values[0]
-            continue
-        for z in range(len(logits)):
-            better = logits[z] > largest[z]
-            np.copyto(largest[z], logits[z], where=better)
-            np.copyto(labels[z], rule.values[head].astype(rule.dtype), where=better)
-    assert largest is not None, "a model has at least one head"
-    return largest
 
 
 def _sum_of_exponentials(heads: ResampledHeads, largest: NDArray[Any]) -> tuple[torch.Tensor, NDArray[np.bool_]]:

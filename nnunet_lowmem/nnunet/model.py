@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.nnunet import model_files, model_keys, model_limits, stock_calls
+from nnunet_lowmem.errors import LowMemError, ModelError, because
+from nnunet_lowmem.nnunet import adapter, model_files, model_keys, model_limits, stock_calls
 from nnunet_lowmem.nnunet.trust import Trust
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,31 @@ class Model:
     mirroring_axes: Any
     network: nn.Module
     weights: Mapping[str, Any]
+
+
+def load_folds(
+    folder: Path, folds: Any, checkpoint_name: str, trust: Trust, device: str = "cpu", trainer_class: Any = None
+) -> tuple[Model, list[Path], Iterator[Mapping[str, Any]]]:
+    """Read a model folder; return the model, its checkpoints, and the weights of each, read when they are asked for.
+
+    Raises
+    ------
+    ModelError
+        If a file is missing or unreadable, names what is not trusted, or asks for an absurd size.
+    """
+    folds = stock_calls.find_folds(str(folder), checkpoint_name) if folds is None else folds
+    checkpoints = model_files.checkpoint_files(str(folder), folds, checkpoint_name, stock_calls.reads_files())
+    if trust.everything:
+        logger.warning("%s is trusted: the code it holds or names is run", folder)
+    try:
+        model = load_model(folder, checkpoints[0], trust, device, trainer_class)
+    except LowMemError:
+        raise
+    except Exception as error:
+        raise because(ModelError, why_not_loaded(checkpoints[0], error), error) from error
+    adapter.check_reader(model.plans_manager)
+    others = (trust.load_checkpoint(path, device)["network_weights"] for path in checkpoints[1:])
+    return model, checkpoints, chain([model.weights], others)
 
 
 def load_model(

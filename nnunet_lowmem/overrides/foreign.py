@@ -25,5 +25,5 @@ def foreign(clock: StageClock | None) -> Iterator[None]:
         yield
     except Exception as error:
         if clock is not None and not (is_out_of_memory(error) or isinstance(error, LowMemError)):
-            clock.foreign_error = error
+            clock.blame_others(error)
         raise

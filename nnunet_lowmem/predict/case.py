@@ -1,12 +1,11 @@
-"""The steps of one case: its plan, then from a preprocessed image to its segmentation and probabilities."""
+"""One case on its way: its plans, then from the preprocessed image to its segmentation and probabilities."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem.budget.arrays import THREAD_BYTES, WORKER_BYTES, Budget, CaseFacts, writer_bytes
-from nnunet_lowmem.budget.case_plan import CasePlanner, CasePlanning, ModelDescription
-from nnunet_lowmem.budget.estimates import Estimate, estimates
-from nnunet_lowmem.budget.machine import machine_budget
+from nnunet_lowmem.budget.case_facts import CaseSizes
+from nnunet_lowmem.budget.case_plan import CasePlanning
+from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
 from nnunet_lowmem.labels.heads import ResampledHeads, label_heads, label_slabs
-from nnunet_lowmem.labels.labeller import SlabLimits
+from nnunet_lowmem.labels.labeller import Labelling
 from nnunet_lowmem.labels.probabilities import label_and_export, npz_sink
-from nnunet_lowmem.labels.rules import LabelRule
-from nnunet_lowmem.names import shown
-from nnunet_lowmem.network.tile_memory import TileBytes, copy_of_zeros
-from nnunet_lowmem.nnunet import adapter, model_files, model_keys, stock_calls
-from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
+from nnunet_lowmem.nnunet import adapter, model_keys, stock_calls
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.foreign import foreign
-from nnunet_lowmem.overrides.lookup import replaced
-from nnunet_lowmem.predict.jobs import Job, facts_of_job
-from nnunet_lowmem.predict.loading import CaseLoading
-from nnunet_lowmem.predict.logits import LogitsPredictor
+from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
+from nnunet_lowmem.predict.jobs import Array, Files, Job
+from nnunet_lowmem.predict.listeners import Listener
+from nnunet_lowmem.predict.loading import Load, facts_of_job
+from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.predict.pending_write import PendingWrite
-from nnunet_lowmem.predict.prefetching import Prefetcher
+from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.predict.warming import warm_up
-from nnunet_lowmem.predict.writing import CaseWriting, Result
+from nnunet_lowmem.predict.writing import Result, rehearse_writing
 from nnunet_lowmem.preprocessing.case import check_headers
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.atomic_files import atomic_output
@@ -47,344 +44,270 @@ from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import RowThreads, torch_threads
 from nnunet_lowmem.types import Place, PreprocessedCase
 from nnunet_lowmem.volumes.planes import PlaneStore
-from nnunet_lowmem.window.slabs import collect_slabs, store_slabs, whole_slab
+from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs, store_slabs, whole_slab
 from nnunet_lowmem.window.tiles import PredictedTiles
-from nnunet_lowmem.window.tiling import TileGrid
 
 logger = logging.getLogger(__name__)
 
 
-class CasePredictor(CaseLoading, CaseWriting, LogitsPredictor):
-    """The part of the predictor that takes one case from its files to its outputs."""
+@dataclass(frozen=True)
+class CaseRun:
+    """The steps of one case.
 
-    _worker_bytes = 0
-    _prefetcher: Prefetcher | None = None
-    _latest_write: PendingWrite | None = None
+    Attributes
+    ----------
+    setup : Setup
+    job : Job
+    clock : StageClock
+    folder : Path
+        For arrays that do not fit RAM.
+    probabilities : bool
+        Are wanted, too.
+    listeners : sequence of Listener
+        Told of the plan.
+    beside : callable
+        Settles what else goes on while the case is predicted, and lets the planning know; called before the final plan.
+    """
 
-    @property
-    def _pending(self) -> PendingWrite | None:
-        """Files of the case before that are not there yet."""
-        return None if self._latest_write is None or self._latest_write.is_over else self._latest_write
+    setup: Setup
+    job: Job
+    clock: StageClock
+    folder: Path
+    probabilities: bool
+    listeners: Sequence[Listener]
+    beside: Callable[[CasePlanning], None]
 
-    def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
-        """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
-        plans, configuration = self.plans_manager.plans, self.configuration_manager.configuration
-        model_keys.check_case(plans, configuration, preprocesses=True, exports=True)
-        self._warm_up()
-        budget = self._without_weights(machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir))
-        planner = CasePlanner(self._description(), self._model_facts(self._tile_bytes_of_zeros(budget).with_margin()))
-        file_ending = self.dataset_json["file_ending"]
-        cascades = self.configuration_manager.previous_stage_name is not None
-        cases = (
-            (shown(model_files.case_name(files, file_ending)), files, files[0] if cascades else None)
-            for files in model_files.list_cases(source_folder, file_ending)
-        )
-        return estimates(cases, planner, budget, probabilities, file_ending)
-
-    def _tile_bytes_of_zeros(self, budget: Budget) -> TileBytes:
-        """Measure a tile of zeros in a copy of the network that nobody else sees, or tell what is expected."""
-        known, network, axes = self._tile_bytes(), self.network, self.allowed_mirroring_axes
-        place = Place.VRAM if self.device.type == "cuda" else Place.RAM
-        room = (budget.limit(place) or 0) - budget.reserved(place) - known.certain
-        sample = copy_of_zeros(uncompiled(network), self.device, room) if known.uncertain else None
-        if sample is None:
-            return known.after(0)
-        patch = self.configuration_manager.patch_size
-        two_tiles = (2, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])
-        case = PreprocessedCase(np.zeros((self._input_channels(), *two_tiles), np.float32), None, {})
-        try:
-            # mirroring along one axis holds as much as along all of them
-            self.network, self.allowed_mirroring_axes = sample, self._mirrored_axes()[:1] or None
-            return self._measure(self._predicted(case, self._grid(case)), lambda run: run())
-        except (MemoryError, RuntimeError) as error:
-            logger.info("no tile could be run to measure the network: %s", error)
-            return known.after(0)
-        finally:
-            self.network, self.allowed_mirroring_axes = network, axes
-
-    def _check_keys(self, job: Job) -> None:
-        given = job.files is None and job.array is None
-        preprocesses = not given and not replaced(self, Step.READING, Step.PREPROCESSING)
-        model_keys.check_case(
-            self.plans_manager.plans,
-            self.configuration_manager.configuration,
-            preprocesses,
-            exports=not replaced(self, Step.EXPORT),
-        )
-
-    def _begin(self, job: Job, folder: Path, probabilities: bool) -> CasePlanning:
-        """Measure what is in use, and refuse a case that cannot fit by its header alone.
+    def check(self) -> None:
+        """Refuse a model that cannot be followed, and files that cannot be believed, before anything is measured.
 
         Raises
         ------
-        BudgetError
+        ModelError
         UsageError
             If the header is not to be believed: that comes first, or its size would be blamed.
         """
-        self._check_keys(job)
-        if job.files is not None:
-            check_headers(job.files[0], self.plans_manager, self.configuration_manager)
-        self._warm_up()
-        budget = machine_budget(self.max_ram, self.max_vram, self.device, self.tmp_dir, self._worker_bytes == 0)
-        budget = self._without_weights(budget)
-        facts = replace(self._model_facts(), worker_bytes=self._worker_bytes)
-        planner = CasePlanner(self._description(), facts)
-        pending = self._pending
-        if pending is not None:
-            planner = planner.changed(pending_bytes=pending.map_bytes + pending.writer_bytes)
-            budget = replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - pending.resident_bytes)
-        header = None
-        if not replaced(self, Step.READING, Step.PREPROCESSING):
-            with suppress(UsageError):  # the reader tells it better
-                header = facts_of_job(planner, job, probabilities)
-        self._planning = CasePlanning(planner, budget, folder, header, move_weights=self._mover())
-        if pending is not None:
-            if not self._planning.fits():  # more is in use than when the case before was planned
-                pending.wait()
-                return self._begin(job, folder, probabilities)
-            pending.start()
-        self._planning.check()
-        return self._planning
+        setup, replaced = self.setup, self.setup.steps.replaced
+        is_raw = isinstance(self.job.source, Files | Array)
+        preprocesses = is_raw and not replaced(Step.READING, Step.PREPROCESSING)
+        configuration = setup.configuration_manager.configuration
+        exports = not replaced(Step.EXPORT)
+        model_keys.check_case(setup.plans_manager.plans, configuration, preprocesses, exports=exports)
+        if self.job.files is not None:
+            check_headers(self.job.files.images, setup.plans_manager, setup.configuration_manager)
+        warm_up_kernels(setup)
 
-    def _start_prefetching(self, planning: CasePlanning, probabilities: bool) -> None:
-        """Preprocess the next cases in a process from now on, if every case fits beside it; its plans count it then.
+    def planning(self, worker_bytes: int, pending: PendingWrite | None) -> CasePlanning:
+        """Measure what is in use, and prepare to plan by the header.
 
-        Decided once in a run, when it is known what the network takes.
+        Parameters
+        ----------
+        worker_bytes : int
+            Of a process that preprocesses the next case; where there is one, what children hold is not measured.
+        pending : PendingWrite or None
+            Files of the case before that are to be written meanwhile.
         """
-        prefetcher, self._prefetcher = self._prefetcher, None
-        if prefetcher is None or planning.header is None:
-            return
-        facts: list[CaseFacts] = []
-        for job in prefetcher.all_jobs:
-            with suppress(UsageError):  # told of when its turn comes
-                case = facts_of_job(planning.planner, job, probabilities)
-                if case is None:  # one that cannot be right
-                    continue
-                facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
-        largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
-        planner = planning.planner.changed(worker_bytes=WORKER_BYTES + largest)
-        if all(planner.closest(case, planning.budget).fits_everywhere() for case in facts):
-            planning.planner, self._worker_bytes = planner, WORKER_BYTES + largest
-            prefetcher.release()
+        setup = self.setup
+        budget = setup.budget(with_children=worker_bytes == 0)
+        model = TileNetwork(setup).facts(worker_bytes=worker_bytes)
+        sizes = case_sizes(setup, model)
+        header = None
+        if not setup.steps.replaced(Step.READING, Step.PREPROCESSING):
+            with suppress(UsageError):  # the reader tells it better
+                header = facts_of_job(sizes, self.job, self.probabilities)
+        further_bytes, pending_bytes = (0, 0) if pending is None else (pending.further_bytes, pending.all_bytes)
+        budget = budget.with_in_use(further_bytes)
+        return CasePlanning(sizes, model, budget, self.folder, header, setup.weights.move, pending_bytes)
 
-    def _warm_up(self) -> None:
-        rule = adapter.label_rule(self.label_manager)
-        if rule is not None:
-            warm_up(rule.ranked, str(rule.dtype), len(self.configuration_manager.patch_size), self.fast)
+    def preprocessed(self, load: Load, planning: CasePlanning) -> PreprocessedCase:
+        """Return the preprocessed case, under the plan by the header."""
+        others = self.setup.steps.replaced(Step.ADAPTER, Step.READING, *IN_WORKERS_BEFORE)
+        with foreign(self.clock if others else None):
+            return planning.preprocessing(lambda: load(self.job, self.setup, planning))
 
-    def _description(self) -> ModelDescription:
-        return ModelDescription(
-            self.plans_manager,
-            self.configuration_manager,
-            self.label_manager,
-            self.tile_step_size,
-            self.device.type,
-            self.perform_everything_on_device,
-            bool(replaced(self, Step.LOGITS, Step.WINDOW)),
-        )
-
-    def _planned(
-        self, case: PreprocessedCase, job: Job, clock: StageClock, planning: CasePlanning, probabilities: bool
-    ) -> tuple[Plan, Iterator[PredictedTiles]]:
-        """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
-        grid = self._grid(case)
-        folds = self._folds(case, grid)
-        plan = planning.plan(job.name, case, probabilities)
-        if planning.is_unmeasured and not self._is_held(case):
-            with planning.recovery(plan) as recovery, clock.stage("prediction", self._tiles(grid)):
-                first = next(folds)
-                tile_bytes = self._measure(first, recovery.run)
-            folds = chain([first], folds)
-            planning.planner = planning.planner.changed(activation_bytes=tile_bytes.certain, unmeasured_bytes=0)
-        self._start_prefetching(planning, probabilities)
-        return self._plan(case, job.name, planning, probabilities), folds
-
-    def _plan(self, case: PreprocessedCase, name: str, planning: CasePlanning, probabilities: bool) -> Plan:
-        plan = planning.plan(name, case, probabilities)
-        if planning.planner.model.pending_bytes and not self._goes_on_beside(plan, planning):
-            planning.planner = planning.after_pending()
-            plan = planning.plan(name, case, probabilities)
-        if self.on_plan is not None:
-            with foreign(self._clock):
-                self.on_plan(plan)
-        if self._listener is not None:
-            self._listener.plan(plan)
-        return_freed_memory()
-        return plan
-
-    def _goes_on_beside(self, plan: Plan, planning: CasePlanning) -> bool:
-        """Whether files of the case before are still being written; waits for them where this case is slowed by it."""
-        pending = self._pending
-        if pending is not None and planning.is_slowed(plan):
-            pending.wait()
-        return self._pending is not None
-
-    def _segment(
-        self, case: PreprocessedCase, job: Job, clock: StageClock, planning: CasePlanning, probabilities: bool
-    ) -> tuple[Result, Plan]:
-        """Segmentation of a preprocessed case, in the axis order and grid of the file.
+    def segmentation(self, case: PreprocessedCase, planning: CasePlanning) -> tuple[Result, Plan]:
+        """Return the segmentation, in the axis order and grid of the file, and the plan it was made under.
 
         Probabilities are returned, or written where the job has an output. None where all files are written.
         """
-        geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
-        rule = self._label_rule(job)
-        if job.output is not None and not replaced(self, Step.EXPORT):
-            self._rehearse(job.output, case.properties, geometry.original_shape, rule, clock, planning.folder)
-        resampling = adapter.logits_resampling(
-            self.plans_manager, self.configuration_manager, geometry, case.properties
-        )
-        by_softmax = rules.takes_softmax(rule, probabilities)
-        plan, folds = self._planned(case, job, clock, planning, probabilities)
-        grid, folder = self._grid(case), planning.folder
-        map_folder = folder if plan.placement.label_map is Place.DISK else None
-        with ExitStack() as stack:
-            stack.callback(planning.forget_weights)
-            recovery = stack.enter_context(planning.recovery(plan))
-            threads = stack.enter_context(RowThreads(plan.placement.threads))
-            stack.enter_context(clock.stage("prediction", self._tiles(grid)))
-            held = self._held_logits(case)
-            if held is None:
-                slabs = stack.enter_context(self._final_slabs(folds, grid, plan, threads, folder, clock, recovery))
-            elif self._are_plain(held, grid):
-                slabs = iter([whole_slab(held.contiguous())])
+        setup, clock = self.setup, self.clock
+        geometry, rule = adapter.case_geometry(case.image.shape[1:], case.properties), self._label_rule()
+        if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
+            with clock.failing_in("writing"):
+                rehearse_writing(
+                    setup, self.job.output, case.properties, geometry.original_shape, rule, self.folder
+                )  # fmt: skip
+        logits = FoldLogits(setup, case, clock)
+        plan, folds = self._planned(case, logits, planning)
+        recovery = planning.recovery(plan)
+        slabs: AbstractContextManager[Iterator[LogitsSlab]]
+        with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", logits.tile_count):
+            if self._is_ours(case):
+                slabs = logits.slabs(folds, threads, self.folder, recovery)
             else:
-                return self._convert_as_stock(held, case, job, clock, probabilities), plan
-            if rule is None or not resampling.per_head:
-                self._tell_of_held_logits(rule)
-                logits = collect_slabs(slabs, self.label_manager.num_segmentation_heads, grid.image_shape)
-                return self._convert_as_stock(logits.cpu(), case, job, clock, probabilities), plan
+                held = self._held_logits(case)
+                if not self._are_plain(held, logits):
+                    return self._converted_as_stock(held, case), plan
+                slabs = nullcontext(iter([whole_slab(held.contiguous())]))
+                del held
+            return self._labels(slabs, case, geometry, rule, logits, threads, recovery), plan
 
-            def limits() -> SlabLimits:
-                placement = recovery.plan.placement
-                return SlabLimits(placement.slab_planes, placement.block_bytes)
+    def _planned(
+        self, case: PreprocessedCase, logits: FoldLogits, planning: CasePlanning
+    ) -> tuple[Plan, Iterator[PredictedTiles]]:
+        """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
+        folds = logits.folds()
+        plan = planning.plan(self.job.name, case, self.probabilities)
+        if planning.is_unmeasured and self._is_ours(case):
+            with self.clock.stage("prediction", logits.tile_count):
+                first = next(folds)
+                tile_bytes = logits.network.measure(first, planning.recovery(plan).run)
+            folds = chain([first], folds)
+            planning.learn(activation_bytes=tile_bytes.certain, unmeasured_bytes=0)
+        self.beside(planning)
+        plan = planning.plan(self.job.name, case, self.probabilities)
+        for listener in self.listeners:
+            with foreign(self.clock):
+                listener.plan(plan)
+        return_freed_memory()
+        return plan, folds
 
-            targets = adapter.next_stage_targets(case, self.plans_manager, self.configuration_manager)
-            slabs = next_stages.label_along(slabs, targets, rule, threads, limits, recovery.run, folder)
-            if rules.streams(resampling, rule, probabilities):
-                labels = label_slabs(
-                    slabs, resampling, geometry, rule, threads, clock, limits, map_folder, recovery.run
-                )
-                return self._to_file_axes(labels), plan
-            planes_folder = folder if plan.placement.planes is Place.DISK else None
-            store = stack.enter_context(
-                PlaneStore(self.label_manager.num_segmentation_heads, grid.image_shape, grid.roll_axis, planes_folder)
-            )
-            store_slabs(slabs, store)
-            recovery.listeners.clear()
-            heads = ResampledHeads(store, resampling, geometry.cropped_shape, threads)
-            passes = 1 if not (by_softmax and rule.ranked) else 3 if probabilities else 2
-            with clock.stage("export", heads.heads * passes):
-                heads.on_head = clock.advance
-                if not by_softmax:
-                    return self._to_file_axes(label_heads(heads, geometry, rule)), plan
-                if not probabilities:
-                    return self._to_file_axes(label_and_export(heads, geometry, rule, None)), plan
-                return self._probabilities(heads, geometry, rule, job, case.properties), plan
-
-    def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:
-        return labels.transpose(self.plans_manager.transpose_backward)
-
-    def _probabilities(
+    def _labels(
         self,
-        heads: ResampledHeads,
-        geometry: rules.CaseGeometry,
+        slabs: AbstractContextManager[Iterator[LogitsSlab]],
+        case: PreprocessedCase,
+        geometry: CaseGeometry,
+        rule: LabelRule | None,
+        logits: FoldLogits,
+        threads: RowThreads,
+        recovery: Recovery,
+    ) -> Result:
+        """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions."""
+        setup = self.setup
+        resampling = adapter.logits_resampling(
+            setup.plans_manager, setup.configuration_manager, geometry, case.properties
+        )
+        if rule is None or not resampling.per_head:
+            self._tell_of_held_logits(rule)
+            with slabs as made:
+                whole = collect_slabs(made, setup.heads, logits.grid.image_shape)
+            return self._converted_as_stock(whole.cpu(), case)
+        targets = adapter.next_stage_targets(case, setup.plans_manager, setup.configuration_manager)
+        how = Labelling(rule, threads, lambda: recovery.plan.placement.slab_limits, recovery.run)
+        placement, grid = recovery.plan.placement, logits.grid
+        with ExitStack() as stack:
+            with slabs as made:
+                made = next_stages.label_along(made, targets, how, self.folder)
+                if rules.streams(resampling, rule, self.probabilities):
+                    folder = self.folder if placement.label_map is Place.DISK else None
+                    return self._to_file_axes(label_slabs(made, resampling, geometry, how, self.clock, folder))
+                folder = self.folder if placement.planes is Place.DISK else None
+                store = stack.enter_context(PlaneStore(setup.heads, grid.image_shape, grid.roll_axis, folder))
+                store_slabs(made, store)
+            return self._by_heads(store, resampling, geometry, rule, threads, case.properties)
+
+    def _by_heads(
+        self,
+        store: PlaneStore,
+        resampling: LogitsResampling,
+        geometry: CaseGeometry,
         rule: LabelRule,
-        job: Job,
+        threads: RowThreads,
         properties: dict[str, Any],
     ) -> Result:
+        by_softmax = rules.takes_softmax(rule, self.probabilities)
+        passes = 1 if not (by_softmax and rule.ranked) else 3 if self.probabilities else 2
+        heads = ResampledHeads(store, resampling, geometry.cropped_shape, threads, self.clock.advance)
+        with self.clock.stage("export", heads.heads * passes):
+            if not by_softmax:
+                return self._to_file_axes(label_heads(heads, geometry, rule))
+            if not self.probabilities:
+                return self._to_file_axes(label_and_export(heads, geometry, rule, None))
+            return self._with_probabilities(heads, geometry, rule, properties)
+
+    def _with_probabilities(
+        self, heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, properties: dict[str, Any]
+    ) -> Result:
         """Return (segmentation, probabilities), or write the probabilities and return the segmentation."""
-        backward = self.plans_manager.transpose_backward
-        if job.output is None:
+        backward, output = self.setup.plans_manager.transpose_backward, self.job.output
+        if output is None:
             collected: list[NDArray[np.float32]] = []
             labels = label_and_export(heads, geometry, rule, lambda head: collected.append(head.copy()))
             stacked = np.stack(collected).transpose([0, *(axis + 1 for axis in backward)])
             return self._to_file_axes(labels), stacked
         shape = tuple(geometry.original_shape[axis] for axis in backward)
+        dtype = np.dtype(self.setup.options.probabilities_dtype)
         with (
-            atomic_output(Path(job.output + ".npz")) as path,
-            npz_sink(path, heads.heads, shape, backward, np.dtype(self.probabilities_dtype)) as sink,
+            atomic_output(Path(output + ".npz")) as path,
+            npz_sink(path, heads.heads, shape, backward, dtype) as sink,
         ):
             labels = label_and_export(heads, geometry, rule, sink)
-        adapter.write_properties(properties, job.output + ".pkl")
+        adapter.write_properties(properties, output + ".pkl")
         return self._to_file_axes(labels)
 
-    def _label_manager(self, job: Job) -> Any:
+    def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:
+        return labels.transpose(self.setup.plans_manager.transpose_backward)
+
+    def _label_manager(self) -> Any:
         """Return the label manager that stock asks: where it writes files, it makes a new one."""
-        return self.label_manager if job.output is None else self.plans_manager.get_label_manager(self.dataset_json)
+        setup = self.setup
+        written = self.job.output is not None
+        return setup.plans_manager.get_label_manager(setup.dataset_json) if written else setup.label_manager
 
-    def _label_rule(self, job: Job) -> LabelRule | None:
+    def _label_rule(self) -> LabelRule | None:
         """How logits become labels; None where nnU-Net's, or somebody's, functions have to be asked."""
-        return None if replaced(self, Step.EXPORT) else adapter.label_rule(self._label_manager(job))
+        return None if self.setup.steps.replaced(Step.EXPORT) else adapter.label_rule(self._label_manager())
 
-    def _is_held(self, case: PreprocessedCase) -> bool:
-        """Whether somebody else takes part in making the logits, or the image is not what our tiles are."""
+    def _is_ours(self, case: PreprocessedCase) -> bool:
+        """Whether nobody else takes part in making the logits, and the image is what our tiles are."""
         is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"
-        return not is_single or bool(replaced(self, Step.LOGITS, Step.WINDOW))
+        return is_single and not self.setup.steps.replaced(Step.LOGITS, Step.WINDOW)
 
     def _held_logits(self, case: PreprocessedCase) -> Any:
         """All logits of a case, as nnU-Net's method returns them, where somebody else takes part in making them."""
-        if not self._is_held(case):
-            return None
-        data = stock_calls.network_input(case, self.label_manager)
-        with torch_threads(self._threads_of_network()), foreign(self._clock):
-            logits = self.predict_logits_from_preprocessed_data(data)
+        data = stock_calls.network_input(case, self.setup.label_manager)
+        with torch_threads(TileNetwork(self.setup).most_threads()), foreign(self.clock):
+            logits = self.setup.steps.predict_logits(data)
         return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
 
     def _tell_of_held_logits(self, rule: LabelRule | None) -> None:
         """Say why all logits are held, unless that has been said of what is replaced."""
-        what = "the resampling of logits" if rule else f"label manager {type(self.label_manager).__name__}"
-        if not replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING):
+        manager = type(self.setup.label_manager).__name__
+        what = "the resampling of logits" if rule else f"label manager {manager}"
+        if not self.setup.steps.replaced(Step.LABELS, Step.EXPORT, Step.RESAMPLING):
             logger.warning("%s is not nnU-Net's own: all logits are held for it, so memory is not bounded", what)
 
-    def _are_plain(self, logits: Any, grid: TileGrid) -> bool:
+    def _are_plain(self, held: Any, logits: FoldLogits) -> bool:
         """Whether our kernels may read logits that somebody else has made."""
-        shape = (self.label_manager.num_segmentation_heads, *grid.image_shape)
-        plain = isinstance(logits, torch.Tensor) and logits.dtype == torch.half and tuple(logits.shape) == shape
-        return plain and all(bool(torch.isfinite(head).all()) for head in logits)
+        shape = (self.setup.heads, *logits.grid.image_shape)
+        plain = isinstance(held, torch.Tensor) and held.dtype == torch.half and tuple(held.shape) == shape
+        return plain and all(bool(torch.isfinite(head).all()) for head in held)
 
-    def _convert_as_stock(
-        self, logits: Any, case: PreprocessedCase, job: Job, clock: StageClock, probabilities: bool
-    ) -> Result:
+    def _converted_as_stock(self, logits: Any, case: PreprocessedCase) -> Result:
         """Let nnU-Net's functions convert all logits at once, or what stands in their place; None where these wrote."""
-        others = replaced(self, Step.LABELS, Step.EXPORT, Step.RESAMPLING)
-        with clock.stage("export"), foreign(clock if others else None):
-            if job.output is not None and replaced(self, Step.EXPORT):
+        setup, output = self.setup, self.job.output
+        others = setup.steps.replaced(Step.LABELS, Step.EXPORT, Step.RESAMPLING)
+        with self.clock.stage("export"), foreign(self.clock if others else None):
+            if output is not None and setup.steps.replaced(Step.EXPORT):
                 stock_calls.export_as_stock(
-                    logits, case.properties, self.plans_manager, self.configuration_manager, self.dataset_json,
-                    job.output, probabilities,
+                    logits, case.properties, setup.plans_manager, setup.configuration_manager, setup.dataset_json,
+                    output, self.probabilities,
                 )  # fmt: skip
                 return None
-            convert = stock_calls.conversion(writes=job.output is not None)
-            arguments = (self.plans_manager, self.configuration_manager, self._label_manager(job), case.properties)
-            return convert(logits, *arguments, return_probabilities=probabilities)  # type: ignore[no-any-return]  # stock's
+            convert = stock_calls.conversion(writes=output is not None)
+            arguments = (setup.plans_manager, setup.configuration_manager, self._label_manager(), case.properties)
+            return convert(logits, *arguments, return_probabilities=self.probabilities)  # type: ignore[no-any-return]  # stock's
 
-    def _draw(self, case: PreprocessedCase, job: Job, result: Result, clock: StageClock) -> None:
-        """Keep three slices of a case for the report; what is wrong with them costs a warning and not the case."""
-        if self._listener is None or result is None or job.output is None:
-            return
-        with clock.stage("report"):
-            try:
-                segmentation = result[0] if isinstance(result, tuple) else result
-                forward, names = self.plans_manager.transpose_forward, model_files.label_names(self.dataset_json)
-                self._listener.draw(job.output, case, segmentation, forward, names)
-            except Exception as error:
-                logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
 
-    # -- files -------------------------------------------------------------------------------------------------------
+def case_sizes(setup: Setup, model: Any) -> CaseSizes:
+    """Return what finds the facts of cases for a predictor."""
+    holds_logits = bool(setup.steps.replaced(Step.LOGITS, Step.WINDOW))
+    return CaseSizes(
+        setup.plans_manager, setup.configuration_manager, setup.label_manager, setup.tile_step_size, model, holds_logits
+    )
 
-    def _held_back(
-        self, write: Callable[[], None], result: Result, job: Job, planning: CasePlanning, probabilities: bool
-    ) -> PendingWrite | None:
-        """Keep a case to be written beside the next one, if there is one that fits beside it."""
-        if job.following is None or not isinstance(result, np.ndarray):
-            return None
-        assert planning.exact is not None, "a case is planned before it is written"
-        map_bytes = 0 if isinstance(result, np.memmap) else result.nbytes
-        # nothing is written around the crop: those pages take no memory
-        resident_bytes = min(map_bytes, math.prod(planning.exact.cropped_shape) * result.itemsize)
-        pending = PendingWrite(write, map_bytes, resident_bytes, writer_bytes(result.nbytes) + THREAD_BYTES)
-        planner, planned_bytes = planning.planner, pending.map_bytes + pending.writer_bytes
-        with suppress(UsageError):  # told of when its turn comes
-            facts = planner.facts_of_files("", *job.following, probabilities)
-            return pending if planner.fits_beside(facts, planning.budget, planned_bytes) else None
-        return None
+
+def warm_up_kernels(setup: Setup) -> None:
+    """Compile or load what a predictor needs, so that it counts as reserved."""
+    rule = adapter.label_rule(setup.label_manager)
+    if rule is not None:
+        warm_up(rule.ranked, str(rule.dtype), len(setup.patch_size), setup.options.fast)

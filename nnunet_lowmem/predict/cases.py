@@ -1,25 +1,29 @@
-"""Cases in a row: one that fails costs itself and nothing else."""
+"""What becomes of cases: one that fails costs itself and nothing else."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nnunet_lowmem.errors import CasesFailedError, LowMemError, ModelError, UsageError, WriteError, of_kinds, twin
+import numpy as np
+
+from nnunet_lowmem.errors import CasesFailedError, LowMemError, UsageError, WriteError, of_kinds, twin
+from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, SkippedCase
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.records import Records
+from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.sizes import format_gib
-from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.system.clock import Progress, StageClock
 from nnunet_lowmem.system.memory_limits import free_disk_bytes
@@ -28,9 +32,6 @@ from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.headers import Library
 
 logger = logging.getLogger(__name__)
-
-Predict = Callable[[Job, StageClock], tuple[Any, CaseReport, PendingWrite | None]]
-OnCase = Callable[[CaseReport], None] | None
 
 # deflate never shrinks anything to less
 _GREATEST_COMPRESSION = 1032
@@ -61,68 +62,25 @@ class Failing:
         return RuntimeError if self.in_workers and stage == "preprocessing" else type(error or Exception())
 
 
-def run_cases(
-    jobs: Iterable[Job], predict: Predict, report: RunReport, failing: Failing, on_case: OnCase = None
-) -> list[Any]:
-    """Predict each job and note how it went.
-
-    Parameters
-    ----------
-    jobs : iterable of Job
-    predict : callable
-        (job, clock) -> (result, report of the case, its files if they are not written yet)
-    report : RunReport
-        Filled case by case.
-    failing : Failing
-    on_case : callable, optional
-        Called with the report of each case once its files are there, in the order of the cases.
-
-    Returns
-    -------
-    list
-        One result per job, None for those that failed.
-
-    Raises
-    ------
-    ModelError
-        At once, since it would fail every case.
-    Exception
-        At once, if somebody else's code raised it and that ends a run; without `keep_going` that of the first case that
-        fails.
-    """
-    results = []
-    with _Outcomes(report, failing, on_case) as outcomes:
-        for job in jobs:
-            signals.check()
-            clock = StageClock(job.name)
-            clock.listeners.append(outcomes.settle_if_written)
-            try:
-                result, case_report, pending = predict(job, clock)
-            except ModelError:
-                raise
-            except Exception as error:
-                if not outcomes.ends_run(clock, error):
-                    outcomes.settle()
-                outcomes.failed(clock, error)
-                result = None
-            else:
-                outcomes.predicted(clock, case_report, pending)
-            results.append(result)
-        outcomes.settle()
-    return results
-
-
-class _Outcomes:
+class Outcomes:
     """Notes how cases went, in their order; the files of the latest may still be being written. A context manager.
 
     However the block ends, nothing is being written after it.
+
+    Parameters
+    ----------
+    report : RunReport
+        Filled case by case.
+    failing : Failing
+    listeners : sequence of Listener
+        Told of each case once its files are there.
     """
 
-    def __init__(self, report: RunReport, failing: Failing, on_case: OnCase) -> None:
-        self._report, self._failing, self._on_case = report, failing, on_case
+    def __init__(self, report: RunReport, failing: Failing, listeners: Sequence[Listener]) -> None:
+        self._report, self._failing, self._listeners = report, failing, listeners
         self._latest: tuple[StageClock, CaseReport, PendingWrite | None] | None = None
 
-    def __enter__(self) -> _Outcomes:
+    def __enter__(self) -> Outcomes:
         return self
 
     def __exit__(
@@ -155,16 +113,16 @@ class _Outcomes:
         clock, case_report, pending = self._latest
         try:
             if pending is not None:
-                with clock.stage("writing") if tells else nullcontext():
+                with clock.failing_in("writing"), clock.stage("writing") if tells else nullcontext():
                     pending.result()
             self._latest = None
-            if self._on_case is not None:
+            for listener in self._listeners:
                 with foreign(clock):
-                    self._on_case(case_report)
+                    listener.done(case_report)
         except Exception as error:
             if pending is not None and self._latest is not None:
                 pending.wait()  # a listener may have raised earlier
-                self._latest, clock.failed_stage = None, "writing"
+                self._latest = None
             elif self.ends_run(clock, error):
                 self._report.done.append(case_report)  # its files are there, whatever the callback says
             self.failed(clock, error)
@@ -177,7 +135,8 @@ class _Outcomes:
 
     def failed(self, clock: StageClock, error: Exception) -> None:
         """Note a failure, or raise it."""
-        cause, clock.foreign_error = clock.foreign_cause(error), None  # its frames hold the clock
+        cause = clock.foreign_cause(error)
+        clock.blame_others(None)
         try:
             if cause is not None and self._failing.foreign_ends_run:
                 raise cause
@@ -235,28 +194,20 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
     return remaining
 
 
-def require_space(
-    jobs: Sequence[Job], reader: type, file_ending: str, voxel_bytes: int, probability_bytes: int = 0
-) -> None:
+def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> None:
     """Refuse a run whose files cannot fit the disk, however well they compress; say how large probabilities can get.
-
-    Parameters
-    ----------
-    jobs : sequence of Job
-    reader : type
-        The model's reader class.
-    file_ending : str
-        Of the label maps.
-    voxel_bytes, probability_bytes : int
-        Of one voxel in a label map, and in the archive of probabilities: of all heads.
 
     Raises
     ------
     WriteError
         With the bytes needed and free.
     """
-    shrinks = 1 if file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
-    for folder, voxels in _voxels_by_folder(jobs, counted_by(reader)).items():
+    rule = adapter.label_rule(setup.label_manager)
+    voxel_bytes = 1 if rule is None else rule.dtype.itemsize
+    probability_bytes = setup.heads * np.dtype(setup.options.probabilities_dtype).itemsize if probabilities else 0
+    shrinks = 1 if setup.file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
+    library = counted_by(setup.plans_manager.image_reader_writer_class)
+    for folder, voxels in _voxels_by_folder(jobs, library).items():
         require_free_bytes(
             folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
         )
@@ -272,7 +223,7 @@ def _voxels_by_folder(jobs: Sequence[Job], library: Library) -> dict[Path, int]:
             continue
         with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
             # a header that promises more than its file can hold needs no space
-            shape, _ = read_header(job.files[0][0], library).grid()
+            shape, _ = read_header(job.files.images[0], library).grid()
             folder = place_of(job.recipe.outputs[0]).parent
             voxels[folder] = voxels.get(folder, 0) + math.prod(shape)
     return voxels

@@ -1,28 +1,68 @@
-"""Cases waiting to be predicted."""
+"""Cases waiting to be predicted, as plain data: what there is to read, and where to write."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import numpy as np
-import torch
+from typing import Any
 
 from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.system.placing import place_of
-from nnunet_lowmem.types import PreprocessedCase
 
-if TYPE_CHECKING:  # a prefetching worker imports this file and plans nothing
-    from nnunet_lowmem.budget.arrays import CaseFacts
-    from nnunet_lowmem.budget.case_plan import CasePlanner
+
+@dataclass(frozen=True)
+class Files:
+    """Images of all channels, and the segmentation of the previous stage of a cascade, if any."""
+
+    images: list[str]
+    stage: str | None = None
+
+
+@dataclass(frozen=True)
+class Array:
+    """An image in memory, shape (channels, x, y, z), with nnU-Net's properties.
+
+    Attributes
+    ----------
+    stage : array, shape (x, y, z), or None
+        Labels of the previous stage.
+    by_adapter : bool
+        nnU-Net's adapter is somebody else's: it preprocesses the image.
+    """
+
+    image: Any
+    stage: Any
+    properties: Any
+    by_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """A preprocessed image of one of stock's data iterators: an array, a tensor, or the path of a .npy file."""
+
+    data: Any
+    properties: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A case of a preprocessed data set, by the name it has there."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A case that cannot be right, and why."""
+
+    kind: type[LowMemError]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -35,77 +75,42 @@ class Job:
         As messages show it.
     output : str or None
         Where to write, without the file ending; None returns the arrays.
-    load : callable
-        Returns the preprocessed case.
-    files : (image files, file of the previous stage or None), or None
-        What `load` reads, if it reads files: a worker can do it instead.
+    source : Files, Array, Item, Stored or Refused
+        What it is made from.
     recipe : Recipe or None
         What a done-record of the case is about; None where nothing is recorded.
-    array : (image, labels of the previous stage or None, properties), or None
-        What `load` preprocesses, if it is given arrays.
-    following : (image files, file of the previous stage or None), or None
-        Files of the case after it, where these are known and `load` of that case waits for nobody.
     """
 
     name: str
     output: str | None
-    load: Callable[[], PreprocessedCase]
-    files: tuple[list[str], str | None] | None = None
+    source: Files | Array | Item | Stored | Refused
     recipe: Recipe | None = None
-    array: tuple[Any, Any, dict[str, Any]] | None = None
-    following: tuple[list[str], str | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", shown(self.name))
 
-
-def facts_of_job(planner: CasePlanner, job: Job, probabilities: bool) -> CaseFacts | None:
-    """Return upper bounds of a case by its headers, or by its array; None where there is neither.
-
-    Raises
-    ------
-    UsageError
-        If a header cannot be read, or the array is no image.
-    """
-    if job.files is not None:
-        return planner.facts_of_files(job.name, *job.files, probabilities)
-    return None if job.array is None else planner.facts_of_array(job.name, *job.array, probabilities)
-
-
-def in_a_row(jobs: Sequence[Job]) -> list[Job]:
-    """Let each job know the files of the one after it."""
-    return [replace(job, following=after.files) for job, after in pairwise(jobs)] + list(jobs[-1:])
+    @property
+    def files(self) -> Files | None:
+        """What there is to read, if it is files."""
+        return self.source if isinstance(self.source, Files) else None
 
 
 def job_of_item(item: dict[str, Any]) -> Job:
-    """Make a job of an item of one of stock's data iterators: 'data', 'ofile', 'data_properties'.
-
-    The data may be the path of a .npy file, which is removed once it has been read.
-    """
-
-    def load() -> PreprocessedCase:
-        data = item["data"]
-        if isinstance(data, str):
-            path, data = Path(data), np.load(data)
-            path.unlink()
-        image = data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else data
-        return PreprocessedCase(image, None, item["data_properties"])
-
+    """Make a job of an item of one of stock's data iterators: 'data', 'ofile', 'data_properties'."""
     output = item["ofile"]
-    return Job(os.path.basename(output) if output else "array", output, load)
+    name = os.path.basename(output) if output else "array"
+    return Job(name, output, Item(item["data"], item["data_properties"]))
 
 
-def jobs_of_arrays(
-    images: Any, stages: Any, properties: Any, outputs: Any, preprocess: Callable[..., PreprocessedCase]
-) -> list[Job]:
-    """Make jobs of arrays, each preprocessed by ``preprocess(image, stage, properties)``.
+def jobs_of_arrays(images: Any, stages: Any, properties: Any, outputs: Any) -> list[Job]:
+    """Make jobs of arrays.
+
+    Properties are copied: stock sends them to other processes, so that the caller's stay as they are.
 
     Parameters
     ----------
     images, properties : list, or the only one
     stages, outputs : list, the only one, or None
-    preprocess : callable
-        Gets copies of the properties: stock sends them to other processes, so that the caller's stay as they are.
 
     Raises
     ------
@@ -121,20 +126,42 @@ def jobs_of_arrays(
         numbers = "images {}, segmentations of the previous stage {}, properties {}, outputs {}"
         raise twin(UsageError, RuntimeError)(f"one of each is needed: {numbers.format(*map(len, columns))}")
     return [
-        Job(
-            f"array {number}",
-            output,
-            partial(_with_a_copy, preprocess, image, stage, entry),
-            array=(image, stage, entry),
-        )
+        Job(f"array {number}", output, Array(image, stage, copy.copy(entry)))
         for number, (image, stage, entry, output) in enumerate(zip(*columns, strict=True))
     ]
 
 
-def _with_a_copy(
-    preprocess: Callable[..., PreprocessedCase], image: Any, stage: Any, properties: dict[str, Any]
-) -> PreprocessedCase:
-    return preprocess(image, stage, dict(properties))
+def jobs_of_files(
+    cases: Sequence[Sequence[str | os.PathLike[str]]],
+    outputs: Sequence[str] | None,
+    stages: Sequence[str | None],
+    file_endings: Sequence[str],
+    made_with: Callable[[], str],
+) -> list[Job]:
+    """Make jobs of files.
+
+    Parameters
+    ----------
+    cases : sequence of image files each
+    outputs : sequence of str, or None
+        Without file endings.
+    stages : sequence of str or None
+        Segmentations of the previous stage.
+    file_endings : sequence of str
+        Of the files that are written for a case, the label map first.
+    made_with : callable
+        Returns the checksum of all that labels depend on beside the images; asked where files are written.
+    """
+    checksum = "" if outputs is None else made_with()
+    targets: Sequence[str | None] = outputs or [None] * len(cases)
+    jobs = []
+    for images, output, stage in zip(model_files.as_text(cases), targets, stages, strict=True):
+        recipe = None
+        if output is not None:
+            inputs = tuple(map(Path, images if stage is None else [*images, stage]))
+            recipe = Recipe(tuple(Path(output + ending) for ending in file_endings), inputs, checksum)
+        jobs.append(Job(model_files.case_name(images, file_endings[0]), output, Files(images, stage), recipe))
+    return jobs
 
 
 def of_folder(jobs: Sequence[Job], folder: str, file_ending: str, overwrites: bool) -> list[Job]:
@@ -150,9 +177,9 @@ def _unless_misnumbered(job: Job, file_ending: str) -> Job:
     """
     assert job.files is not None, "a case of a folder has files"
     try:
-        model_files.check_numbers(job.files[0], file_ending)
+        model_files.check_numbers(job.files.images, file_ending)
     except UsageError as error:
-        is_stray = not model_files.is_numbered(job.files[0][0], file_ending)
+        is_stray = not model_files.is_numbered(job.files.images[0], file_ending)
         return _refused(replace(job, recipe=None) if is_stray else job, error)
     return job
 
@@ -179,9 +206,4 @@ def unless_unwritable(job: Job) -> Job:
 
 
 def _refused(job: Job, error: LowMemError) -> Job:
-    kind, text = type(error), str(error)
-
-    def refuse() -> NoReturn:
-        raise kind(text)
-
-    return replace(job, load=refuse, files=None)
+    return replace(job, source=Refused(type(error), str(error)))

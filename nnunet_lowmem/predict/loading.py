@@ -1,89 +1,88 @@
-"""The part of the predictor that gets a case from files or arrays: under the plan of the case that is under way."""
+"""From what a job names to the preprocessed case, with the threads and into the memory that the plan says."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from nnunet_lowmem.budget.arrays import CaseFacts
+from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.nnunet import stock_calls
-from nnunet_lowmem.predict.jobs import Job, job_of_item
+from nnunet_lowmem.predict.jobs import Array, Files, Item, Job, Refused
+from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.preprocessing.case import preprocess_array, preprocess_case
 from nnunet_lowmem.types import PreprocessedCase
 
+#: Makes the preprocessed case of a job; the planning is of the case that is under way, if it is planned.
+Load = Callable[[Job, Setup, CasePlanning | None], PreprocessedCase]
 
-class CaseLoading:
-    """Preprocesses with the threads, and into the memory, that the plan of the case says."""
 
-    plans_manager: Any
-    configuration_manager: Any
-    dataset_json: Any
-    verbose: bool
-    verbose_preprocessing: bool
-    accept_nan: bool
-    _planning: CasePlanning | None = None
+def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedCase:
+    """Read and preprocess a case in this process, or take it as an iterator gave it.
 
-    @property
-    def planning(self) -> CasePlanning:
-        """Of the case that is under way."""
-        assert self._planning is not None, "a case is planned before it is loaded"
-        return self._planning
-
-    def _preprocessing_options(self) -> dict[str, Any]:
-        planning = self._planning
-        return {
-            "threads": 1 if planning is None else planning.threads,
-            "allocate": np.empty if planning is None else planning.allocate,
-            "verbose": self.verbose_preprocessing,
-            "accept_nan": self.accept_nan,
-        }
-
-    def _job_of_array(
-        self,
-        name: str,
-        image: NDArray[Any],
-        previous_stage: NDArray[Any] | None,
-        properties: dict[str, Any],
-        output: str | None,
-        by_adapter: bool = False,
-    ) -> Job:
-        """Make a case of an array; where nnU-Net's adapter is somebody else's, it has to be asked."""
-        given = (image, previous_stage, properties)
-        if by_adapter:
-            return Job(name, output, partial(self._preprocess_by_adapter, *given))
-        return Job(name, output, partial(self._preprocess_array, *given), array=given)
-
-    def _preprocess_files(self, files: list[str], previous_stage: str | None) -> PreprocessedCase:
-        return preprocess_case(
-            files,
-            previous_stage,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-            **self._preprocessing_options(),
-        )
-
-    def _preprocess_array(
-        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
-    ) -> PreprocessedCase:
-        return preprocess_array(
-            image,
-            previous_stage,
-            properties,
-            self.plans_manager,
-            self.configuration_manager,
-            self.dataset_json,
-            **self._preprocessing_options(),
-        )
-
-    def _preprocess_by_adapter(
-        self, image: NDArray[Any], previous_stage: NDArray[Any] | None, properties: dict[str, Any]
-    ) -> PreprocessedCase:
+    Raises
+    ------
+    UsageError
+        If it cannot be right.
+    BudgetError
+        If it does not fit once it is cropped.
+    """
+    source = job.source
+    options: dict[str, Any] = {
+        "threads": 1 if planning is None else planning.threads,
+        "allocate": np.empty if planning is None else planning.allocate,
+        "verbose": setup.verbose_preprocessing,
+        "accept_nan": setup.options.accept_nan,
+    }
+    model = (setup.plans_manager, setup.configuration_manager, setup.dataset_json)
+    if isinstance(source, Files):
+        return preprocess_case(source.images, source.stage, *model, **options)
+    if isinstance(source, Array) and not source.by_adapter:
+        return preprocess_array(source.image, source.stage, source.properties, *model, **options)
+    if isinstance(source, Array):
         item = stock_calls.item_of_adapter(
-            image, previous_stage, properties, self.plans_manager, self.dataset_json, self.configuration_manager,
-            self.verbose,
+            source.image, source.stage, source.properties, setup.plans_manager, setup.dataset_json,
+            setup.configuration_manager, setup.verbose,
         )  # fmt: skip
-        return job_of_item(item).load()
+        return _as_it_is(item["data"], item["data_properties"])
+    if isinstance(source, Item):
+        return _as_it_is(source.data, source.properties)
+    assert isinstance(source, Refused), "who knows a data set loads its cases"
+    raise source.kind(source.text)
+
+
+def items_of(jobs: Iterable[Job], setup: Setup) -> Iterator[dict[str, Any]]:
+    """Preprocess one case after the other in this process, and give what stock's iterators give."""
+    for job in jobs:
+        case = load(job, setup, None)
+        data = stock_calls.network_input(case, setup.label_manager)
+        yield {"data": data, "ofile": job.output, "data_properties": case.properties}
+
+
+def _as_it_is(data: Any, properties: dict[str, Any]) -> PreprocessedCase:
+    """Take a preprocessed image: a tensor, an array, or the path of a .npy file, which is removed once it is read."""
+    if isinstance(data, str):
+        path, data = Path(data), np.load(data)
+        path.unlink()
+    return PreprocessedCase(data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else data, None, properties)
+
+
+def facts_of_job(sizes: CaseSizes, job: Job, probabilities: bool) -> CaseFacts | None:
+    """Return upper bounds of a case by its headers, or by its array; None where there is neither.
+
+    Raises
+    ------
+    UsageError
+        If a header cannot be read, or the array is no image.
+    """
+    source = job.source
+    if isinstance(source, Files):
+        return sizes.of_files(job.name, source.images, source.stage, probabilities)
+    if isinstance(source, Array) and not source.by_adapter:
+        return sizes.of_array(job.name, source.image, source.stage, source.properties, probabilities)
+    return None

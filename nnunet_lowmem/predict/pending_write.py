@@ -6,8 +6,15 @@ measured and the next case planned beside the writing.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_lowmem.budget.arrays import THREAD_BYTES, writer_bytes
 
 _LOOK_S = 1.0
 
@@ -19,22 +26,28 @@ class PendingWrite:
     ----------
     write : callable
         Writes the files, and forgets the label map when it returns.
-    map_bytes : int
-        RAM that the label map may take.
-    resident_bytes : int
-        What of it has been written to, and is in use for certain.
-    writer_bytes : int
-        What writing takes beside it.
+    all_bytes : int
+        RAM that is free again when they are there.
+    further_bytes : int
+        What of it is not in use before the writing begins.
     """
 
-    def __init__(self, write: Callable[[], None], map_bytes: int, resident_bytes: int, writer_bytes: int) -> None:
-        self.map_bytes = map_bytes
-        self.resident_bytes = resident_bytes
-        self.writer_bytes = writer_bytes
+    def __init__(self, write: Callable[[], None], all_bytes: int = 0, further_bytes: int = 0) -> None:
+        self.all_bytes = all_bytes
+        self.further_bytes = further_bytes
         self._write: Callable[[], None] | None = write
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
+
+    @staticmethod
+    def of(write: Callable[[], None], labels: NDArray[Any], cropped_shape: Sequence[int]) -> PendingWrite:
+        """Return that of a label map, which may lie on disk and is 0 beyond its cropped part."""
+        map_bytes = 0 if isinstance(labels, np.memmap) else labels.nbytes
+        # nothing is written around the crop: those pages take no memory
+        resident_bytes = min(map_bytes, math.prod(cropped_shape) * labels.itemsize)
+        all_bytes = map_bytes + writer_bytes(labels.nbytes) + THREAD_BYTES
+        return PendingWrite(write, all_bytes, all_bytes - resident_bytes)
 
     @property
     def is_over(self) -> bool:

@@ -11,9 +11,7 @@ import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +39,8 @@ class Prefetcher:
 
     Parameters
     ----------
+    jobs : sequence of Job
+        What is to be predicted, in this order; the worker preprocesses any of it but the first.
     model : tuple
         nnU-Net's plans manager, configuration manager and dataset.json.
     folder : Path
@@ -51,16 +51,18 @@ class Prefetcher:
         Threads of the compiled kernels in the worker.
     accept_nan : bool
         Set NaN and infinite voxels to 0 instead of refusing the case.
-
-    Attributes
-    ----------
-    all_jobs : sequence of Job
-        What is to be predicted; the worker preprocesses any of it but the first.
     """
 
     def __init__(
-        self, model: tuple[Any, Any, Any], folder: Path, stall_s: float, threads: int, accept_nan: bool = False
+        self,
+        jobs: Sequence[Job],
+        model: tuple[Any, Any, Any],
+        folder: Path,
+        stall_s: float,
+        threads: int,
+        accept_nan: bool = False,
     ) -> None:
+        self.jobs = jobs
         self._model_file = folder / "model.pkl"
         self._model_file.write_bytes(pickle.dumps(model))
         self._library = counted_by(model[0].image_reader_writer_class)
@@ -68,7 +70,6 @@ class Prefetcher:
         self._stall_s = stall_s
         self._threads = threads
         self._accept_nan = accept_nan
-        self.all_jobs: Sequence[Job] = ()
         self._is_released = False
         self._following: Job | None = None
         self._job: Job | None = None
@@ -82,22 +83,23 @@ class Prefetcher:
     ) -> None:
         self._close()
 
-    def jobs(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        """Yield each job with a `load` that uses the worker; the one after it is started when it has been loaded."""
-        self.all_jobs = jobs
-        for number, job in enumerate(jobs):
-            following = jobs[number + 1] if number + 1 < len(jobs) else None
-            yield replace(job, load=partial(self._load, job, following))
-
     def release(self) -> None:
         """Let the worker begin, with the case after the one that was loaded last."""
         self._is_released = True
         self._start_following()
 
-    def _load(self, job: Job, following: Job | None) -> PreprocessedCase:
-        self._following = following
+    def load(self, job: Job, here: Callable[[], PreprocessedCase]) -> PreprocessedCase:
+        """Return the preprocessed case, from the worker if that has it, else of ``here()``; the worker goes on.
+
+        Raises
+        ------
+        WorkerError
+            If the job failed in the worker, and in a fresh one where another try made sense.
+        """
+        place = next(number for number, other in enumerate(self.jobs) if other is job)
+        self._following = self.jobs[place + 1] if place + 1 < len(self.jobs) else None
         try:
-            case = self.take(job)
+            case = self._take(job, here)
         except Exception:
             self._start_following()  # a case that fails costs the next one nothing
             raise
@@ -106,15 +108,15 @@ class Prefetcher:
 
     def _start_following(self) -> None:
         if self._following is not None and self._is_released:
-            self.start(self._following)
+            self._start(self._following)
 
-    def start(self, job: Job) -> None:
+    def _start(self, job: Job) -> None:
         """Begin with `job` in the background, if it is one of files and a process can be started."""
         self._close()
         if job.files is None:
             return
         argument = {
-            "files": job.files,
+            "files": (job.files.images, job.files.stage),
             "model": self._model_file,
             "folder": self._folder,
             "threads": self._threads,
@@ -132,19 +134,12 @@ class Prefetcher:
             return WorkerLimits(0, 0)
         voxels = 0
         with contextlib.suppress(UsageError):  # the worker will tell
-            voxels = max(read_header(file, self._library).voxels for file in job.files[0]) if job.files else 0
+            voxels = max(read_header(file, self._library).voxels for file in job.files.images) if job.files else 0
         return WorkerLimits(self._stall_s, 3600 * max(1.0, voxels / VOXELS_PER_HOUR))
 
-    def take(self, job: Job) -> PreprocessedCase:
-        """Return the preprocessed case: the one in the background if it is that, else made here and now.
-
-        Raises
-        ------
-        WorkerError
-            If the job failed in the worker, and in a fresh one where another try made sense.
-        """
+    def _take(self, job: Job, here: Callable[[], PreprocessedCase]) -> PreprocessedCase:
         if self._worker is None or self._job is not job:
-            return job.load()
+            return here()
         try:
             return _read_case(self._worker.result())
         except JobError as error:
@@ -153,8 +148,8 @@ class Prefetcher:
             if not error.retryable:
                 raise
             logger.warning("%s; trying once more in a fresh worker", error)
-        self.start(job)
-        return job.load() if self._worker is None else _read_case(self._worker.result())
+        self._start(job)
+        return here() if self._worker is None else _read_case(self._worker.result())
 
     def _close(self) -> None:
         if self._worker is not None:

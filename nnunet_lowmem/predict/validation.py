@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 
 from nnunet_lowmem import __version__
 from nnunet_lowmem.budget.arrays import WORKER_BYTES
+from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.budget.machine import machine_budget
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.nnunet import adapter, stored_cases
+from nnunet_lowmem.options import Options
 from nnunet_lowmem.overrides import lookup
-from nnunet_lowmem.predict.case import CasePredictor
-from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.jobs import Job, Stored
+from nnunet_lowmem.predict.loading import Load
+from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.volumes.formats import read_header
 
@@ -48,7 +50,7 @@ def is_left_to_stock(trainer: Any) -> bool:
 
 
 @contextmanager
-def prepared(trainer: Any, predictor: CasePredictor) -> Iterator[None]:
+def prepared(trainer: Any, predictor: Any) -> Iterator[None]:
     """Let `predictor` use the trainer's network, set up as stock sets it up for a validation."""
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -68,28 +70,28 @@ def prepared(trainer: Any, predictor: CasePredictor) -> Iterator[None]:
         trainer.set_deep_supervision_enabled(True)
 
 
-def jobs(trainer: Any, predictor: CasePredictor, probabilities: bool) -> list[Job]:
-    """Return one job per validation case."""
+def jobs_and_load(trainer: Any, probabilities: bool) -> tuple[list[Job], Load]:
+    """Return one job per validation case, and what loads them."""
     trainer.print_to_log_file(f"nnunet_lowmem {__version__} validates: one case after the other in this process")
     folder = _folder(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     data, names = stored_cases.validation_cases(trainer)
-    return [
-        Job(name, str(folder / name), partial(_load, trainer, predictor, data, name, probabilities)) for name in names
-    ]
+
+    def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedCase:
+        assert isinstance(job.source, Stored), "a validation knows its own cases"
+        assert planning is not None, "a case is planned before it is loaded"
+        name = job.source.name
+        trainer.print_to_log_file(f"predicting {name}")
+        case = stored_cases.stored_case(trainer, data, name)
+        trainer.print_to_log_file(f"{name}, shape {tuple(case.image.shape)}, rank {trainer.local_rank}")
+        planning.expect(name, case, probabilities, stored_cases.reading_bytes(case.image))
+        image = stored_cases.read_image(case.image, planning.allocate)
+        return PreprocessedCase(image, case.previous_stage, case.properties, case.next_stages)
+
+    return [Job(name, str(folder / name), Stored(name)) for name in names], load
 
 
-def _load(trainer: Any, predictor: CasePredictor, data: Any, name: str, probabilities: bool) -> PreprocessedCase:
-    trainer.print_to_log_file(f"predicting {name}")
-    case = stored_cases.stored_case(trainer, data, name)
-    trainer.print_to_log_file(f"{name}, shape {tuple(case.image.shape)}, rank {trainer.local_rank}")
-    planning = predictor.planning
-    planning.expect(name, case, probabilities, stored_cases.reading_bytes(case.image))
-    image = stored_cases.read_image(case.image, planning.allocate)
-    return PreprocessedCase(image, case.previous_stage, case.properties, case.next_stages)
-
-
-def write_summary(trainer: Any, predictor: CasePredictor) -> None:
+def write_summary(trainer: Any, options: Options) -> None:
     """Compare the segmentations with the ground truth, write ``summary.json`` and log the means."""
     labels = trainer.label_manager
     metrics = compute_metrics_on_folder(
@@ -100,7 +102,7 @@ def write_summary(trainer: Any, predictor: CasePredictor) -> None:
         trainer.dataset_json["file_ending"],
         labels.foreground_regions if labels.has_regions else labels.foreground_labels,
         labels.ignore_label,
-        _metric_processes(trainer, predictor),
+        _metric_processes(trainer, options),
         True,
     )
     if hasattr(trainer.logger, "log_summary"):  # new in nnU-Net 2.7
@@ -111,11 +113,11 @@ def write_summary(trainer: Any, predictor: CasePredictor) -> None:
     trainer.print_to_log_file("Mean Validation Dice: ", metrics["foreground_mean"]["Dice"], also_print_to_console=True)
 
 
-def _metric_processes(trainer: Any, predictor: CasePredictor) -> int:
+def _metric_processes(trainer: Any, options: Options) -> int:
     """Return how many cases are compared at a time: as many as stock, if the budget has room for them."""
     files = list(_folder(trainer).glob(f"*{trainer.dataset_json['file_ending']}"))
     largest = max(map(_voxels, files), default=0)
-    budget = machine_budget(predictor.max_ram, None, torch.device("cpu"), predictor.tmp_dir)
+    budget = machine_budget(options.max_ram, None, torch.device("cpu"), options.tmp_dir)
     assert budget.ram_bytes is not None, "the machine has a limit"
     room = (budget.ram_bytes - budget.reserved_ram_bytes) // (WORKER_BYTES + _METRIC_VOXEL_BYTES * largest)
     return max(1, min(int(default_num_processes), len(files), room))

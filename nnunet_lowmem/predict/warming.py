@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnunet_lowmem.labels.labeller import SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
 from nnunet_lowmem.labels.resampling import resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.network import tile_memory
@@ -34,9 +34,10 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
         if fast:
             norm = nn.InstanceNorm3d(2, dtype=torch.float32, device="cpu")
             FastNorm(norm, 0.01, False, threads)(_voxels((1, 2, *grid.tile_shape)))
-            window.head = Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
+            window.restart(Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32)))
             window.add(_voxels((1, *grid.tile_shape)), (0, 0, 0))
-        labeller = SlabLabeller(resampling_tables((4, 4, 4), (6, 6, 6), None), rule, labels[1:, 1:, 1:], threads)
+        tables = resampling_tables((4, 4, 4), (6, 6, 6), None)
+        labeller = SlabLabeller(tables, Labelling(rule, threads), labels[1:, 1:, 1:])
         labeller.add(window.finish(4))
         labeller.finish()
 

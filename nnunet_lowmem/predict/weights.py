@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nnunet_lowmem.budget.arrays import Budget, ModelFacts
+from nnunet_lowmem.budget.arrays import ModelFacts
 from nnunet_lowmem.errors import ModelError, because
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.nnunet.model import check_finite, uncompiled, why_not_loaded
@@ -46,78 +43,82 @@ _logger = logging.getLogger(__name__)
 _files: list[weakref.ref[np.ndarray[Any, Any]]] = []
 
 
+@dataclass(frozen=True)
 class FoldWeights:
-    """The part of the predictor that keeps the weights of its folds.
+    """The weights of all folds of a predictor.
 
     Attributes
     ----------
-    list_of_parameters : list of dict, or None
-        As in stock; without it the network is used as it is.
+    parameters : list of dict, or None
+        nnU-Net's ``list_of_parameters``; without it the network is used as it is.
+    checkpoints : tuple of Path
+        What they were read from.
+    folder : Path
+        Where they go when RAM gets scarce.
     """
 
-    list_of_parameters: Any
-    network: Any
-    tmp_dir: str | os.PathLike[str] | None
-    _checkpoints: tuple[Path, ...] = ()
-    _clock: StageClock | None
+    parameters: Parameters | None
+    checkpoints: tuple[Path, ...]
+    folder: Path
 
-    def _keep_weights(self, folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int) -> None:
-        """Make `list_of_parameters` of the weights of folds, each read when it is asked for."""
-        kept: list[Mapping[str, Any]] = []
-        room_bytes = free_bytes // SHARE_OF_FREE_RAM
-        for fold in folds:
-            kept.append(fold)
-            _make_movable(fold)
-            if room_bytes < (size_bytes := movable_bytes([fold])) <= disk_bytes:
-                move_to_disk([fold], self._spill_folder())
-                disk_bytes -= size_bytes
-            else:
-                room_bytes -= size_bytes
-        self.list_of_parameters = kept
+    @property
+    def folds(self) -> int:
+        """Passes over an image."""
+        return 1 if self.parameters is None else len(self.parameters)
 
-    def _mover(self) -> Callable[[], int]:
-        """Return what moves the weights of now to disk; it does not hold the predictor, which would be a cycle."""
-        return partial(move_to_disk, self.list_of_parameters, self._spill_folder())
+    @property
+    def movable_bytes(self) -> int:
+        """What `move` would free."""
+        return movable_bytes(self.parameters)
 
-    def _spill_folder(self) -> Path:
-        return Path(tempfile.gettempdir() if self.tmp_dir is None else self.tmp_dir)
+    def move(self) -> int:
+        """Move them to a file; return how many bytes have moved."""
+        return move_to_disk(self.parameters, self.folder)
 
-    def _without_weights(self, budget: Budget) -> Budget:
-        """Return the budget with weights that can be moved not in use, since the plan says where they are."""
-        return replace(budget, reserved_ram_bytes=budget.reserved_ram_bytes - movable_bytes(self.list_of_parameters))
-
-    def _with_weights(self, facts: ModelFacts) -> ModelFacts:
+    def described(self, facts: ModelFacts) -> ModelFacts:
         """Return the facts with those of the weights as they are now."""
-        kept_bytes = movable_bytes(self.list_of_parameters) + missing_bytes(self.list_of_parameters)
-        return replace(
-            facts,
-            folds=fold_count(self.list_of_parameters),
-            kept_bytes=kept_bytes,
-            kept_place=Place.DISK if not kept_bytes and are_on_disk(self.list_of_parameters) else None,
-        )
+        kept_bytes = self.movable_bytes + missing_bytes(self.parameters)
+        on_disk = not kept_bytes and are_on_disk(self.parameters)
+        return replace(facts, folds=self.folds, kept_bytes=kept_bytes, kept_place=Place.DISK if on_disk else None)
 
-    def _load_weights(self, weights: Mapping[str, torch.Tensor], number: int) -> None:
-        network = uncompiled(self.network)
-        name = self._weights_name(number)
-        check_finite(weights, name)
-        with foreign(self._clock):
-            try:
-                network.load_state_dict(weights)
-            except RuntimeError as error:
-                if "state_dict" not in str(error):  # a hook's
-                    raise
-                raise because(ModelError, why_not_loaded(name, error), error) from error
-
-    def _weights_name(self, number: int) -> str:
+    def name(self, fold: int) -> str:
         """Name the checkpoint of a fold, as long as the list is as long as it was read."""
-        if len(self._checkpoints) == len(self.list_of_parameters):
-            return str(self._checkpoints[number])
-        return f"entry {number} of list_of_parameters"
+        if self.parameters is not None and len(self.checkpoints) == len(self.parameters):
+            return str(self.checkpoints[fold])
+        return f"entry {fold} of list_of_parameters"
 
 
-def fold_count(parameters: Parameters | None) -> int:
-    """Count the passes over an image."""
-    return 1 if parameters is None else len(parameters)
+def keep(folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int, folder: Path) -> list[Mapping[str, Any]]:
+    """Return the weights of folds, each read when it is asked for: in RAM and, beyond a part of that, on disk."""
+    kept: list[Mapping[str, Any]] = []
+    room_bytes = free_bytes // SHARE_OF_FREE_RAM
+    for fold in folds:
+        kept.append(fold)
+        _make_movable(fold)
+        if room_bytes < (size_bytes := movable_bytes([fold])) <= disk_bytes:
+            move_to_disk([fold], folder)
+            disk_bytes -= size_bytes
+        else:
+            room_bytes -= size_bytes
+    return kept
+
+
+def load_into(network: Any, weights: Mapping[str, torch.Tensor], name: str, clock: StageClock | None) -> None:
+    """Load the weights of a fold; `clock` is told of what somebody else's hook raises.
+
+    Raises
+    ------
+    ModelError
+        If they do not fit the network, or are no numbers.
+    """
+    check_finite(weights, name)
+    with foreign(clock):
+        try:
+            uncompiled(network).load_state_dict(weights)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):  # a hook's
+                raise
+            raise because(ModelError, why_not_loaded(name, error), error) from error
 
 
 def movable_bytes(parameters: Parameters | None) -> int:

@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.nnunet.installed import version_of
+from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.outcomes import RunReport
+from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.report.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
 from nnunet_lowmem.report.slices import colour, labelled_volume, overlays
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.atomic_files import atomic_output
-from nnunet_lowmem.system.clock import Progress, StageClock
+from nnunet_lowmem.system.clock import Progress
 from nnunet_lowmem.system.memory_held import PeakSampler, Timeline
 from nnunet_lowmem.types import Place, PreprocessedCase
 
@@ -64,7 +66,7 @@ class CasePictures:
     further: int = 0
 
 
-class HtmlReport:
+class HtmlReport(Listener):
     """Watches a run and writes its page at the end, however it ends; a context manager.
 
     Parameters
@@ -78,6 +80,9 @@ class HtmlReport:
     report : RunReport
         Filled by whoever runs the cases.
     """
+
+    measures = True
+    draws = True
 
     def __init__(self, target: Path, folder: Path, facts: Mapping[str, str], report: RunReport) -> None:
         self._target, self._folder, self._facts, self._report = target, folder, facts, report
@@ -101,10 +106,10 @@ class HtmlReport:
         self._write("" if kind is None else f"{kind.__name__}: {error}")
 
     @contextmanager
-    def case(self, clock: StageClock, sampler: PeakSampler) -> Iterator[None]:
+    def case(self, name: str, sampler: PeakSampler | None) -> Iterator[None]:
         """Take part in one case."""
-        self._story.cases.append((self._now_s(), clock.case))
-        clock.listeners.append(self._note)
+        assert sampler is not None, "this measures"
+        self._story.cases.append((self._now_s(), name))
         try:
             yield
         finally:
@@ -142,7 +147,8 @@ class HtmlReport:
     def _now_s(self) -> float:
         return time.time() - self._began_s
 
-    def _note(self, progress: Progress) -> None:
+    def progress(self, progress: Progress) -> None:
+        """Take note of a stage that begins."""
         if not self._story.stages or self._story.stages[-1][1] != progress.stage:
             self._story.stages.append((self._now_s(), progress.stage))
 
@@ -206,18 +212,18 @@ def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def facts_of(predictor: Any) -> dict[str, str]:
+def facts_of(setup: Setup) -> dict[str, str]:
     """Name what the labels and the times of a run depend on."""
-    mirrored = bool(predictor._mirrored_axes())
-    patch = " × ".join(map(str, predictor.configuration_manager.patch_size))
-    known = predictor.plans_manager.plans  # nobody needs these to predict
+    patch = " × ".join(map(str, setup.patch_size))
+    known = setup.plans_manager.plans  # nobody needs these to predict
+    options, mirrored = setup.options, "mirrored" if setup.mirrored_axes else "not mirrored"
     facts = {
-        "model": ", ".join([known.get("dataset_name", "?"), predictor.trainer_name, known.get("plans_name", "?")]),
-        "heads": str(predictor.label_manager.num_segmentation_heads),
-        "checkpoints": str(1 if predictor.list_of_parameters is None else len(predictor.list_of_parameters)),
-        "tiles": f"{patch} voxels, step {predictor.tile_step_size:g}, {'' if mirrored else 'not '}mirrored",
-        "device": str(predictor.device),
-        "budget asked for": f"RAM {predictor.max_ram or 'not limited'}, VRAM {predictor.max_vram or 'not limited'}",
+        "model": ", ".join([known.get("dataset_name", "?"), setup.trainer_name, known.get("plans_name", "?")]),
+        "heads": str(setup.heads),
+        "checkpoints": str(setup.weights.folds),
+        "tiles": f"{patch} voxels, step {setup.tile_step_size:g}, {mirrored}",
+        "device": str(setup.device),
+        "budget asked for": f"RAM {options.max_ram or 'not limited'}, VRAM {options.max_vram or 'not limited'}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
     return facts | {name: version_of(name) for name in ("nnunetv2", "torch", "numpy")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,25 +45,23 @@ class StageClock:
     Attributes
     ----------
     case : str
-    listeners : list of callable
+    listeners : sequence of callable
         Called, in the thread that works, with the `Progress` whenever a stage is entered or returned to, and after
         its steps. What they raise ends the run.
-    held_bytes : callable
-        Tells what memory is held.
+    sampler : PeakSampler or None
+        Gets to know the stages, and tells what memory is held.
     seconds : dict
         Seconds per stage so far.
     failed_stage : str
         The innermost stage that an exception has left; empty if none has.
-    foreign_error : Exception or None
-        What a listener, or other code that is not ours, has raised.
     """
 
     case: str
-    listeners: list[Callable[[Progress], None]] = field(default_factory=list)
-    held_bytes: Callable[[], int] = int
+    listeners: Sequence[Callable[[Progress], object]] = ()
+    sampler: PeakSampler | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     failed_stage: str = ""
-    foreign_error: Exception | None = None
+    _foreign_error: Exception | None = None
     _done: dict[str, int] = field(default_factory=dict)
     _totals: dict[str, int] = field(default_factory=dict)
     _stack: list[str] = field(default_factory=list)
@@ -107,12 +105,16 @@ class StageClock:
         self._done[stage] = min(self._totals[stage], self._done.get(stage, 0) + steps)
         self._tell(stage)
 
+    def blame_others(self, error: Exception | None) -> None:
+        """Note that a listener, or other code that is not ours, has raised it; None forgets: its frames hold this."""
+        self._foreign_error = error
+
     def foreign_cause(self, error: Exception) -> Exception | None:
         """Return what somebody else has raised, if that is the error or has led to it."""
         link: BaseException | None = error
-        while link is not None and link is not self.foreign_error:
+        while link is not None and link is not self._foreign_error:
             link = link.__cause__
-        return None if link is None else self.foreign_error
+        return None if link is None else self._foreign_error
 
     def _switch(self) -> None:
         now = time.perf_counter()
@@ -122,19 +124,17 @@ class StageClock:
             trace(stage, seconds, case=self.case)
         self._since = now
 
-    def measure(self, sampler: PeakSampler) -> None:
-        """Let a sampler know the stages, and tell what it finds."""
-        self.listeners.append(lambda progress: sampler.mark(progress.stage))
-        self.held_bytes = lambda: sampler.held_bytes
-
     def _tell(self, stage: str) -> None:
         signals.check()
+        if self.sampler is not None:
+            self.sampler.mark(stage)
         for listener in self.listeners:
-            progress = Progress(stage, self.case, self._done.get(stage, 0), self._totals[stage], self.held_bytes())
+            held_bytes = 0 if self.sampler is None else self.sampler.held_bytes
+            progress = Progress(stage, self.case, self._done.get(stage, 0), self._totals[stage], held_bytes)
             try:
                 listener(progress)
             except Exception as error:
-                self.foreign_error = error
+                self.blame_others(error)
                 raise
 
 

@@ -103,28 +103,31 @@ def free_disk_bytes(path: Path) -> int:
 
 
 @dataclass(frozen=True)
-class _CgroupFiles:
-    """Names that one version of cgroups gives to limits, usage, and the page cache that it drops first."""
+class CgroupFiles:
+    """Names that one version of cgroups gives to limits, usage, the page cache that it drops first, and its kills."""
 
     limits: tuple[str, ...]
     usage: str
     inactive_file: str
+    kills: str
 
 
 # memory.high does not end a process but throttles it to a crawl, so it binds like memory.max
-_CGROUP_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file")
-_CGROUP_V1 = _CgroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_V2 = CgroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file", "memory.events")
+_CGROUP_V1 = CgroupFiles(
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "memory.oom_control"
+)
 
 
 def _cgroup_limits(root: Path) -> Iterator[RamLimit]:
-    for folder, files in _cgroup_folders(root):
+    for folder, files in cgroup_folders(root):
         for name in files.limits:
             total_bytes = _read_number(folder / name)
             if total_bytes is not None and total_bytes < _NO_LIMIT_BYTES:
                 yield RamLimit(f"cgroup {folder / name}", total_bytes, _cgroup_used_bytes(folder, files))
 
 
-def _cgroup_folders(root: Path) -> Iterator[tuple[Path, _CgroupFiles]]:
+def cgroup_folders(root: Path) -> Iterator[tuple[Path, CgroupFiles]]:
     """Yield the memory cgroup of this process and its ancestors, innermost first.
 
     Inside a container ``proc/self/cgroup`` may name a path of the host that is not mounted: what does not exist is
@@ -148,7 +151,7 @@ def _ancestors(mount: Path, path: str) -> Iterator[Path]:
         yield mount.joinpath(*parts[:depth])
 
 
-def _cgroup_used_bytes(folder: Path, files: _CgroupFiles) -> int:
+def _cgroup_used_bytes(folder: Path, files: CgroupFiles) -> int:
     usage_bytes = _read_number(folder / files.usage) or 0
     cache_bytes = 0
     for line in (_read(folder / "memory.stat") or "").splitlines():

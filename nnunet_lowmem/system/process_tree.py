@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from nnunet_lowmem.system.memory_limits import cgroup_folders
+
 _STATE_WORDS = {
     psutil.STATUS_RUNNING: "running",
     psutil.STATUS_SLEEPING: "sleeping (waiting for a lock, a pipe or a timer)",
@@ -112,27 +114,11 @@ def oom_kills(root: Path = Path("/")) -> int | None:
         ``oom_kill`` of this process's memory cgroup (v2 ``memory.events``, v1 ``memory.oom_control``), else that of the
         whole machine (``proc/vmstat``), else None.
     """
-    for path in [*_cgroup_counters(root), root / "proc/vmstat"]:
+    counters = [folder / names.kills for folder, names in cgroup_folders(root)]
+    for path in [*counters, root / "proc/vmstat"]:
         with contextlib.suppress(OSError, ValueError):
             for line in path.read_text().splitlines():
                 name, _, count = line.partition(" ")
                 if name == "oom_kill":
                     return int(count)
     return None
-
-
-def _cgroup_counters(root: Path) -> Iterator[Path]:
-    mount = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        # inside a container the path may be one of the host; the mount itself is the container's cgroup then
-        if "memory" in controllers.split(","):
-            yield mount / "memory" / path.lstrip("/") / "memory.oom_control"
-            yield mount / "memory/memory.oom_control"
-        elif not controllers:
-            yield mount / path.lstrip("/") / "memory.events"
-            yield mount / "memory.events"

@@ -24,9 +24,6 @@ from nnunet_lowmem.system.stalls import ProgressClock, WorkerLimits
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two plain lines.
-LINE_S = 10.0
-
 
 class StallWatch:
     """A context manager with one thread that looks at the clock; off where the limit is 0 and no lines are wanted.
@@ -38,18 +35,17 @@ class StallWatch:
         Named in what is logged.
     line_s : float
         Seconds between two lines that say how far the case is; 0: none.
-
-    Attributes
-    ----------
     observed_s : callable
-        CPU seconds that other observers have taken so far; they are no progress, either.
+        Returns the CPU seconds that other observers have taken so far: they are no progress, either.
     """
 
-    def __init__(self, limits: WorkerLimits, device: str, line_s: float = 0.0) -> None:
+    def __init__(
+        self, limits: WorkerLimits, device: str, line_s: float = 0.0, observed_s: Callable[[], float] = float
+    ) -> None:
         self._clock = ProgressClock(limits, time.monotonic())
         self._line_s, self._line_due = line_s, time.monotonic() + line_s
         self._device = device
-        self.observed_s: Callable[[], float] = float
+        self._observed_s = observed_s
         self._progress = Progress("between cases", "none", 0, 1)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -81,7 +77,7 @@ class StallWatch:
             with self._lock:
                 now = time.monotonic()
                 # looking takes CPU time, too, and more of it the longer nothing else happens
-                self._clock.look(now, self._tree.cpu_s() - time.thread_time() - self.observed_s())
+                self._clock.look(now, self._tree.cpu_s() - time.thread_time() - self._observed_s())
                 overdue = self._clock.overdue()
                 if overdue:
                     self._clock.report(now, new_stage=True)  # say it once per limit

@@ -48,11 +48,6 @@ class RollingWindow:
         Where to spill the sums; None keeps them on the device of `importance`.
     attempt : Attempt
         Calls what takes memory.
-
-    Attributes
-    ----------
-    head : Head or None
-        Makes logits of what is added; None where that is logits already.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class RollingWindow:
         self._axis = grid.roll_axis
         self._threads = threads
         self.attempt = attempt
-        self.head: Head | None = None
+        self._head: Head | None = None
         self._told_of_broadcast = False
         self._slab_made: LogitsSlab | None = None
         self._inbox: HostBuffer | None = None
@@ -115,15 +110,16 @@ class RollingWindow:
         """Where the sums are kept."""
         return self._buffer.device
 
-    def restart(self) -> None:
-        """Begin again at plane 0 with empty sums."""
+    def restart(self, head: Head | None = None) -> None:
+        """Begin again at plane 0 with empty sums; `head` makes logits of what is added, if it is none."""
+        self._head = head
         self._buffer.zero_()
         self._weight_sum.zero_()
         self._arriving = None
         self._position = 0
 
     def add(self, logits: torch.Tensor, start: Shape3) -> None:
-        """Add one tile's logits, shape (heads, *patch_size), or with a `head` its features; may change them.
+        """Add one tile's logits, shape (heads, *patch_size), or with a head its features; may change them.
 
         Logits that somebody else holds (a hook that collects them, a network that keeps its output) are multiplied by
         their weights in place: stock does that to all.
@@ -149,7 +145,7 @@ class RollingWindow:
 
         Stock adds it by broadcasting: one without heads is added to all of them, which is done here, and told.
         """
-        heads = self._buffer.shape[0] if self.head is None else self.head.weights.shape[1]
+        heads = self._buffer.shape[0] if self._head is None else self._head.weights.shape[1]
         shape = self._grid.tile_shape
         due = (heads, *shape[1:]) if self._grid.flat else (heads, *shape)
         if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
@@ -159,7 +155,7 @@ class RollingWindow:
             )
         given = tuple(logits.shape)
         if given != due:
-            if self.head is not None or given not in (due[1:], (1, *due[1:])):
+            if self._head is not None or given not in (due[1:], (1, *due[1:])):
                 raise NetworkOutputError(
                     f"the network's output for the tile at {start} has shape {given} without its batch axis, {due} is "
                     "needed: as many heads as the labels ask for, and the patch's size"
@@ -187,8 +183,8 @@ class RollingWindow:
         origin[self._axis] += 1 - self._position
         inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
-        if self.head is not None:
-            self._add_features(logits, self.head, (origin[0], origin[1], origin[2]))
+        if self._head is not None:
+            self._add_features(logits, self._head, (origin[0], origin[1], origin[2]))
         elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous() and not is_held:
             planes = logits.shape[0] * logits.shape[1]
             bits = self._buffer.numpy().view(np.uint16)
@@ -292,13 +288,13 @@ def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> st
 
 
 def roll(
-    tiles: PredictedTiles, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object]
+    tiles: PredictedTiles, grid: TileGrid, window: RollingWindow, on_tile: Callable[[], object], head: Head | None
 ) -> Generator[LogitsSlab, None, None]:
-    """Add all tiles of a pass and yield slabs of final logits.
+    """Add all tiles of a pass and yield slabs of final logits; tiles are features where there is a `head`.
 
     A slab is valid until the next one is asked for; its planes may be changed in place.
     """
-    window.restart()
+    window.restart(head)
     for row_start, final in grid.rows():
         with torch.inference_mode():
             for start in grid.row_tiles(row_start):

@@ -14,7 +14,7 @@ from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import MemoryExhaustedError
-from nnunet_lowmem.labels.labeller import SlabLabeller, SlabLimits
+from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
 from nnunet_lowmem.labels.resampling import resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.network.tile_memory import LiveTensorBytes
@@ -56,9 +56,9 @@ class Task:
         return logits.half() if self.autocast else logits
 
     def plans(self, budget: Budget) -> tuple:
-        model = ModelFacts(self.heads, 1, 1, 0, self.activation_bytes, 1)
+        model = ModelFacts(self.heads, 1, 1, 0, self.activation_bytes, 1, device="cuda")
         case = CaseFacts("sim", self.grid, self.output, self.output, True, 0, 0, 0, image_place=Place.RAM)
-        return plan_case(model, case, budget, "cuda"), list(all_plans(model, case, budget, "cuda"))
+        return plan_case(model, case, budget), list(all_plans(model, case, budget))
 
     def predict(
         self, recovery: Recovery, folder, capacity_bytes: int, with_data: bool = True
@@ -72,15 +72,12 @@ class Task:
             spill = folder if chosen.window is Place.DISK else None
             window = RollingWindow(self.grid, self.heads, importance, threads, spill, recovery.run)
 
-            def limits() -> SlabLimits:
-                placement = recovery.plan.placement
-                return SlabLimits(placement.slab_planes, placement.block_bytes)
-
-            labeller = SlabLabeller(self.tables, self.rule, labels, threads, limits, recovery.run)
-            recovery.listeners.append(lambda plan: window.move_to(plan.placement.window, folder))
+            how = Labelling(self.rule, threads, lambda: recovery.plan.placement.slab_limits, recovery.run)
+            labeller = SlabLabeller(self.tables, how, labels)
             tiles = PredictedTiles(self.network, TileSource(self.case, self.grid), self.grid, CUDA)
-            for slab in roll(tiles, self.grid, window, lambda: None):
-                labeller.add(slab)
+            with recovery.followed_by(lambda plan: window.move_to(plan.placement.window, folder)):
+                for slab in roll(tiles, self.grid, window, lambda: None, None):
+                    labeller.add(slab)
             labeller.finish()
         return labels, device.peak_bytes
 

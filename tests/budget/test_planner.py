@@ -86,6 +86,10 @@ def seen_by(device: str, budget: Budget) -> Budget:
     return budget if device == "cuda" else replace(budget, vram_bytes=None, reserved_vram_bytes=0)
 
 
+def on(model: ModelFacts, device: str, window_on_device: bool = True) -> ModelFacts:
+    return replace(model, device=device, window_on_device=window_on_device)
+
+
 def plan_or_none(*arguments) -> Plan | None:
     try:
         return plan_case(*arguments)
@@ -105,7 +109,7 @@ def rank(plan: Plan, *arguments) -> int:
 @settings(deadline=None, max_examples=50)
 @given(models(), cases(), budgets(), DEVICES, st.booleans())
 def test_projected_is_reserved_plus_the_fullest_stage(model, case, budget, device, on_device):
-    plan = closest_plan(model, case, budget, device, on_device)
+    plan = closest_plan(on(model, device, on_device), case, budget)
     for place in MEASURED:
         sums = [sum(a.size_bytes for a in plan.allocations if a.place is place and s in a.stages) for s in Stage]
         assert plan.projected_bytes(place) == budget.reserved(place) + max(sums)
@@ -116,12 +120,12 @@ def test_projected_is_reserved_plus_the_fullest_stage(model, case, budget, devic
 @given(models(), cases(), budgets(), DEVICES)
 def test_a_binding_budget_is_kept_or_the_case_refused(model, case, budget, device):
     budget = seen_by(device, budget)
-    plan = plan_or_none(model, case, budget, device)
+    plan = plan_or_none(on(model, device), case, budget)
     if plan is not None:
         for place in MEASURED:
             assert budget.limit(place) is None or plan.projected_bytes(place) <= budget.limit(place)
     else:
-        assert not any(p.fits_everywhere() for p in all_plans(model, case, budget, device))
+        assert not any(p.fits_everywhere() for p in all_plans(on(model, device), case, budget))
 
 
 @settings(deadline=None, max_examples=50)
@@ -129,21 +133,21 @@ def test_a_binding_budget_is_kept_or_the_case_refused(model, case, budget, devic
 def test_more_budget_never_gives_a_slower_placement(model, case, budget, device, more_ram, more_vram):
     budget = replace(budget, ram_bytes=budget.ram_bytes or GIB, vram_bytes=budget.vram_bytes or GIB)
     larger = replace(budget, ram_bytes=budget.ram_bytes + more_ram, vram_bytes=budget.vram_bytes + more_vram)
-    smaller, larger = (plan_or_none(model, case, seen_by(device, b), device) for b in (budget, larger))
-    places = (model, case, device)
+    smaller, larger = (plan_or_none(on(model, device), case, seen_by(device, b)) for b in (budget, larger))
+    places = (on(model, device), case)
     assert smaller is None or (larger is not None and rank(larger, *places) <= rank(smaller, *places))
 
 
 @settings(deadline=None, max_examples=50)
 @given(models(), cases(), DEVICES, st.data())
 def test_a_budget_of_exactly_the_projection_is_enough(model, case, device, data):
-    unlimited = plan_case(model, case, Budget(reserved_ram_bytes=GIB, reserved_vram_bytes=GIB), device)
+    unlimited = plan_case(on(model, device), case, Budget(reserved_ram_bytes=GIB, reserved_vram_bytes=GIB))
     limits = [unlimited.projected_bytes(place) for place in (Place.RAM, Place.VRAM)]
     exact = seen_by(device, Budget(*limits, GIB, GIB))
-    places = (model, case, device)
-    assert plan_case(model, case, exact, device).placement == unlimited.placement
+    places = (on(model, device), case)
+    assert plan_case(on(model, device), case, exact).placement == unlimited.placement
     place = data.draw(st.sampled_from(["ram_bytes", "vram_bytes"])) if device == "cuda" else "ram_bytes"
-    less = plan_or_none(model, case, replace(exact, **{place: getattr(exact, place) - 1}), device)
+    less = plan_or_none(on(model, device), case, replace(exact, **{place: getattr(exact, place) - 1}))
     assert less is None or rank(less, *places) > rank(unlimited, *places)
 
 
@@ -151,20 +155,20 @@ def test_a_budget_of_exactly_the_projection_is_enough(model, case, device, data)
 @given(models(), cases(), budgets())
 def test_window_is_on_the_device_only_on_cuda_and_if_wanted(model, case, budget):
     for device, wanted in (("cpu", True), ("mps", True), ("cuda", False)):
-        assert closest_plan(model, case, budget, device, wanted).placement.window is not Place.VRAM
+        assert closest_plan(on(model, device, wanted), case, budget).placement.window is not Place.VRAM
 
 
 @settings(deadline=None, max_examples=50)
 @given(models(), cases(), budgets())
 def test_nothing_is_planned_on_a_device_that_is_not_there(model, case, budget):
     for device in ("cpu", "mps"):
-        assert all(a.place is not Place.VRAM for a in closest_plan(model, case, budget, device).allocations)
+        assert all(a.place is not Place.VRAM for a in closest_plan(on(model, device), case, budget).allocations)
 
 
 @settings(deadline=None, max_examples=50)
 @given(models(), cases(), budgets(), DEVICES)
 def test_sizes_are_positive_and_names_distinct(model, case, budget, device):
-    allocations = closest_plan(model, case, budget, device).allocations
+    allocations = closest_plan(on(model, device), case, budget).allocations
     assert all(a.size_bytes >= 0 and a.stages for a in allocations)
     assert len({a.name for a in allocations}) == len(allocations)
 
@@ -176,29 +180,29 @@ def test_length_costs_no_class(model, device, axis, planes):
     shapes = [tuple(size + extra * (a == axis) for a in range(3)) for size in (40,) for extra in (60, 60 + planes)]
     cases = [case_of(tile_grid(shape, (40, 40, 40), 0.5), (9, 9, 9), (9, 9, 9), True) for shape in shapes]
     shorter, longer = (
-        plan_case(replace(model, folds=1), case, Budget(), device).projected_bytes(Place.RAM) for case in cases
+        plan_case(replace(on(model, device), folds=1), case, Budget()).projected_bytes(Place.RAM) for case in cases
     )
     assert longer - shorter <= planes * 40 * 40 * 4
 
 
 def test_window_leaves_the_device_before_a_case_is_refused():
-    roomy = plan_case(model(), case(), Budget(64 * GIB, 80 * GIB), "cuda")
-    tight = plan_case(model(), case(), Budget(64 * GIB, 3 * GIB), "cuda")
+    roomy = plan_case(on(model(), "cuda"), case(), Budget(64 * GIB, 80 * GIB))
+    tight = plan_case(on(model(), "cuda"), case(), Budget(64 * GIB, 3 * GIB))
     assert roomy.placement.window is Place.VRAM
     assert tight.placement.window is Place.RAM
     assert tight.projected_bytes(Place.RAM) > roomy.projected_bytes(Place.RAM)
 
 
 def test_large_sum_over_folds_is_spilled_and_a_small_one_is_not():
-    large = plan_case(model(folds=5), case(), Budget(), "cpu")
-    small = plan_case(model(folds=5), case((40, 40, 40), (32, 32, 32)), Budget(), "cpu")
-    single = plan_case(model(folds=1), case(), Budget(), "cpu")
+    large = plan_case(model(folds=5), case(), Budget())
+    small = plan_case(model(folds=5), case((40, 40, 40), (32, 32, 32)), Budget())
+    single = plan_case(model(folds=1), case(), Budget())
     assert [p.placement.planes for p in (large, small, single)] == [Place.DISK, Place.RAM, Place.RAM]
 
 
 def test_refusal_is_not_a_usage_error_and_has_its_own_exit_code():
     with pytest.raises(BudgetError):
-        plan_case(model(), case(), Budget(GIB), "cpu")
+        plan_case(model(), case(), Budget(GIB))
     assert BudgetError.exit_code == 3
 
 
@@ -213,9 +217,9 @@ def test_refusal_is_not_a_usage_error_and_has_its_own_exit_code():
 def test_refusal_names_what_where_and_how_much(budget, device, place, flag):
     facts = model(activation_bytes=30 * GIB) if device == "cuda" and place is Place.VRAM else model(heads=600)
     with pytest.raises(BudgetError) as caught:
-        plan_case(facts, case(), budget, device)
+        plan_case(on(facts, device), case(), budget)
     text = str(caught.value)
-    plan = closest_plan(facts, case(), budget, device)
+    plan = closest_plan(on(facts, device), case(), budget)
     largest = max(
         (a for a in plan.allocations if a.place is place and plan.fullest_stage(place) in a.stages),
         key=lambda a: a.size_bytes,
@@ -232,22 +236,22 @@ def test_refusal_names_what_where_and_how_much(budget, device, place, flag):
 def test_refusal_speaks_of_the_placement_that_is_closest_to_fitting():
     facts = model(heads=600, activation_bytes=8 * GIB)
     with pytest.raises(BudgetError) as caught:
-        plan_case(facts, case(), Budget(2 * GIB, disk_bytes=100 * GIB), "cpu")
-    plans = all_plans(facts, case(), Budget(), "cpu")
+        plan_case(facts, case(), Budget(2 * GIB, disk_bytes=100 * GIB))
+    plans = all_plans(facts, case(), Budget())
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
     assert f"projected {least / GIB:.2f} GiB" in str(caught.value)
 
 
 def test_arrays_go_to_disk_only_as_far_as_they_must():
     facts, shape = model(heads=60, activation_bytes=GIB // 4), case((1000, 512, 512), (64, 64, 64))
-    plans = list(all_plans(facts, shape, Budget(), "cpu"))
+    plans = list(all_plans(facts, shape, Budget()))
     free = plans[0].projected_bytes(Place.RAM)
-    least = smallest_ram_bytes(facts, shape, Budget(), "cpu", True, spill=True)
+    least = smallest_ram_bytes(facts, shape, Budget(), spill=True)
     assert least < free / 3
-    assert smallest_ram_bytes(facts, shape, Budget(), "cpu", True, spill=False) > least
+    assert smallest_ram_bytes(facts, shape, Budget(), spill=False) > least
     seen = []
     for limit in [*range(least, free, (free - least) // 20), free]:
-        placement = plan_case(facts, shape, Budget(limit), "cpu").placement
+        placement = plan_case(facts, shape, Budget(limit)).placement
         seen.append(sum(getattr(placement, name) is Place.DISK for name in ("window", "image", "label_map")))
     assert seen[0] == max(seen) >= 2
     assert seen[-1] == 0
@@ -257,29 +261,29 @@ def test_arrays_go_to_disk_only_as_far_as_they_must():
 @given(models(), cases(), DEVICES)
 def test_weights_are_the_first_to_leave_ram(model, case, device):
     """They cost the least time; they take RAM in every stage until they are on disk, and do not come back."""
-    free = closest_plan(replace(model, kept_place=None), case, Budget(), device)
+    free = closest_plan(replace(on(model, device), kept_place=None), case, Budget())
     assert free.placement.weights is Place.RAM
     tight = Budget(free.projected_bytes(Place.RAM) - 1)
-    chosen = closest_plan(replace(model, kept_place=None), case, tight, device)
+    chosen = closest_plan(replace(on(model, device), kept_place=None), case, tight)
     if model.kept_bytes > 0:
         assert chosen.placement == replace(free.placement, weights=Place.DISK)
         assert free.projected_bytes(Place.RAM) - chosen.projected_bytes(Place.RAM) == model.kept_bytes
-    moved = closest_plan(replace(model, kept_place=Place.DISK), case, Budget(), device)
+    moved = closest_plan(replace(on(model, device), kept_place=Place.DISK), case, Budget())
     assert moved.placement == replace(free.placement, weights=Place.DISK)
 
 
 def test_nothing_is_spilled_where_there_is_no_room():
     facts, shape = model(heads=60), case((1000, 512, 512), (64, 64, 64))
     with pytest.raises(BudgetError, match="projected"):
-        plan_case(facts, shape, Budget(3 * GIB, disk_bytes=0), "cpu")
-    roomy = plan_case(facts, shape, Budget(64 * GIB, disk_bytes=0), "cpu")
+        plan_case(facts, shape, Budget(3 * GIB, disk_bytes=0))
+    roomy = plan_case(facts, shape, Budget(64 * GIB, disk_bytes=0))
     assert roomy.planned_bytes(Place.DISK, Stage.PREDICTION) == 0
 
 
 @settings(deadline=None, max_examples=50)
 @given(models(), cases(), DEVICES)
 def test_recovery_goes_down_a_ladder_that_ends(model, case, device):
-    plans = list(all_plans(model, case, Budget(), device))
+    plans = list(all_plans(on(model, device), case, Budget()))
     for place in (Place.RAM, Place.VRAM):
         plan, steps = plans[0], 0
         while (following := next_plan(plans, plan, place)) is not None:
@@ -292,10 +296,10 @@ def test_recovery_goes_down_a_ladder_that_ends(model, case, device):
 @settings(deadline=None, max_examples=50)
 @given(models(), cases(), DEVICES)
 def test_smallest_ram_is_that_of_the_most_frugal_plan(model, case, device):
-    plans = list(all_plans(model, case, Budget(), device))
+    plans = list(all_plans(on(model, device), case, Budget()))
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
-    assert smallest_ram_bytes(model, case, Budget(), device, True, spill=True) == least
+    assert smallest_ram_bytes(on(model, device), case, Budget(), spill=True) == least
     if case.image_place is not Place.DISK and model.kept_place is None:
         unspilled = [plan for plan in plans if plan.planned_bytes(Place.DISK, plan.fullest_stage(Place.DISK)) == 0]
         least = min(plan.projected_bytes(Place.RAM) for plan in unspilled)
-        assert smallest_ram_bytes(model, case, Budget(), device, True, spill=False) == least
+        assert smallest_ram_bytes(on(model, device), case, Budget(), spill=False) == least

@@ -383,7 +383,7 @@ def test_the_command_counts_it_as_a_failure(model, images, tmp_path, monkeypatch
     real, failed = LowMemPredictor._internal_maybe_mirror_and_predict, []
 
     def fails_once(self: Any, tile: torch.Tensor) -> torch.Tensor:
-        if self._clock is not None and self._clock.seconds and not failed:
+        if not tile.is_meta and not failed:  # where memory is only counted there is no case yet
             failed.append(1)
             raise CancelError("once")
         return real(self, tile)

@@ -18,6 +18,7 @@ from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
 from nnunet_lowmem.predict.outcomes import FAILURES_FILE
+from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.volumes.verifying import verify_whole
 
 
@@ -87,33 +88,33 @@ def test_stocks_way_on_request(model, cases, tmp_path):
     assert not (tmp_path / "head.nii.gz").exists()
 
 
-def test_tile_that_fails(model, cases, expected, tmp_path):
+def test_tile_that_fails(model, cases, expected, tmp_path, monkeypatch):
     predictor = make_predictor(LowMemPredictor, model, (0,))
-    real, calls = predictor._network_tile, []
+    real, calls = TileNetwork.predict, []
 
-    def fails_once(tile: torch.Tensor) -> torch.Tensor:
+    def fails_once(network: TileNetwork, tile: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("a tile of the first case failed")
-        return real(tile)
+        return real(network, tile)
 
-    predictor._network_tile = fails_once
+    monkeypatch.setattr(TileNetwork, "predict", fails_once)
     with pytest.raises(CasesFailedError, match="case head, prediction: RuntimeError: a tile of the first case failed"):
         predictor.predict_from_files(cases, outputs(cases, tmp_path))
     assert len(calls) > 3
     assert label_maps(tmp_path) == {name: labels for name, labels in expected.items() if name != "head.nii.gz"}
 
 
-def test_failed_case_leaves_no_array_alive(model, cases, tmp_path):
+def test_failed_case_leaves_no_array_alive(model, cases, tmp_path, monkeypatch):
     """An exception holds its frames, and these the arrays of the case: the report keeps words only."""
     predictor = make_predictor(LowMemPredictor, model, (0,))
     held: list = []
 
-    def fails(tile: torch.Tensor) -> torch.Tensor:
+    def fails(network: TileNetwork, tile: torch.Tensor) -> torch.Tensor:
         held.append(tile.untyped_storage()._weak_ref())
         raise RuntimeError("no")
 
-    predictor._network_tile = fails
+    monkeypatch.setattr(TileNetwork, "predict", fails)
     with pytest.raises(CasesFailedError) as raised:
         predictor.predict_from_files(cases[:1], outputs(cases[:1], tmp_path))
     assert raised.value.report.failed

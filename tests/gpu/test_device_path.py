@@ -24,7 +24,7 @@ from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.errors import CasesFailedError
-from nnunet_lowmem.predict.logits import LogitsPredictor
+from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.types import Place
 from nnunet_lowmem.window.rolling import RollingWindow
 from nnunet_lowmem.window.tiles import PredictedTiles
@@ -220,18 +220,18 @@ def test_a_device_that_has_less_than_it_says_costs_no_label(images, models, capl
 def test_memory_that_is_taken_before_the_window_is_made_costs_no_label(images, models, caplog, monkeypatch):
     files = images("head")
     model = models(ONE, files)
-    make_window = LogitsPredictor._window
+    make_window = FoldLogits.window
     expected = labels_of(make_predictor(LowMemPredictor, model), files)
     with simulated_device(said_bytes=2**33) as device:
 
-        def crowded(self: LogitsPredictor, grid: Any, threads: Any, place: Place, *more: Any) -> RollingWindow:
+        def crowded(self: FoldLogits, threads: Any, place: Place, *more: Any) -> RollingWindow:
             free, device.capacity_bytes = device.capacity_bytes, device.live_bytes + 2**16
             try:
-                return make_window(self, grid, threads, place, *more)
+                return make_window(self, threads, place, *more)
             finally:
                 device.capacity_bytes = free
 
-        monkeypatch.setattr(LogitsPredictor, "_window", crowded)
+        monkeypatch.setattr(FoldLogits, "window", crowded)
         labels = labels_of(make_predictor(LowMemPredictor, model, device=DEVICE), files)
     np.testing.assert_array_equal(labels, expected)
     assert "window in RAM" in caplog.text

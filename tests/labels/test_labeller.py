@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from reference import argmax_labels, cuts, region_labels, resample
 
 from nnunet_lowmem.labels import cells_torch
-from nnunet_lowmem.labels.labeller import SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
 from nnunet_lowmem.labels.resampling import resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.system.threads import RowThreads
@@ -85,7 +85,7 @@ def slab_labels(task: Task) -> NDArray[np.integer]:
     tables = resampling_tables(task.logits.shape[1:], task.target, task.separate_axis)
     labels = np.full(task.target, 251, task.rule.dtype)
     with RowThreads(task.threads) as threads:
-        labeller = SlabLabeller(tables, task.rule, labels, threads)
+        labeller = SlabLabeller(tables, Labelling(task.rule, threads), labels)
         for start, stop in cuts(task.logits.shape[task.axis + 1], task.places):
             labeller.add(slab_of(task, start, stop))
         labeller.finish()
@@ -155,7 +155,8 @@ def test_label_map_may_be_a_transposed_view():
     task = Task(make_logits("normal", 4, (5, 6, 7), 1.0, 0), (9, 8, 11), None, True)
     labels = np.zeros((11, 9, 8), np.uint8).transpose(1, 2, 0)
     with RowThreads(2) as threads:
-        labeller = SlabLabeller(resampling_tables((5, 6, 7), task.target, None), task.rule, labels, threads)
+        tables = resampling_tables((5, 6, 7), task.target, None)
+        labeller = SlabLabeller(tables, Labelling(task.rule, threads), labels)
         labeller.add(slab_of(task, 0, 5))
     assert np.array_equal(labels, expected_labels(task))
 
@@ -211,7 +212,7 @@ def test_slabs_that_end_early_are_noticed():
     task = Task(make_logits("normal", 2, (6, 5, 6), 1.0, 0), (7, 8, 9), None, True)
     with RowThreads(1) as threads:
         tables = resampling_tables((6, 5, 6), task.target, None)
-        labeller = SlabLabeller(tables, task.rule, np.zeros(task.target, np.uint8), threads)
+        labeller = SlabLabeller(tables, Labelling(task.rule, threads), np.zeros(task.target, np.uint8))
         labeller.add(slab_of(task, 0, 4))
         with pytest.raises(AssertionError):
             labeller.finish()

@@ -17,8 +17,11 @@ from oracle import INSTALLED
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.nnunet import stored_cases
 from nnunet_lowmem.predict.cases import Failing
-from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.jobs import Files, Job, Stored
+from nnunet_lowmem.predict.loading import load
 from nnunet_lowmem.types import NextStage, PreprocessedCase
+
+JOBS = [Job("case", None, Stored("case"))]
 
 blosc2 = pytest.importorskip("blosc2")  # nnU-Net 2.5 stores .npz
 
@@ -56,7 +59,7 @@ def test_labels_in_other_grids_are_stocks(image, spec, images, models, tmp_path)
     stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     for predictor in (ours, stock):
         predictor.initialize_from_trained_model_folder(folder, (0,))
-    case = ours._preprocess_files(files, None)
+    case = load(Job("case", None, Files(files)), ours._setup(), None)
     shapes = [tuple(round(size * factor) for size in case.image.shape[1:]) for factor in (LARGER, SMALLER, 1)]
     managers = (stock.plans_manager, stock.configuration_manager)
     trainer = SimpleNamespace(
@@ -75,8 +78,8 @@ def test_labels_in_other_grids_are_stocks(image, spec, images, models, tmp_path)
     plans = []
     ours.on_plan = plans.append
     wanted = PreprocessedCase(case.image, None, case.properties, stages)
-    (segmentation,) = ours._predict_unrecorded([Job("case", None, lambda: wanted)], False, Failing(keep_going=False))
-    (plain,) = ours._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
+    (segmentation,) = ours._predict_unrecorded(JOBS, False, Failing(keep_going=False), lambda *_: wanted)
+    (plain,) = ours._predict_unrecorded(JOBS, False, Failing(keep_going=False), lambda *_: case)
     np.testing.assert_array_equal(segmentation, plain)
     assert "labels for the next stages" in {entry.name for entry in plans[0].allocations}
 

@@ -18,6 +18,7 @@ from torch import nn
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network.fast_network import FastNetwork, FastNorm, fast_network
+from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.system.threads import RowThreads
 
 pytestmark = pytest.mark.timeout(240)
@@ -71,7 +72,7 @@ def test_logits_are_close_and_no_tile_of_them_is_made(name, models, images):
     plain, fast = (make_predictor(LowMemPredictor, models(NETWORKS[name], files), fast=flag) for flag in (False, True))
     image = torch.randn((1, 30, 40, 30), generator=torch.Generator().manual_seed(0))
     expected, found = (made.predict_sliding_window_return_logits(image).float() for made in (plain, fast))
-    parts = fast._fast()
+    parts = TileNetwork(fast._setup()).fast()
     assert parts.head_layer is not None
     assert parts.channels == parts.head().weights.shape[1]
     assert any(isinstance(module, FastNorm) for module in parts.body.modules())

@@ -90,9 +90,6 @@ def test_next_case_runs_while_the_first_is_written(model, cases, tmp_path, monke
     records = [[record["outputs"] for record in recorded(tmp_path / name)] for name in ("one_by_one", "in_a_row")]
     assert records[0] == records[1]
     assert len(records[0]) == len(NAMES)
-    names = [allocation.name for allocation in watched.told[1].plan.allocations]
-    assert "label map of the case before, being written" in names
-    assert len(names) == len(set(names))
 
 
 def test_failed_write_costs_its_own_case(model, cases, tmp_path, monkeypatch):
@@ -179,7 +176,7 @@ class TestSignalWhileAThreadIsStarted:
 
     def test_before_the_thread_runs(self, monkeypatch):
         written = []
-        pending = PendingWrite(lambda: written.append(1), 0, 0, 0)
+        pending = PendingWrite(lambda: written.append(1))
 
         def interrupted(thread) -> None:
             raise KeyboardInterrupt
@@ -199,7 +196,7 @@ class TestSignalWhileAThreadIsStarted:
         def refused(thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        pending = PendingWrite(interrupted, 0, 0, 0)
+        pending = PendingWrite(interrupted)
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refused)
             with pytest.raises(KeyboardInterrupt):
@@ -211,16 +208,7 @@ class TestSignalWhileAThreadIsStarted:
 def test_written_first_where_there_is_no_room_for_both(model, cases, tmp_path, monkeypatch):
     watched = Watched(model, monkeypatch)
     watched.next_case_runs.set()
-    monkeypatch.setattr("nnunet_lowmem.predict.case.THREAD_BYTES", 2**50)
+    monkeypatch.setattr("nnunet_lowmem.predict.pending_write.THREAD_BYTES", 2**50)
     assert len(watched.predict(cases[:2], tmp_path)) == 2
-    assert set(watched.writers) == {threading.main_thread()}
-    assert watched.events.index((NAMES[0], "writing", 1)) < watched.events.index((NAMES[1], "preprocessing", 0))
-
-
-def test_waited_for_where_room_has_become_scarce(model, cases, tmp_path, monkeypatch):
-    """Between the decision and the next case, as if others had taken memory: the next is planned after the writing."""
-    watched = Watched(model, monkeypatch)
-    watched.next_case_runs.set()
-    monkeypatch.setattr("nnunet_lowmem.budget.case_plan.CasePlanning.fits", lambda planning: False)
-    assert len(watched.predict(cases[:2], tmp_path)) == 2
-    assert not any("being written" in allocation.name for allocation in watched.told[1].plan.allocations)
+    assert watched.events.index((NAMES[0], "writing", 1)) < watched.events.index((NAMES[1], "prediction", 0))
+    assert watched.told[1].plan.budget.reserved_ram_bytes < 2**40

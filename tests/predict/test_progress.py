@@ -20,7 +20,7 @@ import torch
 from factory import ModelSpec
 from oracle import make_predictor, outputs
 
-from nnunet_lowmem import LowMemPredictor, predictor
+from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.system.clock import StageClock
 
@@ -111,9 +111,9 @@ def test_what_the_callback_raises_ends_the_run_and_reaches_the_caller(model, ima
 
 def test_an_error_of_a_stage_is_none_of_its_listeners():
     clock = StageClock("scan", [lambda progress: None])
-    with pytest.raises(ZeroDivisionError), clock.stage("export", 3):
+    with pytest.raises(ZeroDivisionError) as raised, clock.stage("export", 3):
         1 / 0  # noqa: B018
-    assert clock.foreign_error is None
+    assert clock.foreign_cause(raised.value) is None
     assert clock.failed_stage == "export"
 
 
@@ -129,7 +129,7 @@ def test_library_prints_nothing_and_logs(model, images, tmp_path, capfd, caplog)
 @pytest.mark.parametrize("wanted", [True, False])
 def test_lines_where_no_terminal_is(model, images, tmp_path, caplog, monkeypatch, wanted):
     caplog.set_level(logging.INFO, "nnunet_lowmem.system.watchdog")
-    monkeypatch.setattr(predictor, "LINE_S", 0.02)
+    monkeypatch.setattr("nnunet_lowmem.report.following.LINE_S", 0.02)
     files = images("head")
     predict = make_predictor(LowMemPredictor, model, (0,))
     predict.allow_tqdm = wanted

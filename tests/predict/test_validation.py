@@ -26,8 +26,11 @@ from tiny_training import (
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.predict import validation
 from nnunet_lowmem.predict.cases import Failing
-from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.jobs import Files, Job, Stored
+from nnunet_lowmem.predict.loading import load
 from nnunet_lowmem.training import LowMemValidation
+
+JOBS = [Job("case", None, Stored("case"))]
 
 
 class Base:
@@ -97,7 +100,7 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
     """Stock sets a limit for predictions and none for validations; the output of the network depends on it."""
     predictor = LowMemPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(models(ModelSpec(), images("head")), (0,))
-    case = predictor._preprocess_files(images("head"), None)
+    case = load(Job("case", None, Files(images("head"))), predictor._setup(), None)
     seen = set()
 
     def note(network: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -105,7 +108,7 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
             seen.add(torch.get_num_threads())
 
     predictor.network.register_forward_pre_hook(note)
-    predictor._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
+    predictor._predict_unrecorded(JOBS, False, Failing(keep_going=False), lambda *_: case)
     assert seen == {min(11, default_num_processes)} != {11}, "run this with nnUNet_def_n_proc below 11"
     seen.clear()
     switched = []
@@ -119,7 +122,7 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
     )
     with validation.prepared(trainer, predictor):
         assert switched == [False]
-        predictor._predict_unrecorded([Job("case", None, lambda: case)], False, Failing(keep_going=False))
+        predictor._predict_unrecorded(JOBS, False, Failing(keep_going=False), lambda *_: case)
     assert seen == {11}
     assert switched == [False, True]
 

@@ -32,6 +32,7 @@ from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network import tile_memory
 from nnunet_lowmem.predict import weights
+from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.types import Place
 from nnunet_lowmem.window.tiling import tile_grid
 
@@ -113,7 +114,7 @@ def copied(predictor: Predictor, folder: Path) -> Predictor:
 def test_what_happens_to_the_folder_later_changes_nothing(happens, on_disk, folder, predicted, expected):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
     if on_disk:
-        predictor._mover()()
+        predictor._setup().weights.move()
     assert_same_array(expected, predicted(happens(predictor, folder)))
 
 
@@ -122,7 +123,7 @@ def test_relative_folder_and_another_working_directory(folder, predicted, expect
     predictor = make_predictor(LowMemPredictor, folder.name, (0, 1))
     monkeypatch.chdir("/")
     assert_same_array(expected, predicted(predictor))
-    assert str(Path(folder.name, "fold_1", CHECKPOINT)) in predictor._weights_name(1)
+    assert str(Path(folder.name, "fold_1", CHECKPOINT)) in predictor._setup().weights.name(1)
 
 
 def test_loader_that_decrypts_is_only_there_while_the_model_is_read(folder, predicted, expected, monkeypatch):
@@ -145,7 +146,7 @@ def test_loader_that_decrypts_is_only_there_while_the_model_is_read(folder, pred
 @pytest.mark.slow
 def test_another_process_needs_no_folder(folder, predicted, expected, images, tmp_path):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
-    predictor._mover()()
+    predictor._setup().weights.move()
     (tmp_path / "predictor").write_bytes(pickle.dumps(predictor))
     shutil.rmtree(folder)
     program = """
@@ -267,8 +268,8 @@ def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, c
     predictor, other = (make_predictor(LowMemPredictor, model, folds) for folds in ((0, 1), (1,)))
     if on_disk:
         assert_same_array(expected, predicted(predictor))
-        predictor._mover()()
-        other._mover()()
+        predictor._setup().weights.move()
+        other._setup().weights.move()
         assert weights.movable_bytes(predictor.list_of_parameters) == 0
     change(predictor, other)
     assert_same_array(changed(change), predicted(predictor))
@@ -278,29 +279,29 @@ def test_changes_are_told_apart_by_done_records(model, predicted):
     """By the weights themselves; where they are kept and who copied them does not matter."""
     predictor, other = (make_predictor(LowMemPredictor, model, folds) for folds in ((0, 1), (1,)))
     size = weights.movable_bytes(predictor.list_of_parameters)
-    before = predictor._fingerprint(False)
+    before = checksum(predictor._setup(), False)
     assert weights.movable_bytes(predictor.list_of_parameters) == size > 0
-    predictor._mover()()
+    predictor._setup().weights.move()
     predictor = pickle.loads(pickle.dumps(predictor))
-    assert predictor._fingerprint(False) == before
+    assert checksum(predictor._setup(), False) == before
     predictor.list_of_parameters = [{name: value.clone() for name, value in fold.items()}
                                     for fold in predictor.list_of_parameters]  # fmt: skip
-    assert predictor._fingerprint(False) == before
+    assert checksum(predictor._setup(), False) == before
     seen = {before}
     for change in CHANGES[:7]:
         changing = copy.deepcopy(predictor)
         change(changing, other)
-        seen.add(changing._fingerprint(False))
+        seen.add(checksum(changing._setup(), False))
     assert len(seen) == 6  # `added` and `appended` make the same, and `assigned` has one fold twice
     predictor.list_of_parameters = None
-    assert predictor._fingerprint(False) not in seen
+    assert checksum(predictor._setup(), False) not in seen
 
 
 def test_weights_are_named_by_their_checkpoint_as_long_as_they_come_from_there(model):
     predictor = make_predictor(LowMemPredictor, model, (0, 1))
-    assert predictor._weights_name(1) == str(Path(model, "fold_1", CHECKPOINT))
+    assert predictor._setup().weights.name(1) == str(Path(model, "fold_1", CHECKPOINT))
     predictor.list_of_parameters.append(predictor.list_of_parameters[0])
-    assert predictor._weights_name(1) == "entry 1 of list_of_parameters"
+    assert predictor._setup().weights.name(1) == "entry 1 of list_of_parameters"
 
 
 # -- in a file
@@ -366,7 +367,7 @@ def test_file_goes_with_the_predictor(model, predicted):
     before = deleted_files()
     predictor = make_predictor(LowMemPredictor, model)
     predicted(predictor)
-    predictor._mover()()
+    predictor._setup().weights.move()
     predicted(predictor)
     assert len(deleted_files()) == len(before) + 1
     assert pickle.loads(pickle.dumps(predictor)).list_of_parameters
@@ -374,7 +375,7 @@ def test_file_goes_with_the_predictor(model, predicted):
     try:
         predictor.list_of_parameters = copy.deepcopy(predictor.list_of_parameters)
         assert deleted_files() == before
-        predictor._mover()()
+        predictor._setup().weights.move()
         predicted(predictor)
         del predictor
         assert deleted_files() == before
@@ -401,8 +402,8 @@ def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, mon
     """What is beyond goes to disk as it is read, as long as there is room; none is offered where that is in RAM."""
     fold = weights.movable_bytes(make_predictor(LowMemPredictor, model).list_of_parameters)
     free, room = 4 * fold if free == "fold" else free, fold if room == "fold" else room
-    monkeypatch.setattr("nnunet_lowmem.predict.logits.ram_limit", lambda _: (free + 1, 1))
-    monkeypatch.setattr("nnunet_lowmem.predict.logits.spill_bytes", lambda _: room)
+    monkeypatch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda _: (free + 1, 1))
+    monkeypatch.setattr("nnunet_lowmem.budget.machine.spill_bytes", lambda _: room)
     predictor = make_predictor(LowMemPredictor, model, (0, 1))
     assert weights.movable_bytes(predictor.list_of_parameters) == in_ram * fold
     assert_same_array(expected, predicted(predictor))
@@ -418,15 +419,15 @@ def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     kept = {a.name: a.size_bytes for a in free[0].allocations}["weights of all folds"]
     assert kept == weights.movable_bytes(roomy.list_of_parameters)
     predictor = make_predictor(LowMemPredictor, model, (0, 1), on_plan=plans.append)
-    real = predictor._without_weights
+    real = Setup.budget
 
-    def tight(budget: Budget) -> Budget:
+    def tight(setup: Setup, with_children: bool) -> Budget:
         """A budget in which nothing but the weights has to leave."""
-        budget = real(budget)
+        budget = real(setup, with_children)
         planned = free[0].projected_bytes(Place.RAM) - free[0].budget.reserved_ram_bytes
         return Budget(budget.reserved_ram_bytes + planned - 1, None, budget.reserved_ram_bytes, 0, budget.disk_bytes)
 
-    predictor._without_weights = tight
+    monkeypatch.setattr(Setup, "budget", tight)
     second = predictor.predict_from_files_sequential([images("small")] * 2, None)
     assert [plan.placement.weights for plan in plans] == [Place.DISK, Place.DISK]
     assert "on disk: weights" in plans[1].placement.in_words()
@@ -438,9 +439,9 @@ def test_plan_says_where_the_weights_are(model, images, monkeypatch):
 def test_weights_are_the_first_step_where_memory_is_gone():
     facts = ModelFacts(4, 1, 2, 0, MIB, 1, kept_bytes=100 * MIB)
     case = CaseFacts("case", tile_grid((40, 30, 32), (16, 16, 16), 0.5), (40, 30, 32), (40, 30, 32), True, 0, 0, MIB)
-    plan, plans = plan_case(facts, case, Budget(), "cpu"), all_plans(facts, case, Budget(), "cpu")
-    recovery, seen = Recovery(plan, plans), []
-    recovery.listeners.append(lambda following: seen.append(following.placement))
+    plan, plans = plan_case(facts, case, Budget()), all_plans(facts, case, Budget())
+    seen = []
+    recovery = Recovery(plan, plans, lambda following: seen.append(following.placement))
     failures: Iterator[bool] = iter([True, True])
 
     def operation() -> int:

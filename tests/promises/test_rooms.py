@@ -48,7 +48,8 @@ MAY_IMPORT_NNUNET = {
     "nnunet.stored_cases",
     "nnunet.trust",
     "overrides.lookup",
-    "predict.logits",
+    "predict.runs",
+    "predict.tile_network",
     "predict.validation",
     "predictor",
     "preprocessing.case",
@@ -273,3 +274,56 @@ def test_package_gives_its_predictor_what_it_raises_and_what_it_tells_and_nothin
     assert {getattr(nnunet_lowmem, name) for name in raised} == {getattr(errors, name) for name in raised}
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         nnunet_lowmem.nonsense  # noqa: B018
+
+
+def classes() -> Iterator[tuple[str, ast.ClassDef]]:
+    for module in MODULES:
+        yield from ((module, node) for node in ast.walk(tree(module)) if isinstance(node, ast.ClassDef))
+
+
+def members(node: ast.ClassDef) -> set[str]:
+    """Methods, properties included."""
+    return {part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def test_no_class_is_a_tower():
+    """Counted with what it has of classes of ours."""
+    own = {node.name: node for _, node in classes()}
+
+    def bases(name: str) -> set[str]:
+        return {base.id for base in own[name].bases if isinstance(base, ast.Name)} & set(own)
+
+    counts = {name: sum(len(members(own[cls])) for cls in closure({name}, bases)) for name in own}
+    assert {name: count for name, count in counts.items() if count > 25} == {}
+    assert counts["LowMemPredictor"] > 10, "the count counts"
+
+
+def private_names(module: str) -> tuple[set[str], dict[str, str]]:
+    """What a file makes, and what it asks other things than ``self`` for, with how."""
+    made, asked = set(), {}
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.Name):
+            made.add(node.id)
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                made.add(node.attr)
+            else:
+                asked[node.attr] = ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nnunet_lowmem"):
+            asked.update({a.name: f"from {node.module}" for a in node.names if a.name[:1] == "_" != a.name[1:2]})
+    return made, asked
+
+
+def test_no_private_member_is_used_in_another_file():
+    names = {module: private_names(module) for module in MODULES}
+    ours_too = {name for made, _ in names.values() for name in made if name.startswith("_")}
+    found = {
+        (module, how)
+        for module, (made, asked) in names.items()
+        for name, how in asked.items()
+        if name in ours_too and name not in made
+    }
+    of_others = {"module._buffers", "module._parameters", "multiprocessing.process._children"}  # torch's and Python's
+    assert {how for _, how in found} == of_others

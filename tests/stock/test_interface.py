@@ -19,7 +19,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import INSTALLED, assert_same_object, make_predictor
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.budget.case_plan import CasePlanner
+from nnunet_lowmem.budget import case_plan
+from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.predict.warming import warm_up
 from nnunet_lowmem.types import Place
 
@@ -243,13 +244,11 @@ def test_results_are_plain_arrays_wherever_they_lie(model, array, monkeypatch, p
     """Everything that can be on the disk is there."""
     plans: list[Any] = []
     spilling = make_predictor(LowMemPredictor, model, on_plan=plans.append)
-    real = CasePlanner.plan
 
-    def plan(self: CasePlanner, facts: Any, budget: Any) -> Any:
-        every = self.all(facts, budget)
-        return next((p for p in every if p.placement.label_map is Place.DISK), None) or real(self, facts, budget)
+    def plan(*facts: Any) -> Any:
+        return next((p for p in all_plans(*facts) if p.placement.label_map is Place.DISK), None) or plan_case(*facts)
 
-    monkeypatch.setattr(CasePlanner, "plan", plan)
+    monkeypatch.setattr(case_plan, "plan_case", plan)
     result = single(spilling, *array, None, None, probabilities)
     expected = single(make_predictor(nnUNetPredictor, model), *array, None, None, probabilities)
     assert plans[-1].placement.label_map is Place.DISK

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.budget.case_plan import CasePlanning
+from nnunet_lowmem.budget.planner import all_plans, certain
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.nnunet import adapter
+from nnunet_lowmem.predict import case
 from nnunet_lowmem.system.memory_held import PeakSampler
 from nnunet_lowmem.types import Place
 
@@ -35,35 +38,27 @@ def data_bytes() -> int:
     return 1024 * int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmData" in x).split()[1])
 
 
-def limited(begin):
-    """Let no more be taken than the budget of the case leaves."""
+class WatchedPlanning(CasePlanning):
+    """Keeps the latest planning that has begun; limits it where that is asked for."""
 
-    def begin_with_limit(*arguments):
-        planning = begin(*arguments)
-        budget = planning.budget
-        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + budget.ram_bytes - budget.reserved_ram_bytes,) * 2)
-        return planning
+    latest: CasePlanning
+    limit = False
+    short_of_memory = False
 
-    return begin_with_limit
+    def check(self) -> None:
+        """Let no more be taken than the budget of the case leaves."""
+        super().check()
+        WatchedPlanning.latest = self
+        if self.limit:
+            left = self.budget.ram_bytes - self.budget.reserved_ram_bytes
+            resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + left,) * 2)
 
-
-def short_of_memory(begin):
-    """No room for an image in RAM. The error is made up: what the kernel refuses depends on what was freed before."""
-
-    def begin_without_room(*arguments):
-        planning = begin(*arguments)
-        allocate = planning.allocate
-
-        def only_on_disk(shape, dtype):
-            image = allocate(shape, dtype)
-            if not isinstance(image, np.memmap):
-                raise MemoryError(f"no room for {image.nbytes} bytes")
-            return image
-
-        planning.allocate = only_on_disk
-        return planning
-
-    return begin_without_room
+    def allocate(self, shape, dtype):
+        """No room for an image in RAM. The error is made up: what the kernel refuses depends on what was freed."""
+        image = super().allocate(shape, dtype)
+        if self.short_of_memory and not isinstance(image, np.memmap):
+            raise MemoryError(f"no room for {image.nbytes} bytes")
+        return image
 
 
 def slow_writer() -> None:
@@ -124,10 +119,9 @@ def main() -> None:
     )
     with PeakSampler(0.005) as sampler:
         predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))
-    if options.get("limit"):
-        predictor._begin = limited(predictor._begin)
-    if options.get("short_of_memory"):
-        predictor._begin = short_of_memory(predictor._begin)
+    WatchedPlanning.limit = bool(options.get("limit"))
+    WatchedPlanning.short_of_memory = bool(options.get("short_of_memory"))
+    case.CasePlanning = WatchedPlanning
     logging.getLogger("nnunet_lowmem").addHandler(log := Log(logging.WARNING))
     error = None
     try:
@@ -138,8 +132,8 @@ def main() -> None:
     outputs = sorted(Path(options["output"]).glob("*.nii.gz"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs]
     left = [str(path) for path in Path(options["tmp_dir"]).iterdir()]
-    planning = predictor._planning
-    plans = planning.planner.all(planning.header, planning.budget)
+    planning = WatchedPlanning.latest
+    plans = all_plans(certain(planning.model), planning.header, planning.budget)
     least = min(plan.projected_bytes(Place.RAM) for plan in plans)
     pages = [path.name for path in Path(options["output"]).glob("*.html")]
     found = {"outputs": digests, "left": left, "error": error, "log": log.told, "pages": pages}

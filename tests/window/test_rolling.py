@@ -155,7 +155,7 @@ def rolling(
 
 
 def slabs_of(network: Callable, case: PreprocessedCase, grid: TileGrid, window: RollingWindow) -> Iterator[LogitsSlab]:
-    return roll(PredictedTiles(network, TileSource(case, grid), grid, CPU), grid, window, lambda: None)
+    return roll(PredictedTiles(network, TileSource(case, grid), grid, CPU), grid, window, lambda: None, None)
 
 
 def case_of(shape: tuple[int, ...]) -> PreprocessedCase:

@@ -1,0 +1,60 @@
+"""What the cases of a folder will take, by their headers: for ``--estimate``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.estimates import Estimate, estimates
+from nnunet_lowmem.names import shown
+from nnunet_lowmem.network.tile_memory import TileBytes, copy_of_zeros
+from nnunet_lowmem.nnunet import model_files, model_keys
+from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.predict.case import case_sizes, warm_up_kernels
+from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.tile_network import TileNetwork, grid_of
+from nnunet_lowmem.types import Place, PreprocessedCase, once
+
+logger = logging.getLogger(__name__)
+
+#: Returns a setup with another network and other axes of mirroring.
+WithNetwork = Callable[[Any, tuple[int, ...] | None], Setup]
+
+
+def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities: bool) -> Iterator[Estimate]:
+    """Plan every case of a folder: upper bounds, since the nonzero crop is not known yet."""
+    configuration, ending = setup.configuration_manager, setup.file_ending
+    model_keys.check_case(setup.plans_manager.plans, configuration.configuration, preprocesses=True, exports=True)
+    warm_up_kernels(setup)
+    budget = setup.budget()
+    model = TileNetwork(setup).facts(bytes_of_zeros(setup, budget, with_network).with_margin())
+    cascades = configuration.previous_stage_name is not None
+    cases = (
+        (shown(model_files.case_name(files, ending)), files, files[0] if cascades else None)
+        for files in model_files.list_cases(folder, ending)
+    )
+    return estimates(cases, case_sizes(setup, model), model, budget, probabilities, ending)
+
+
+def bytes_of_zeros(setup: Setup, budget: Budget, with_network: WithNetwork) -> TileBytes:
+    """Measure a tile of zeros in a copy of the network that nobody else sees, if it fits, or tell what is expected."""
+    known = TileNetwork(setup).tile_bytes()
+    place = Place.VRAM if setup.device.type == "cuda" else Place.RAM
+    room = (budget.limit(place) or 0) - budget.reserved(place) - known.certain
+    sample = copy_of_zeros(uncompiled(setup.steps.network()), setup.device, room) if known.uncertain else None
+    if sample is None:
+        return known.after(0)
+    patch = setup.patch_size
+    two_tiles = (2, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])
+    case = PreprocessedCase(np.zeros((setup.tile_shape[1], *two_tiles), np.float32), None, {})
+    # mirroring along one axis holds as much as along all of them
+    network = TileNetwork(with_network(sample, setup.mirrored_axes[:1] or None))
+    try:
+        return network.measure(network.tiles(case, grid_of(setup, case)), once)
+    except (MemoryError, RuntimeError) as error:
+        logger.info("no tile could be run to measure the network: %s", error)
+        return known.after(0)

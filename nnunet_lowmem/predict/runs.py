@@ -1,0 +1,284 @@
+"""Cases in a row, each planned beside what else goes on: the worker of the next cases, the files of the one before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.helpers import empty_cache
+
+from nnunet_lowmem.budget.arrays import WORKER_BYTES
+from nnunet_lowmem.budget.case_plan import CasePlanning
+from nnunet_lowmem.budget.machine import vram_limit
+from nnunet_lowmem.budget.planner import closest_plan
+from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.labels import heads
+from nnunet_lowmem.nnunet import model_files, stock_calls
+from nnunet_lowmem.predict.case import CaseRun
+from nnunet_lowmem.predict.cases import Failing, Outcomes
+from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.listeners import Listener
+from nnunet_lowmem.predict.loading import Load, facts_of_job, load
+from nnunet_lowmem.predict.outcomes import CaseReport, RunReport
+from nnunet_lowmem.predict.pending_write import PendingWrite
+from nnunet_lowmem.predict.prefetching import Prefetcher
+from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.writing import Result, write
+from nnunet_lowmem.system import signals
+from nnunet_lowmem.system.atomic_files import temporary_folder
+from nnunet_lowmem.system.clock import StageClock
+from nnunet_lowmem.system.memory_held import PeakSampler
+from nnunet_lowmem.types import Place, PreprocessedCase
+
+logger = logging.getLogger(__name__)
+
+
+def predict_cases(
+    jobs: Iterable[Job],
+    setup: Callable[[], Setup],
+    probabilities: bool,
+    listeners: Sequence[Listener],
+    failing: Failing,
+    report: RunReport,
+    *,
+    may_prefetch: bool = False,
+    load: Load = load,
+) -> list[Result]:
+    """Predict each job and note how it went.
+
+    Parameters
+    ----------
+    jobs : iterable of Job
+    setup : callable
+        Returns the `Setup` of now; asked for each case.
+    probabilities : bool
+        Are wanted, too.
+    listeners : sequence of Listener
+        In the order in which they are told.
+    failing : Failing
+    report : RunReport
+        Filled case by case.
+    may_prefetch : bool
+        Preprocess the next case in a process meanwhile, if that is wished and there is room for it.
+    load : Load
+        Reads and preprocesses in this process.
+
+    Returns
+    -------
+    list
+        One result per job, None for those that failed or were written.
+
+    Raises
+    ------
+    ModelError
+        At once, since it would fail every case.
+    Exception
+        At once, if somebody else's code raised it and that ends a run; where cases do not keep going that of the first
+        that fails.
+    """
+    first = setup()
+    options, device = first.options, first.device
+    with ExitStack() as stack:
+        stack.callback(empty_cache, device)
+        stack.callback(stock_calls.forget_importance)
+        stack.enter_context(vram_limit(options.max_vram, device))
+        folder = stack.enter_context(temporary_folder(options.tmp_dir))
+        prefetcher = None
+        # beside a GPU; on the CPU a worker would take the cores that the network needs
+        is_wished = device.type != "cpu" if options.prefetch is None else options.prefetch
+        if may_prefetch and is_wished and isinstance(jobs, Sequence) and len(jobs) > 1:
+            model = (first.plans_manager, first.configuration_manager, first.dataset_json)
+            threads = max(1, first.kernel_threads // 2)
+            stall_s = options.worker_timeout_s
+            prefetcher = stack.enter_context(Prefetcher(jobs, model, folder, stall_s, threads, options.accept_nan))
+        del first
+        outcomes = Outcomes(report, failing, listeners)
+        return _Run(setup, folder, probabilities, listeners, outcomes, load, prefetcher).predict(jobs)
+
+
+def clock_of(case: str, listeners: Sequence[Listener], *first: Callable[[Any], object]) -> StageClock:
+    """Return the clock of a case that all listeners follow; memory is measured where one of them asks for it."""
+    sampler = PeakSampler(stage="preprocessing") if any(listener.measures for listener in listeners) else None
+    return StageClock(case, [*first, *(listener.progress for listener in listeners)], sampler)
+
+
+@contextmanager
+def followed(clock: StageClock, listeners: Sequence[Listener]) -> Iterator[None]:
+    """Let all listeners follow one case."""
+    with ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener.case(clock.case, clock.sampler))
+        if clock.sampler is not None:
+            stack.enter_context(clock.sampler)
+        yield
+
+
+@dataclass
+class _Run:
+    _setup: Callable[[], Setup]
+    _folder: Path
+    _probabilities: bool
+    _listeners: Sequence[Listener]
+    _outcomes: Outcomes
+    _load: Load
+    _prefetcher: Prefetcher | None
+    _is_prefetching_decided: bool = False
+    _worker_bytes: int = 0
+    _latest: PendingWrite | None = None
+
+    def predict(self, jobs: Iterable[Job]) -> list[Result]:
+        results, outcomes = [], self._outcomes
+        try:
+            with outcomes:
+                for job, following in _in_a_row(jobs):
+                    signals.check()
+                    clock = clock_of(job.name, self._listeners, outcomes.settle_if_written)
+                    try:
+                        result, report = self._predict(job, following, clock)
+                    except ModelError:
+                        raise
+                    except Exception as error:
+                        if not outcomes.ends_run(clock, error):
+                            outcomes.settle()
+                        outcomes.failed(clock, error)
+                        result = None
+                    else:
+                        outcomes.predicted(clock, report, self._latest)
+                    results.append(result)
+                outcomes.settle()
+        finally:
+            self._keep_latest()
+        return results
+
+    def _keep_latest(self) -> None:
+        """Let the files of the last case be written, however the run ends; most failures have been told of."""
+        latest, self._latest = self._latest, None
+        try:
+            if latest is not None:
+                latest.result()
+        except Exception as error:
+            logger.error("the case that was finished last could not be written: %s", error)
+
+    def _predict(self, job: Job, following: Job | None, clock: StageClock) -> tuple[Result, CaseReport]:
+        setup = self._setup()
+        run = CaseRun(setup, job, clock, self._folder, self._probabilities, self._listeners, self._settle_beside)
+        with followed(clock, self._listeners):
+            with clock.stage("preprocessing"):
+                planning = self._planning(run)
+                case = run.preprocessed(self._loaded, planning)
+            result, plan = run.segmentation(case, planning)
+            before, self._latest = self._latest, None
+            if before is not None and not before.is_over:
+                with clock.stage("writing", 1):  # one at a time
+                    before.wait()
+            if job.output is not None and result is not None:
+                self._write_or_hold_back(setup, job, following, result, case.properties, clock)
+                self._draw(setup, job, case, result, clock)
+                result = None
+        peaks = clock.sampler.peaks_bytes() if clock.sampler is not None else {}
+        return heads.plain(result), CaseReport(job.name, job.output, clock.seconds, plan, peaks)
+
+    def _loaded(self, job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedCase:
+        here = partial(self._load, job, setup, planning)
+        return here() if self._prefetcher is None else self._prefetcher.load(job, here)
+
+    # -- what goes on beside -----------------------------------------------------------------------------------------
+
+    def _planning(self, run: CaseRun) -> CasePlanning:
+        """Plan a case by its header; beside the writing of the one before, unless that slows it down."""
+        run.check()
+        pending = self._latest if self._latest is not None and not self._latest.is_over else None
+        planning = run.planning(self._worker_bytes, pending)
+        if pending is not None:
+            if planning.fits() and not planning.is_slowed():
+                pending.start()
+            else:
+                pending.wait()
+                planning = run.planning(self._worker_bytes, None)
+        planning.check()
+        return planning
+
+    def _settle_beside(self, planning: CasePlanning) -> None:
+        """Decide on the worker of the next cases; wait for the files of the one before where they are in the way."""
+        if not self._is_prefetching_decided:
+            self._is_prefetching_decided = True
+            self._start_prefetching(planning)
+        if self._latest is not None and planning.is_slowed():
+            self._latest.wait()
+        if self._latest is None or self._latest.is_over:
+            planning.forget_pending()
+
+    def _start_prefetching(self, planning: CasePlanning) -> None:
+        """Preprocess the next cases in a process from now on, if every case fits beside it; its plans count it then.
+
+        Decided once in a run, when it is known what the network takes.
+        """
+        prefetcher = self._prefetcher
+        if prefetcher is None or planning.header is None:
+            return
+        facts = []
+        for job in prefetcher.jobs:
+            with suppress(UsageError):  # told of when its turn comes
+                case = facts_of_job(planning.sizes, job, self._probabilities)
+                if case is not None:  # else one that cannot be right
+                    facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
+        largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
+        model = replace(planning.model, worker_bytes=WORKER_BYTES + largest)
+        if all(closest_plan(model, case, planning.budget).fits_everywhere() for case in facts):
+            self._worker_bytes = model.worker_bytes
+            planning.learn(worker_bytes=model.worker_bytes)
+            prefetcher.release()
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def _write_or_hold_back(
+        self,
+        setup: Setup,
+        job: Job,
+        following: Job | None,
+        result: Result,
+        properties: dict[str, Any],
+        clock: StageClock,
+    ) -> None:
+        """Write the files now, or beside the next case, if that is one of files."""
+        writes = partial(self._write, setup, job, result, properties)
+        if following is not None and following.files is not None and isinstance(result, np.ndarray):
+            self._latest = PendingWrite.of(writes, result, properties["shape_after_cropping_and_before_resampling"])
+            return
+        with clock.stage("writing"):
+            writes()
+
+    def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:
+        assert job.output is not None, "a case without an output is not written"
+        write(setup, result, job.output, properties)
+        for listener in self._listeners:
+            listener.written(job)
+
+    def _draw(self, setup: Setup, job: Job, case: PreprocessedCase, result: Result, clock: StageClock) -> None:
+        """Let listeners keep what shows the labels; what is wrong with it costs a warning and not the case."""
+        drawing = [listener for listener in self._listeners if listener.draws]
+        segmentation = result[0] if isinstance(result, tuple) else result
+        if not drawing or job.output is None or segmentation is None:
+            return
+        with clock.stage("report"):
+            try:
+                forward, names = setup.plans_manager.transpose_forward, model_files.label_names(setup.dataset_json)
+                for listener in drawing:
+                    listener.draw(job.output, case, segmentation, forward, names)
+            except Exception as error:
+                logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
+
+
+def _in_a_row(jobs: Iterable[Job]) -> Iterator[tuple[Job, Job | None]]:
+    """Yield each job with the one after it, where that is known without waiting for anybody."""
+    if isinstance(jobs, Sequence):
+        yield from zip_longest(jobs, jobs[1:])
+    else:
+        yield from ((job, None) for job in jobs)

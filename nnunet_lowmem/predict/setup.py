@@ -1,0 +1,180 @@
+"""What one case works with: the predictor's attributes as they are when it begins, and the methods others may override.
+
+The attributes that nnU-Net's predictor has are the only truth, and clients set them whenever they like. A `Setup` is a
+picture of them that is held for a case and by nobody longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.machine import machine_budget, spill_folder
+from nnunet_lowmem.network.fast_network import FastNetwork
+from nnunet_lowmem.network.tile_memory import TileBytes
+from nnunet_lowmem.nnunet import stock_calls
+from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.options import Options, values_of
+from nnunet_lowmem.predict.records import fingerprint
+from nnunet_lowmem.predict.weights import FoldWeights, digests
+from nnunet_lowmem.system.threads import usable_cores
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Methods of the predictor that a subclass, or a client, may have replaced.
+
+    Attributes
+    ----------
+    network : callable
+        Returns the network of now: a client may put another in its place under way.
+    place_network : callable
+        Brings it to its device, for inference.
+    predict_tile : callable
+        ``_internal_maybe_mirror_and_predict``.
+    predict_logits : callable
+        ``predict_logits_from_preprocessed_data``.
+    replaced : callable
+        `overrides.lookup.replaced` for the predictor.
+    """
+
+    network: Callable[[], Any]
+    place_network: Callable[[], None]
+    predict_tile: Callable[[torch.Tensor], torch.Tensor]
+    predict_logits: Callable[[torch.Tensor], Any]
+    replaced: Callable[..., list[str]]
+
+
+@dataclass
+class Memo:
+    """What is remembered of the network from case to case; a copy of the predictor begins anew.
+
+    Attributes
+    ----------
+    fast : (parts, FastNetwork or None)
+        How it is run fast, as long as it has these parts.
+    tile : (network, circumstances, TileBytes), or None
+        What it takes for a tile, as long as it is this network under these circumstances.
+    """
+
+    fast: tuple[Any, FastNetwork | None] = (None, None)
+    tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        return Memo, ()
+
+
+#: Attributes of the predictor that a `Setup` has under the same names.
+_NAMED_ALIKE = (
+    "plans_manager", "configuration_manager", "label_manager", "dataset_json", "trainer_name", "device",
+    "perform_everything_on_device", "tile_step_size", "use_gaussian", "network_threads", "verbose",
+    "verbose_preprocessing", "allow_tqdm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A predictor with a model when a case begins; names are those of its attributes.
+
+    Attributes
+    ----------
+    mirrored_axes : tuple of int
+        Along which tiles are mirrored; empty without mirroring.
+    weights : FoldWeights
+        ``list_of_parameters``.
+    options : Options
+        Ours.
+    steps : Steps
+    memo : Memo
+    """
+
+    plans_manager: Any
+    configuration_manager: Any
+    label_manager: Any
+    dataset_json: dict[str, Any]
+    trainer_name: str
+    device: torch.device
+    perform_everything_on_device: bool
+    tile_step_size: float
+    use_gaussian: bool
+    mirrored_axes: tuple[int, ...]
+    weights: FoldWeights
+    network_threads: int | None
+    verbose: bool
+    verbose_preprocessing: bool
+    allow_tqdm: bool
+    options: Options
+    steps: Steps
+    memo: Memo
+
+    @staticmethod
+    def of(predictor: Any, steps: Steps, memo: Memo, checkpoints: tuple[Path, ...]) -> Setup:
+        """Return a picture of a predictor; `checkpoints` are those that its ``list_of_parameters`` was read from."""
+        axes, options = predictor.allowed_mirroring_axes, values_of(predictor)
+        # axes may be an array of numpy; what is no collection is the network's to refuse
+        mirrored = map(int, axes) if predictor.use_mirroring and isinstance(axes, Iterable) else ()
+        return Setup(
+            **{name: getattr(predictor, name) for name in _NAMED_ALIKE},
+            mirrored_axes=tuple(mirrored),
+            weights=FoldWeights(predictor.list_of_parameters, checkpoints, spill_folder(options.tmp_dir)),
+            options=options,
+            steps=steps,
+            memo=memo,
+        )
+
+    @property
+    def heads(self) -> int:
+        """Of the network: classes, or regions."""
+        return int(self.label_manager.num_segmentation_heads)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Of a tile, in voxels: two axes or three."""
+        return tuple(self.configuration_manager.patch_size)
+
+    @property
+    def file_ending(self) -> str:
+        """Of images and label maps."""
+        return str(self.dataset_json["file_ending"])
+
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        """Of the network's input: (1, channels, *patch_size)."""
+        channels = stock_calls.input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+        return (1, channels, *self.patch_size)
+
+    @property
+    def kernel_threads(self) -> int:
+        """Threads of the compiled kernels."""
+        return self.options.kernel_threads or usable_cores()
+
+    def budget(self, with_children: bool = True) -> Budget:
+        """Return limits, and what is in use but for weights that can be moved: the plan says where these are."""
+        options = self.options
+        budget = machine_budget(options.max_ram, options.max_vram, self.device, options.tmp_dir, with_children)
+        return budget.with_in_use(-self.weights.movable_bytes)
+
+
+def checksum(setup: Setup, probabilities: bool) -> str:
+    """Return a checksum of all that labels, or probabilities, depend on beside the images."""
+    description = {
+        "plans": setup.plans_manager.plans,
+        "configuration": setup.configuration_manager.configuration,
+        "dataset": setup.dataset_json,
+        "step": setup.tile_step_size,
+        "gaussian": setup.use_gaussian,
+        "mirroring": list(setup.mirrored_axes),
+        "device": setup.device.type,
+        "accept_nan": setup.options.accept_nan,
+        "probabilities": setup.options.probabilities_dtype if probabilities else None,
+        "fast": setup.options.fast,
+    }
+    weights = setup.weights.parameters
+    if weights is None:  # the network is used as it is, whatever a client has made of it
+        weights = [getattr(uncompiled(setup.steps.network()), "state_dict", dict)()]
+    return fingerprint(description, digests(weights))
