@@ -177,68 +177,6 @@ ROWS = (
     ),
 )
 
-#: What our way calls where nnU-Net calls it: what stands there runs by itself.
-CALLED: dict[str, tuple[str, ...]] = {
-    PREDICTOR: ("__init__", "manual_initialization", "auto_detect_available_folds"),
-    RAW: (
-        "PlansManager",
-        "compute_gaussian",
-        "determine_num_input_channels",
-        "load_json",
-        "nnUNetPredictor",
-        "recursive_find_python_class",
-        "recursive_find_trainer_class_by_name",
-    ),
-    LABEL_MANAGER: (
-        "__init__",
-        "_sanity_check",
-        "_get_all_labels",
-        "_get_regions",
-        "_determine_ignore_label",
-        "has_regions",
-        "has_ignore_label",
-        "all_regions",
-        "all_labels",
-        "ignore_label",
-        "filter_background",
-        "foreground_regions",
-        "foreground_labels",
-        "num_segmentation_heads",
-    ),
-    _LABELS: ("LabelManager", "softmax_helper_dim0", "get_labelmanager_class_from_plans"),
-}
-
-#: What our way does without, and does not look at: it does not change labels, or nnU-Net's predictor does not use it.
-IGNORED: dict[str, tuple[str, ...]] = {
-    RAW: (
-        "ConfigurationManager",
-        "MultiThreadedAugmenter",
-        "_getDefaultValue",
-        "check_workers_alive_and_busy",
-        "dummy_context",
-        "empty_cache",
-        "get_output_folder",
-        "predict_entry_point",
-        "predict_entry_point_modelfolder",
-        "recursive_fix_for_json_export",
-        "tqdm",
-    ),
-    _EXPORT: (
-        "ConfigurationManager",
-        "LabelManager",
-        "PlansManager",
-        "comp_blosc2_params",
-        "export_prediction_from_logits",
-        "nnUNetDatasetBlosc2",
-        "resample_and_save",
-        "save_pickle",
-    ),
-    _ITERATORS: ("PreprocessAdapter",),
-    DEFAULT_PREPROCESSOR: ("__init__", "_sample_foreground_locations", "run", "run_case_save"),
-    _RESAMPLING: ("compute_new_shape", "resample_data_or_seg_to_spacing"),
-    _CROPPING: ("crop_to_nonzero",),
-}
-
 _RESAMPLINGS = (
     "resample_data_or_seg_to_shape",
     "resample_torch_fornnunet",

@@ -31,7 +31,7 @@ from scipy import ndimage
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.overrides import lookup
-from nnunet_lowmem.overrides.bypassed import CALLED, IGNORED, PREDICTOR, RAW, ROWS, Step
+from nnunet_lowmem.overrides.bypassed import PREDICTOR, RAW, ROWS, Step
 
 
 def classes() -> tuple[type[nnUNetPredictor], ...]:
@@ -61,15 +61,6 @@ def owner_of(name: str) -> Any:
 # -- the table
 
 
-def bypassed(owner: str) -> set[str]:
-    return {name for row in ROWS if row.owner == owner for name in row.names}
-
-
-def listed(owner: str) -> set[str]:
-    """All names of an owner that somebody has thought of."""
-    return bypassed(owner) | set(CALLED.get(owner, ())) | set(IGNORED.get(owner, ()))
-
-
 _EXPORT = "nnunetv2.inference.export_prediction"
 _PREPROCESSING = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
 _CROPPING = "nnunetv2.preprocessing.cropping.cropping"
@@ -77,6 +68,77 @@ _RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 _LABELS = "nnunetv2.utilities.label_handling.label_handling:LabelManager"
 _NORMALISATION = "nnunetv2.preprocessing.normalization.default_normalization_schemes:CTNormalization"
 _READER = "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIO"
+
+#: What our way calls where nnU-Net calls it: what stands there runs by itself.
+CALLED: dict[str, tuple[str, ...]] = {
+    PREDICTOR: ("__init__", "manual_initialization", "auto_detect_available_folds"),
+    RAW: (
+        "PlansManager",
+        "compute_gaussian",
+        "determine_num_input_channels",
+        "load_json",
+        "nnUNetPredictor",
+        "recursive_find_python_class",
+        "recursive_find_trainer_class_by_name",
+    ),
+    _LABELS: (
+        "__init__",
+        "_sanity_check",
+        "_get_all_labels",
+        "_get_regions",
+        "_determine_ignore_label",
+        "has_regions",
+        "has_ignore_label",
+        "all_regions",
+        "all_labels",
+        "ignore_label",
+        "filter_background",
+        "foreground_regions",
+        "foreground_labels",
+        "num_segmentation_heads",
+    ),
+    _LABELS.partition(":")[0]: ("LabelManager", "softmax_helper_dim0", "get_labelmanager_class_from_plans"),
+}
+
+#: What our way does without, and does not look at: it does not change labels, or nnU-Net's predictor does not use it.
+IGNORED: dict[str, tuple[str, ...]] = {
+    RAW: (
+        "ConfigurationManager",
+        "MultiThreadedAugmenter",
+        "_getDefaultValue",
+        "check_workers_alive_and_busy",
+        "dummy_context",
+        "empty_cache",
+        "get_output_folder",
+        "predict_entry_point",
+        "predict_entry_point_modelfolder",
+        "recursive_fix_for_json_export",
+        "tqdm",
+    ),
+    _EXPORT: (
+        "ConfigurationManager",
+        "LabelManager",
+        "PlansManager",
+        "comp_blosc2_params",
+        "export_prediction_from_logits",
+        "nnUNetDatasetBlosc2",
+        "resample_and_save",
+        "save_pickle",
+    ),
+    "nnunetv2.inference.data_iterators": ("PreprocessAdapter",),
+    f"{_PREPROCESSING}:DefaultPreprocessor": ("__init__", "_sample_foreground_locations", "run", "run_case_save"),
+    _RESAMPLING: ("compute_new_shape", "resample_data_or_seg_to_spacing"),
+    _CROPPING: ("crop_to_nonzero",),
+}
+
+
+def bypassed(owner: str) -> set[str]:
+    return {name for row in ROWS if row.owner == owner for name in row.names}
+
+
+def listed(owner: str) -> set[str]:
+    """All names of an owner that somebody has thought of."""
+    return bypassed(owner) | set(CALLED.get(owner, ())) | set(IGNORED.get(owner, ()))
 
 
 @pytest.mark.parametrize(
