@@ -32,7 +32,7 @@ from nnunet_lowmem.labels.next_stages import Target
 from nnunet_lowmem.labels.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.overrides import lookup
-from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, Step
+from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, RESAMPLINGS, Step
 from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale
 from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
 from nnunet_lowmem.volumes.verifying import verify_label_file
@@ -43,14 +43,6 @@ except ImportError:  # new in nnU-Net 2.6
     no_resampling_hack = None
 
 logger = logging.getLogger(__name__)
-
-
-_PER_HEAD = (
-    "resample_data_or_seg_to_shape",
-    "resample_torch_fornnunet",
-    "resample_torch_simple",
-    "no_resampling_hack",
-)
 
 
 def label_rule(label_manager: LabelManager) -> LabelRule | None:
@@ -238,7 +230,7 @@ def treats_heads_one_by_one(function: Any) -> bool:
     """Whether a resampling function is one of nnU-Net's, which look at one head at a time; others might look at all."""
     base = function.func if isinstance(function, partial) else function
     name = getattr(base, "__name__", "")
-    return name in _PER_HEAD and lookup.is_stocks(base, name) and not lookup.found(Step.RESAMPLING)
+    return name in RESAMPLINGS and lookup.is_stocks(base, name) and not lookup.found(Step.RESAMPLING)
 
 
 def _resampling(

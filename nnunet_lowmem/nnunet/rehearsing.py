@@ -105,7 +105,7 @@ def rehearse(
 
 def is_tried(writer_class: type) -> bool:
     """Whether a writer is nnU-Net's, and so is all that it calls."""
-    own = any(lookup.is_class(writer_class, f"nnunetv2.imageio.{reader}") for reader in READERS)
+    own = any(lookup.is_class(writer_class, reader) for reader in READERS)
     return (
         own
         and not lookup.found(Step.WRITING, writer_class)
@@ -125,7 +125,7 @@ def _is_replaced(package: str, names: Sequence[str]) -> bool:
 def _readers() -> list[Any]:
     return [
         sys.modules[module]
-        for module in dict.fromkeys(f"nnunetv2.imageio.{reader.partition(':')[0]}" for reader in READERS)
+        for module in dict.fromkeys(reader.partition(":")[0] for reader in READERS)
         if module in sys.modules
     ]
 

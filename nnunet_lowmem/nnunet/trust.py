@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -29,7 +30,7 @@ from torch import nn
 
 from nnunet_lowmem.errors import ModelError, because, twin
 from nnunet_lowmem.nnunet import harmless, unpickling
-from nnunet_lowmem.overrides.bypassed import NAMES_IN_PLANS
+from nnunet_lowmem.overrides.bypassed import READERS, RESAMPLINGS, SCHEMES
 
 try:
     from nnunetv2.paths import nnUNet_extTrainer
@@ -43,15 +44,16 @@ _TRAINERS = "nnunetv2.training.nnUNetTrainer"
 #: Names that one refusal lists.
 _SHOWN = 4
 
-#: Entry of the plans, where nnU-Net looks for the name, and what it must be there.
-_NAMES: tuple[tuple[str, str, type], ...] = (
-    ("image_reader_writer", "nnunetv2.imageio", BaseReaderWriter),
-    ("label_manager", "nnunetv2.utilities.label_handling", LabelManager),
-    ("preprocessor_name", "nnunetv2.preprocessing", DefaultPreprocessor),
-    ("normalization_schemes", "nnunetv2.preprocessing.normalization", ImageNormalization),
-    ("resampling_fn_data", "nnunetv2.preprocessing.resampling", FunctionType),
-    ("resampling_fn_seg", "nnunetv2.preprocessing.resampling", FunctionType),
-    ("resampling_fn_probabilities", "nnunetv2.preprocessing.resampling", FunctionType),
+#: Entry of the plans, where nnU-Net looks for the name, what it must be there, and the names of nnU-Net's own.
+_NAMES: tuple[tuple[str, str, type, Collection[str]], ...] = (
+    ("image_reader_writer", "nnunetv2.imageio", BaseReaderWriter, [reader.partition(":")[2] for reader in READERS]),
+    ("label_manager", "nnunetv2.utilities.label_handling", LabelManager, ["LabelManager"]),
+    ("preprocessor_name", "nnunetv2.preprocessing", DefaultPreprocessor, ["DefaultPreprocessor"]),
+    ("normalization_schemes", "nnunetv2.preprocessing.normalization", ImageNormalization, SCHEMES),
+    *(
+        (f"resampling_fn_{what}", "nnunetv2.preprocessing.resampling", FunctionType, RESAMPLINGS)
+        for what in ("data", "seg", "probabilities")
+    ),
 )
 
 
@@ -120,12 +122,12 @@ class Trust:
         """
         if self.everything:
             return
-        for entry, package, kind in _NAMES:
+        for entry, package, kind, own in _NAMES:
             for value in (holder[entry] for holder in (plans, configuration) if entry in holder):
                 for name in value if isinstance(value, list) else [value]:
                     found = _find(package, name)
                     # what stands under a name of nnU-Net's own was put there by nnU-Net or by the running program
-                    if found is None or name not in NAMES_IN_PLANS[entry]:
+                    if found is None or name not in own:
                         self._judge(f"plans.json: {entry!r}", name, found, package, kind)
         architecture = configuration["architecture"]
         arguments = architecture["arch_kwargs"]

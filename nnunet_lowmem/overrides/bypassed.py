@@ -21,14 +21,27 @@ _CROPPING = "nnunetv2.preprocessing.cropping.cropping"
 _RESAMPLING = "nnunetv2.preprocessing.resampling.default_resampling"
 _TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 _BASE_READER = "nnunetv2.imageio.base_reader_writer:BaseReaderWriter"
-_SCHEMES = ("ZScore", "CT", "No", "RescaleTo01", "RGBTo01")
+SCHEMES = (
+    "ZScoreNormalization",
+    "CTNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+)
 READERS = (
-    "simpleitk_reader_writer:SimpleITKIO",
-    "simpleitk_reader_writer:SimpleITKIOWithReorient",
-    "nibabel_reader_writer:NibabelIO",
-    "nibabel_reader_writer:NibabelIOWithReorient",
-    "natural_image_reader_writer:NaturalImage2DIO",
-    "tif_reader_writer:Tiff3DIO",
+    "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIO",
+    "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIOWithReorient",
+    "nnunetv2.imageio.nibabel_reader_writer:NibabelIO",
+    "nnunetv2.imageio.nibabel_reader_writer:NibabelIOWithReorient",
+    "nnunetv2.imageio.natural_image_reader_writer:NaturalImage2DIO",
+    "nnunetv2.imageio.tif_reader_writer:Tiff3DIO",
+)
+#: Functions that plans may name for resampling.
+RESAMPLINGS = (
+    "resample_data_or_seg_to_shape",
+    "resample_torch_fornnunet",
+    "resample_torch_simple",
+    "no_resampling_hack",
 )
 
 
@@ -103,8 +116,8 @@ ROWS = (
     Row(_ITERATORS, Step.ARRAYS, ("preprocess_fromnpy_save_to_queue",)),
     Row(RAW, Step.ADAPTER, ("PreprocessAdapterFromNpy",)),
     Row(f"{_ITERATORS}:PreprocessAdapterFromNpy", Step.ADAPTER, ("__init__", "generate_train_batch")),
-    *(Row(f"nnunetv2.imageio.{reader}", Step.READING, ("read_images", "read_seg")) for reader in READERS),
-    *(Row(f"nnunetv2.imageio.{reader}", Step.WRITING, ("write_seg",)) for reader in READERS),
+    *(Row(reader, Step.READING, ("read_images", "read_seg")) for reader in READERS),
+    *(Row(reader, Step.WRITING, ("write_seg",)) for reader in READERS),
     Row(_BASE_READER, Step.READING, ("_check_all_same",)),
     Row(
         DEFAULT_PREPROCESSOR,
@@ -117,7 +130,7 @@ ROWS = (
         Step.PREPROCESSING,
         ("create_nonzero_mask", "binary_fill_holes", "get_bbox_from_mask", "bounding_box_to_slice"),
     ),
-    *(Row(f"{NORMALISATION}:{scheme}Normalization", Step.NORMALISATION, ("__init__", "run")) for scheme in _SCHEMES),
+    *(Row(f"{NORMALISATION}:{scheme}", Step.NORMALISATION, ("__init__", "run")) for scheme in SCHEMES),
     Row(
         _RESAMPLING,
         Step.RESAMPLING,
@@ -176,23 +189,6 @@ ROWS = (
         ),
     ),
 )
-
-_RESAMPLINGS = (
-    "resample_data_or_seg_to_shape",
-    "resample_torch_fornnunet",
-    "resample_torch_simple",
-    "no_resampling_hack",
-)
-#: What nnU-Net itself defines for each entry of the plans to name.
-NAMES_IN_PLANS: dict[str, tuple[str, ...]] = {
-    "image_reader_writer": tuple(reader.partition(":")[2] for reader in READERS),
-    "label_manager": ("LabelManager",),
-    "preprocessor_name": ("DefaultPreprocessor",),
-    "normalization_schemes": tuple(f"{scheme}Normalization" for scheme in _SCHEMES),
-    "resampling_fn_data": _RESAMPLINGS,
-    "resampling_fn_seg": _RESAMPLINGS,
-    "resampling_fn_probabilities": _RESAMPLINGS,
-}
 
 #: Modules that define what nnU-Net imports into the owners above; of other packages the package.
 HOMES: dict[str, str] = {
