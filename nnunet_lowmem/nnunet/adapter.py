@@ -34,7 +34,7 @@ from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, RESAMPLINGS, Step
 from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale
-from nnunet_lowmem.types import NextStage, PreprocessedCase, Shape3
+from nnunet_lowmem.types import PreprocessedCase, Shape3
 from nnunet_lowmem.volumes.verifying import verify_label_file
 
 try:
@@ -155,12 +155,6 @@ def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> C
     )
 
 
-def next_stage_geometry(network_shape: Sequence[int], stage: NextStage) -> CaseGeometry:
-    """Return the shapes of a case whose labels are made in the grid of a next stage."""
-    whole = (slice(0, stage.shape[0]), slice(0, stage.shape[1]), slice(0, stage.shape[2]))
-    return CaseGeometry(_shape3(network_shape), stage.shape, stage.shape, whole)
-
-
 def uncropped_geometry(
     shape: Sequence[int], spacing: Sequence[float], plans_manager: Any, configuration_manager: Any
 ) -> CaseGeometry:
@@ -170,60 +164,51 @@ def uncropped_geometry(
     target = list(configuration_manager.spacing)
     target = [spacing[0], *target] if len(target) < len(shape) else target
     original = _shape3(shape)
-    return CaseGeometry(
-        network_shape=_shape3(default_preprocessor.compute_new_shape(original, spacing, target)),
-        cropped_shape=original,
-        original_shape=original,
-        crop=(slice(0, original[0]), slice(0, original[1]), slice(0, original[2])),
-    )
+    return _uncropped(default_preprocessor.compute_new_shape(original, spacing, target), original)
+
+
+def _uncropped(network_shape: Sequence[int], original: Shape3) -> CaseGeometry:
+    whole = (slice(0, original[0]), slice(0, original[1]), slice(0, original[2]))
+    return CaseGeometry(_shape3(network_shape), original, original, whole)
 
 
 def logits_resampling(
-    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
+    plans_manager: Any,
+    configuration_manager: Any,
+    geometry: CaseGeometry,
+    properties: dict[str, Any],
+    to_next_stage: bool = False,
 ) -> LogitsResampling:
     """Return the resampling of logits that the plans ask for.
 
     The spacings are those of ``convert_predicted_logits_to_segmentation_with_correct_shape``: a two-dimensional
-    configuration keeps the spacing between slices.
+    configuration keeps the spacing between slices. To the grid of a next stage, which `geometry` calls the cropped one,
+    both are those of the configuration that predicts, as in ``resample_and_save``.
     """
-    spacing, current = _spacings(plans_manager, configuration_manager, geometry, properties)
+    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+    current = configuration_manager.spacing
+    if len(current) != len(geometry.cropped_shape):
+        current = [spacing[0], *current]
     function = configuration_manager.resampling_fn_probabilities
-    arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
-    return _resampling(function, arguments, geometry, current, spacing)
-
-
-def next_stage_resampling(
-    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
-) -> LogitsResampling:
-    """Return the resampling of logits to the grid of a next stage, which `geometry` calls the cropped one.
-
-    As in ``resample_and_save``, both spacings are those of the configuration that predicts.
-    """
-    _, current = _spacings(plans_manager, configuration_manager, geometry, properties)
-    function = configuration_manager.resampling_fn_probabilities
-    arguments = (geometry.cropped_shape, current, current)
-    return _resampling(function, arguments, geometry, current, current)
+    if to_next_stage:
+        arguments = (geometry.cropped_shape, current, current)
+    else:
+        arguments = (properties["shape_after_cropping_and_before_resampling"], current, spacing)
+    if not treats_heads_one_by_one(function):
+        return LogitsResampling(function, arguments, None, per_head=False)
+    return LogitsResampling(function, arguments, _default_tables(function, geometry, *arguments[1:]))
 
 
 def next_stage_targets(case: PreprocessedCase, plans_manager: Any, configuration_manager: Any) -> list[Target]:
     """Return what the next stages of a case ask for."""
     found = []
     for stage in case.next_stages:
-        geometry = next_stage_geometry(case.image.shape[1:], stage)
-        resampling = next_stage_resampling(plans_manager, configuration_manager, geometry, case.properties)
+        geometry = _uncropped(case.image.shape[1:], stage.shape)
+        resampling = logits_resampling(
+            plans_manager, configuration_manager, geometry, case.properties, to_next_stage=True
+        )
         found.append(Target(stage, geometry, resampling))
     return found
-
-
-def _spacings(
-    plans_manager: Any, configuration_manager: Any, geometry: CaseGeometry, properties: dict[str, Any]
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Spacing of the file and of the network, both in the axis order of the network."""
-    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
-    current = configuration_manager.spacing
-    if len(current) != len(geometry.cropped_shape):
-        current = [spacing[0], *current]
-    return spacing, current
 
 
 def treats_heads_one_by_one(function: Any) -> bool:
@@ -231,14 +216,6 @@ def treats_heads_one_by_one(function: Any) -> bool:
     base = function.func if isinstance(function, partial) else function
     name = getattr(base, "__name__", "")
     return name in RESAMPLINGS and lookup.is_stocks(base, name) and not lookup.found(Step.RESAMPLING)
-
-
-def _resampling(
-    function: Any, arguments: tuple[Any, ...], geometry: CaseGeometry, current: Any, spacing: Any
-) -> LogitsResampling:
-    if not treats_heads_one_by_one(function):
-        return LogitsResampling(function, arguments, None, per_head=False)
-    return LogitsResampling(function, arguments, _default_tables(function, geometry, current, spacing))
 
 
 def _default_tables(
@@ -250,7 +227,8 @@ def _default_tables(
         return tuple(copy_axis(np.arange(size)) for size in geometry.network_shape)
     if base is not default_resampling.resample_data_or_seg_to_shape:
         return None
-    options = _options(function)
+    options = {name: parameter.default for name, parameter in inspect.signature(base).parameters.items()}
+    options |= function.keywords if isinstance(function, partial) else {}
     if options["is_seg"] or options["order"] != 1:
         return None
     separate, axis = default_resampling.determine_do_sep_z_and_axis(
@@ -262,17 +240,6 @@ def _default_tables(
     if changes and options["order_z"] != 0:
         return None
     return resampling_tables(geometry.network_shape, geometry.cropped_shape, int(axis))
-
-
-def _options(function: Any) -> dict[str, Any]:
-    """Keyword arguments that a partial sets, over the defaults of its function."""
-    base, given = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(base).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    return {**defaults, **given}
 
 
 def _shape3(shape: Sequence[int]) -> Shape3:
