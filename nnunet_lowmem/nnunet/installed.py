@@ -13,7 +13,10 @@ def version_of(package: str) -> str:
     """Return the version of a package: that of its distribution, whatever its name, or its own word, or "unknown"."""
     module = package.replace("-", "_")
     own = getattr(sys.modules.get(module), "__version__", "unknown")
-    return _of_distribution(package) or _of_another_distribution(module) or str(own)
+    if found := _of_distribution(package):
+        return found
+    names = packages_distributions().get(module, ())
+    return next((f"{found} ({name})" for name in names if (found := _of_distribution(name))), str(own))
 
 
 def _of_distribution(name: str) -> str | None:
@@ -22,8 +25,3 @@ def _of_distribution(name: str) -> str | None:
     except Exception:  # whatever half-removed metadata leads to
         return None
     return None if found is None else str(found)
-
-
-def _of_another_distribution(module: str) -> str | None:
-    names = packages_distributions().get(module, ())
-    return next((f"{found} ({name})" for name in names if (found := _of_distribution(name))), None)
