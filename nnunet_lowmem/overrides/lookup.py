@@ -169,11 +169,11 @@ def _places(owner: str, holders: tuple[object, ...]) -> Iterator[list[Mapping[st
 
 def _is_replaced(places: Sequence[Mapping[str, Any]], name: str, row: Row) -> bool:
     values = (place[name] for place in places if name in place)
-    standing = next((value for value in values if not _is_of(value, (_OURS,))), None)
-    module, _, cls = row.owner.partition(":")
-    home = module if cls or name not in HOMES else None
-    if standing is None or _is_of(standing, row.superseded):
+    standing = next((value for value in values if _package(value) != _OURS), None)
+    if standing is None or _package(standing) in row.superseded:
         return False
+    module, _, cls = row.owner.partition(":")
+    home = module if cls else HOMES.get(name, module)
     return not is_stocks(standing, name, home) or (name == _MEAN and not _is_mean_of_folds(standing))
 
 
@@ -213,7 +213,7 @@ def is_stocks(value: Any, name: str, home: str | None = None) -> bool:
     home = HOMES[name] if home is None else home
     function = _bare(value)
     module = _module(function)
-    if not _is_within(home, ("nnunetv2",)):
+    if home.partition(".")[0] != "nnunetv2":
         return module.partition(".")[0] == home and getattr(function, "__name__", None) == name
     code = getattr(function, "__code__", None)
     if code is None:
@@ -235,12 +235,8 @@ def _bare(value: Any) -> Any:
     return value
 
 
-def _is_of(value: Any, packages: tuple[str, ...]) -> bool:
-    return _is_within(_module(_bare(value)), packages)
-
-
-def _is_within(module: str, packages: tuple[str, ...]) -> bool:
-    return module.partition(".")[0] in packages
+def _package(value: Any) -> str:
+    return _module(_bare(value)).partition(".")[0]
 
 
 def _module(value: Any) -> str:

@@ -9,8 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_Parameter = inspect.Parameter
-
 
 def merged(stock: Any, own: Callable[..., Any]) -> inspect.Signature:
     """Return the parameters of the installed method, then those that only ours has.
@@ -22,7 +20,12 @@ def merged(stock: Any, own: Callable[..., Any]) -> inspect.Signature:
     own : callable
     """
     ours = [p for p in inspect.signature(own).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    theirs = _parameters(stock)
+    try:
+        theirs = list(inspect.signature(stock).parameters.values())
+    except (TypeError, ValueError):
+        theirs = []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in theirs):
+        theirs = []
     known = {parameter.name for parameter in theirs}
     together = [*theirs, *(parameter for parameter in ours if parameter.name not in known)]
     return inspect.Signature(sorted(together, key=lambda parameter: parameter.kind))
@@ -44,21 +47,13 @@ def sort_out(
     known, foreign = {}, {}
     for name, value in bound.arguments.items():
         parameter = bound.signature.parameters[name]
-        if parameter.kind is _Parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_KEYWORD:
             foreign.update(value)
         elif name in ours:
             known[name] = value
         elif not _is_same(value, parameter.default):
             foreign[name] = value
     return known, foreign
-
-
-def _parameters(stock: Any) -> list[_Parameter]:
-    try:
-        found = list(inspect.signature(stock).parameters.values())
-    except (TypeError, ValueError):
-        return []
-    return [] if any(parameter.kind is _Parameter.VAR_POSITIONAL for parameter in found) else found
 
 
 def _is_same(value: Any, default: Any) -> bool:
