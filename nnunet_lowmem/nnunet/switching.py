@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType, TracebackType
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.nnunet import predictors
+from nnunet_lowmem.errors import ModelError, UsageError
+from nnunet_lowmem.nnunet import model_files, predictors
 from nnunet_lowmem.nnunet.rebinding import rebind, unreachable
 
 logger = logging.getLogger(__name__)
@@ -52,20 +51,10 @@ class _Exchange:
     replacement: type
 
 
-class Switched(AbstractContextManager["Switched"]):
-    """What `enable` returns; as a context manager it restores what was before."""
-
-    def __init__(self, before: Choice | None) -> None:
-        self._before = before
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        want(self._before)
-
-
-def enable(name: str = predictors.OWN.name, **options: Any) -> Switched:
+def enable(name: str = predictors.OWN.name, **options: Any) -> ExitStack:
     """Replace ``nnUNetPredictor`` in this process by the predictor of that name.
+
+    What it returns restores what was before, as a context manager.
 
     Parameters
     ----------
@@ -84,7 +73,9 @@ def enable(name: str = predictors.OWN.name, **options: Any) -> Switched:
         predictors.find(name)
     elif options:
         raise UsageError(f"enable({BY_PLANS!r}) takes no options: the plans and the environment give them")
-    return Switched(want(Choice(name, options)))
+    restoring = ExitStack()
+    restoring.callback(want, want(Choice(name, options)))
+    return restoring
 
 
 def disable() -> None:
@@ -179,7 +170,11 @@ def _by_plans(stock: type) -> type:
 
     @functools.wraps(base.initialize_from_trained_model_folder)
     def from_folder(self: Any, model_training_output_dir: str, *arguments: Any, **given: Any) -> None:
-        initializer = _become(self, base, _read_plans(model_training_output_dir))
+        try:
+            plans = model_files.read_json(Path(model_training_output_dir, "plans.json"))
+        except ModelError:
+            plans = {}  # nnU-Net reads it next and says what is wrong
+        initializer = _become(self, base, plans)
         initializer.initialize_from_trained_model_folder(self, model_training_output_dir, *arguments, **given)
 
     @functools.wraps(base.manual_initialization)
@@ -213,15 +208,6 @@ def _become(instance: Any, stock: Any, plans: Mapping[str, Any]) -> Any:
     instance.__class__ = predictor
     predictor.__init__(instance, *arguments, **{**chosen, **given})
     return predictor
-
-
-def _read_plans(model_folder: str) -> dict[str, Any]:
-    try:
-        with open(os.path.join(model_folder, "plans.json")) as file:
-            plans = json.load(file)
-    except (OSError, ValueError):
-        return {}  # nnU-Net reads it next and says what is wrong
-    return plans if isinstance(plans, dict) else {}
 
 
 def _in_place_of_stock(base: type, methods: dict[str, Any]) -> type:
