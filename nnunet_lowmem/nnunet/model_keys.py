@@ -43,12 +43,11 @@ def check_files(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], folde
     ModelError
         With the file and the entry; of the kind that stock raises where it looks for it.
     """
-    for key in DATASET:
-        _need(key in dataset_json, folder / "dataset.json", repr(key), "dataset.json of the training data has it")
-    either = " or ".join(map(repr, CHANNELS))
-    _need(_has(CHANNELS, dataset_json), folder / "dataset.json", either, "dataset.json of the training data has it")
-    for key in PLANS:
-        _need(key in plans, folder / "plans.json", repr(key), _ADVICE)
+    advice = "dataset.json of the training data has it"
+    _need(DATASET, dataset_json, folder / "dataset.json", advice=advice)
+    if not any(key in dataset_json for key in CHANNELS):
+        raise _lacking(folder / "dataset.json", " or ".join(map(repr, CHANNELS)), advice)
+    _need(PLANS, plans, folder / "plans.json")
 
 
 def configuration(plans_manager: Any, name: str, folder: Path) -> Any:
@@ -74,8 +73,7 @@ def check_configuration(resolved: Mapping[str, Any], name: str, folder: Path) ->
     ModelError
         With the file, the configuration and the entry.
     """
-    for key in CONFIGURATION:
-        _need(key in resolved, folder / "plans.json", f"{key!r} in configuration {name!r}", _advice(key, resolved))
+    _need(CONFIGURATION, resolved, folder / "plans.json", f" in configuration {name!r}")
 
 
 def check_case(plans: Mapping[str, Any], resolved: Mapping[str, Any], preprocesses: bool, exports: bool) -> None:
@@ -94,12 +92,13 @@ def check_case(plans: Mapping[str, Any], resolved: Mapping[str, Any], preprocess
         With the file and the entry.
     """
     file, own = Path("plans.json"), preprocesses and resolved.get("preprocessor_name") == _OWN_PREPROCESSOR
-    for key in EXPORT_PLANS if exports else ():
-        _need(key in plans, file, repr(key), _ADVICE)
-    for key in (*(EXPORT if exports else ()), *(PREPROCESSING if own else ())):
-        _need(key in resolved, file, f"{key!r} in the configuration", _advice(key, resolved))
+    if exports:
+        _need(EXPORT_PLANS, plans, file)
+        _need(EXPORT, resolved, file, " in the configuration")
     if own:
-        _need(_has(INTENSITIES, plans), file, repr(INTENSITIES[0]), _ADVICE)
+        _need(PREPROCESSING, resolved, file, " in the configuration")
+        if not any(key in plans for key in INTENSITIES):
+            raise _lacking(file, repr(INTENSITIES[0]), _ADVICE)
 
 
 def check_architecture(resolved: Mapping[str, Any], name: str, folder: Path) -> None:
@@ -110,25 +109,23 @@ def check_architecture(resolved: Mapping[str, Any], name: str, folder: Path) -> 
     ModelError
         With the file, the configuration and the entry.
     """
-    for key in ARCHITECTURE:
-        where = f"{key!r} in 'architecture' of configuration {name!r}"
-        _need(key in resolved["architecture"], folder / "plans.json", where, _ADVICE)
-
-
-def _has(either: Sequence[str], holder: Mapping[str, Any]) -> bool:
-    return any(key in holder for key in either)
+    where = f" in 'architecture' of configuration {name!r}"
+    _need(ARCHITECTURE, resolved["architecture"], folder / "plans.json", where)
 
 
 _ADVICE = "take it from the plans that the model was trained with"
 
 
-def _advice(key: str, resolved: Mapping[str, Any]) -> str:
-    """Say what stands in the place of an entry as a rule, where another tells."""
-    like = key.replace("_probabilities", "_data")
-    as_rule = f"; as a rule it is like {like!r}" if like != key and like in resolved else ""
-    return _ADVICE + (as_rule + (", with 'order': 1" if as_rule and key.endswith("_kwargs") else ""))
+def _need(keys: Sequence[str], holder: Mapping[str, Any], file: Path, where: str = "", advice: str = _ADVICE) -> None:
+    """Refuse what lacks a key; say what stands in its place as a rule, where another tells."""
+    for key in keys:
+        if key not in holder:
+            like = key.replace("_probabilities", "_data")
+            if like != key and like in holder:
+                order = ", with 'order': 1" if key.endswith("_kwargs") else ""
+                advice = f"{advice}; as a rule it is like {like!r}{order}"
+            raise _lacking(file, f"{key!r}{where}", advice)
 
 
-def _need(is_there: bool, file: Path, entry: str, advice: str) -> None:
-    if not is_there:
-        raise twin(ModelError, KeyError)(f"{file} lacks {entry}, which prediction needs: {advice}")
+def _lacking(file: Path, entry: str, advice: str) -> ModelError:
+    return twin(ModelError, KeyError)(f"{file} lacks {entry}, which prediction needs: {advice}")
