@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +72,7 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
     found = listing(folder, file_ending)
     if found.strays and not found.cases:
         raise _unnumbered(found.strays[0], file_ending)
-    cases = found.cases + [[file] for file in found.strays]
-    return sorted(cases, key=lambda files: case_name(files, file_ending)) if found.strays else cases
+    return sorted([*found.cases, *([file] for file in found.strays)], key=lambda files: case_name(files, file_ending))
 
 
 def is_numbered(file: str, file_ending: str) -> bool:
@@ -184,11 +183,6 @@ def check_file_ending(dataset_json: dict[str, Any], path: Path) -> str:
     return ending
 
 
-def as_text(cases: Iterable[Iterable[str | os.PathLike[str]]]) -> list[list[str]]:
-    """Return the files of cases as stock takes them, which may be paths, as text."""
-    return [[os.fspath(file) for file in files] for files in cases]
-
-
 def case_name(files: Sequence[str], file_ending: str) -> str:
     """Name of a case: its first file without channel number and ending; without the ending where it has no number."""
     name = os.path.basename(files[0])
@@ -262,11 +256,6 @@ def checkpoint_files(
     return files
 
 
-def fold_of(checkpoint: Path) -> str:
-    """Name of the fold that a checkpoint belongs to: its number, or "all"."""
-    return checkpoint.parent.name.removeprefix("fold_")
-
-
 def _folds_in_words(folder: Path, checkpoint_name: str) -> str:
-    folds = sorted(fold_of(file) for file in folder.glob(f"fold_*/{checkpoint_name}"))
+    folds = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}"))
     return f"{checkpoint_name} for fold {', '.join(folds)}" if folds else f"no {checkpoint_name} at all"

@@ -155,7 +155,8 @@ def jobs_of_files(
     checksum = "" if outputs is None else made_with()
     targets: Sequence[str | None] = outputs or [None] * len(cases)
     jobs = []
-    for images, output, stage in zip(model_files.as_text(cases), targets, stages, strict=True):
+    for files, output, stage in zip(cases, targets, stages, strict=True):
+        images = [os.fspath(file) for file in files]
         recipe = None
         if output is not None:
             inputs = tuple(map(Path, images if stage is None else [*images, stage]))
