@@ -111,8 +111,8 @@ def item_of_adapter(
     previous_stage: NDArray[Any] | None,
     properties: dict[str, Any],
     plans_manager: Any,
-    dataset_json: dict[str, Any],
     configuration_manager: Any,
+    dataset_json: dict[str, Any],
     verbose: bool,
 ) -> dict[str, Any]:
     """Return the only item of stock's iterator over one array, or of what stands in its place."""
@@ -131,16 +131,6 @@ def conversion(writes: bool) -> Any:
     ).convert_predicted_logits_to_segmentation_with_correct_shape
 
 
-def export_as_stock(
-    logits: Any,
-    properties: dict[str, Any],
-    plans_manager: Any,
-    configuration_manager: Any,
-    dataset_json: dict[str, Any],
-    output: str,
-    probabilities: bool,
-) -> None:
-    """Let stock's function, or what stands in its place, write the files of a case."""
-    predict_from_raw_data.export_prediction_from_logits(
-        logits, properties, configuration_manager, plans_manager, dataset_json, output, probabilities
-    )
+def export() -> Any:
+    """Return the function that makes and writes the files of a case, or what stands in its place."""
+    return predict_from_raw_data.export_prediction_from_logits

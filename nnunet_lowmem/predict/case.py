@@ -288,10 +288,8 @@ class CaseRun:
         others = setup.steps.replaced(Step.LABELS, Step.EXPORT, Step.RESAMPLING)
         with self.clock.stage("export"), foreign(self.clock if others else None):
             if output is not None and setup.steps.replaced(Step.EXPORT):
-                stock_calls.export_as_stock(
-                    logits, case.properties, setup.plans_manager, setup.configuration_manager, setup.dataset_json,
-                    output, self.probabilities,
-                )  # fmt: skip
+                model = (setup.configuration_manager, setup.plans_manager, setup.dataset_json)
+                stock_calls.export()(logits, case.properties, *model, output, self.probabilities)
                 return None
             convert = stock_calls.conversion(writes=output is not None)
             arguments = (setup.plans_manager, setup.configuration_manager, self._label_manager(), case.properties)

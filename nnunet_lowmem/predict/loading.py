@@ -45,10 +45,7 @@ def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedC
     if isinstance(source, Array) and not source.by_adapter:
         return preprocess_array(source.image, source.stage, source.properties, *model, **options)
     if isinstance(source, Array):
-        item = stock_calls.item_of_adapter(
-            source.image, source.stage, source.properties, setup.plans_manager, setup.dataset_json,
-            setup.configuration_manager, setup.verbose,
-        )  # fmt: skip
+        item = stock_calls.item_of_adapter(source.image, source.stage, source.properties, *model, setup.verbose)
         return _as_it_is(item["data"], item["data_properties"])
     if isinstance(source, Item):
         return _as_it_is(source.data, source.properties)
