@@ -40,14 +40,13 @@ _EXTENT = 6
 _ONE_BYTE = 255
 _trying = threading.Lock()
 _ROOM_BYTES = 2**12
-_LIBRARIES = {
-    "SimpleITK": ("WriteImage", "GetImageFromArray", "DICOMOrient"),
-    "nibabel": ("save", "Nifti1Image"),
-    "skimage.io": ("imsave",),
-    "tifffile": ("imwrite",),
-}
-# how nnU-Net's readers call them
-_ALIASES = {"SimpleITK": ("sitk",), "nibabel": ("nibabel", "nib"), "skimage.io": ("io",), "tifffile": ("tifffile",)}
+# libraries, how nnU-Net's readers call them, and what of them they use
+_LIBRARIES = (
+    ("SimpleITK", ("sitk",), ("WriteImage", "GetImageFromArray", "DICOMOrient")),
+    ("nibabel", ("nibabel", "nib"), ("save", "Nifti1Image")),
+    ("skimage.io", ("io",), ("imsave",)),
+    ("tifffile", ("tifffile",), ("imwrite",)),
+)
 # what nnU-Net's writers look up; the rest may be large, or nothing that can be copied
 _OF_WRITERS = ("sitk_stuff", "nibabel_stuff", "spacing")
 # What ends the process, or leaves voxels in the working folder, cannot be tried. ITK's MetaImage takes the name of the
@@ -91,35 +90,35 @@ def rehearse(
         return
     trial = _Trial(writer_class, properties, shape, folder)
     labels = np.array([0, 1]) if rule is None else rule.values[: -1 if rule.ranked else None].astype(rule.dtype)
-    few = labels[labels < _ONE_BYTE]
+    final, few = Path(output + ending), labels[labels < _ONE_BYTE]
     try:
-        names = trial.run(Path(output + ending), ending, few)
+        names = trial.run(final, ending, few)
     except WriteError as error:
         error.args = (f"{shown(output + ending)}: {error}; {trial.advice(Path(output), ending, few)}",)
         raise
     for name in names:  # what is written beside it takes the place of what is there as well
         place_of(Path(output).parent / name)
     if labels.max() >= _ONE_BYTE:
-        _tell_of_two_bytes(trial, Path(output + ending), ending, labels)
+        try:
+            trial.run(final, ending, labels)
+        except WriteError as error:  # a case need not hold the others
+            told = "%s: labels of %d and more cannot be written there: %s"
+            logger.warning(told, shown(str(final)), _ONE_BYTE, shown(str(error)))
 
 
 def is_tried(writer_class: type) -> bool:
     """Whether a writer is nnU-Net's, and so is all that it calls."""
     own = any(lookup.is_class(writer_class, reader) for reader in READERS)
-    return (
-        own
-        and not lookup.found(Step.WRITING, writer_class)
-        and not any(_is_replaced(*each) for each in _LIBRARIES.items())
-    )
+    return own and not lookup.found(Step.WRITING, writer_class) and not any(_is_replaced(*row) for row in _LIBRARIES)
 
 
-def _is_replaced(package: str, names: Sequence[str]) -> bool:
+def _is_replaced(package: str, aliases: Sequence[str], names: Sequence[str]) -> bool:
     """Whether a library is another where nnU-Net's readers look for it, or one of its functions."""
     module = importlib.import_module(package)
     home = package.partition(".")[0]
-    return any(
-        vars(reader).get(name, module) is not module for reader in _readers() for name in _ALIASES[package]
-    ) or any(not lookup.is_stocks(getattr(module, name), name, home) for name in names)
+    return any(vars(reader).get(alias, module) is not module for reader in _readers() for alias in aliases) or any(
+        not lookup.is_stocks(getattr(module, name), name, home) for name in names
+    )
 
 
 def _readers() -> list[Any]:
@@ -251,13 +250,3 @@ def _has_room(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _tell_of_two_bytes(trial: _Trial, final: Path, ending: str, labels: NDArray[Any]) -> None:
-    """Warn where only some of the labels can be written: a case need not hold the others."""
-    try:
-        trial.run(final, ending, labels)
-    except WriteError as error:
-        logger.warning(
-            "%s: labels of %d and more cannot be written there: %s", shown(str(final)), _ONE_BYTE, shown(str(error))
-        )
