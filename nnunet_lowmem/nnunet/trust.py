@@ -18,8 +18,6 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-import dynamic_network_architectures
-import nnunetv2
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -147,7 +145,7 @@ class Trust:
             If there is none, or it lies outside of what is trusted.
         """
         where = "the checkpoint's 'trainer_name'"
-        found = _find(_TRAINERS, name) if _is_identifier(name) else None
+        found = _find(_TRAINERS, name)
         if found is None and (imported := _imported_trainer(name)) is not None:
             return imported
         if found is None and nnUNet_extTrainer is not None and _is_identifier(name):
@@ -230,8 +228,7 @@ def _find(package: str, name: Any) -> Any:
     if not _is_identifier(name):
         return None
     root, *parts = package.split(".")
-    top = {"nnunetv2": nnunetv2, "dynamic_network_architectures": dynamic_network_architectures}[root]
-    return recursive_find_python_class(str(Path(top.__path__[0], *parts)), name, package)
+    return recursive_find_python_class(str(Path(importlib.import_module(root).__path__[0], *parts)), name, package)
 
 
 def _trainer_base() -> type:
