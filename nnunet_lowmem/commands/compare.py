@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+from nnunet_lowmem.commands.shell import tell
 from nnunet_lowmem.errors import UsageError
 
 _DATASET_FLAGS = ("d", "p", "tr", "c")
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
             deterministic=options.deterministic,
             keep=Path(options.o) if options.o else None,
         )
-        found = compare(request, _tell)
+        found = compare(request, tell)
     names = model_files.label_names(model_files.read_json(Path(model_folder) / "dataset.json"))
     print_comparison(found, names, options.json)
     return found.exit_code
@@ -97,8 +98,3 @@ def _model_words(options: argparse.Namespace) -> list[str]:
     model = _DATASET_FLAGS if options.m is None else ("m",)
     given = {f"-{name}": getattr(options, name) for name in (*model, "device")}
     return [word for flag, value in given.items() if value is not None for word in (flag, value)]
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

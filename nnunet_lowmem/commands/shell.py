@@ -27,14 +27,16 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
     verbose : bool
         Show tracebacks, too.
     """
-    with _lasting_output(), _messages(verbose), signals.ending_on_signals():
+    # go on in silence when whoever reads has gone: a run of hours is not about its messages
+    out, err = contextlib.redirect_stdout(_Lasting(sys.stdout)), contextlib.redirect_stderr(_Lasting(sys.stderr))
+    with out, err, _messages(verbose), signals.ending_on_signals():
         try:
             return command()
         except signals.InterruptedBySignal as interrupt:
-            _tell("interrupted" if interrupt.number == signal.SIGINT else "terminated")
+            tell("interrupted" if interrupt.number == signal.SIGINT else "terminated")
             return 128 + interrupt.number
         except KeyboardInterrupt:
-            _tell("interrupted")
+            tell("interrupted")
             return 130
         except Exception as error:
             if verbose:
@@ -42,11 +44,12 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
             known = isinstance(error, LowMemError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             hint = "" if known or verbose else " (--verbose shows where)"
-            _tell(f"error: {shown(text)}{hint}")
+            tell(f"error: {shown(text)}{hint}")
             return error.exit_code if isinstance(error, LowMemError) else 1
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Say something that is no result."""
     sys.stderr.write(line + "\n")
 
 
@@ -54,12 +57,11 @@ def _tell(line: str) -> None:
 def _messages(verbose: bool) -> Iterator[None]:
     """Show what this package logs: warnings on stderr, what it does on stdout."""
     logger = logging.getLogger("nnunet_lowmem")
-    loud = logging.StreamHandler(sys.stderr)
+    loud, quiet = logging.StreamHandler(sys.stderr), logging.StreamHandler(sys.stdout)
     loud.setLevel(logging.WARNING)
-    loud.setFormatter(_OneLine())
-    quiet = logging.StreamHandler(sys.stdout)
-    quiet.setFormatter(_Told())
     quiet.addFilter(lambda record: record.levelno < logging.WARNING)
+    for handler in (loud, quiet):
+        handler.setFormatter(_OneLine())
     former_level = logger.level
     logger.handlers += [loud, quiet]
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -71,29 +73,13 @@ def _messages(verbose: bool) -> Iterator[None]:
 
 
 class _OneLine(logging.Formatter):
-    """``warning: what happened``, as the errors of a command."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {shown(record.getMessage())}"
-
-
-class _Told(logging.Formatter):
-    """What is done in one line each; what is for finding faults, tracebacks, as it stands."""
+    """What is done, and ``warning: what happened``; what is for finding faults, tracebacks, as it stands."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
-        return text if record.levelno < logging.INFO else shown(text)
-
-
-@contextlib.contextmanager
-def _lasting_output() -> Iterator[None]:
-    """Go on in silence when whoever reads stdout or stderr has gone: a run of hours is not about its messages."""
-    former = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = former
+        if record.levelno < logging.INFO:
+            return text
+        return shown(text) if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {shown(text)}"
 
 
 class _Lasting:
