@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_lowmem import __version__
-from nnunet_lowmem.commands import compare, flags
+from nnunet_lowmem.commands import compare, flags, run
 from nnunet_lowmem.commands.flags import predict_parser
 from nnunet_lowmem.commands.shell import guarded
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.names import shown
+from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.options import WITH_FLAG
 from nnunet_lowmem.system import allocator
 
@@ -59,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ensemble.add_argument("--save_npz", action="store_true", help="write the averaged probabilities, too")
     ensemble.add_argument("--verbose", action="store_true", help="show tracebacks")
     ensemble.set_defaults(run=_ensemble)
-    run = commands.add_parser(
+    tool = commands.add_parser(
         "run", help="run a tool that uses nnU-Net, with this package in its place: run -- COMMAND"
     )
-    run.add_argument("--predictor", default="lowmem", metavar="NAME", help="or plans: what the model's plans name")
-    run.add_argument("--verbose", action="store_true", help="show tracebacks")
-    run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
-    run.set_defaults(run=_run)
+    tool.add_argument("--predictor", default="lowmem", metavar="NAME", help="or plans: what the model's plans name")
+    tool.add_argument("--verbose", action="store_true", help="show tracebacks")
+    tool.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command and its arguments")
+    tool.set_defaults(run=run.run)
     sides = commands.add_parser("compare", help="stock nnU-Net and this package side by side, on your own images")
     flags.add_model_flags(sides.add_argument)
     compare.add_flags(sides.add_argument)
@@ -113,7 +114,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _predictor(options: argparse.Namespace, device: torch.device, model_folder: str) -> LowMemPredictor:
     from nnunet_lowmem.commands import console
-    from nnunet_lowmem.nnunet import model_files, predictors
+    from nnunet_lowmem.nnunet import predictors
     from nnunet_lowmem.predictor import LowMemPredictor
 
     given = {own.name: value for own in WITH_FLAG if (value := getattr(options, own.name)) is not None}
@@ -154,16 +155,6 @@ def _ensemble(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> int:
-    from nnunet_lowmem.commands.run import run
-    from nnunet_lowmem.nnunet import predictors, switching
-
-    if options.predictor != switching.BY_PLANS:
-        predictors.find(options.predictor)
-    words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    return run(words, options.predictor)
-
-
 def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
     """Check a command before it runs; return its model folder and the ending of its files."""
     options = flags.predict_options(arguments)
@@ -173,8 +164,6 @@ def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
 
 def _check(options: argparse.Namespace) -> str:
     """Refuse what cannot work, by looking at arguments and folders only; return the model folder."""
-    from nnunet_lowmem.nnunet import model_files
-
     if not 0 < options.step_size <= 1:
         raise UsageError(f"-step_size must be larger than 0 and at most 1, got {options.step_size}")
     if not 0 <= options.part_id < options.num_parts:
@@ -204,8 +193,6 @@ def _check(options: argparse.Namespace) -> str:
 
 def _check_cases(folder: str, model_folder: Path) -> str:
     """Refuse a folder without cases; return the ending of its files."""
-    from nnunet_lowmem.nnunet import model_files
-
     model_files.read_json(model_folder / "plans.json")
     dataset_json = model_folder / "dataset.json"
     file_ending = model_files.check_file_ending(model_files.read_json(dataset_json), dataset_json)

@@ -12,7 +12,6 @@ from pathlib import Path
 from nnunet_lowmem.commands.shell import tell
 from nnunet_lowmem.errors import UsageError
 
-_DATASET_FLAGS = ("d", "p", "tr", "c")
 _SWITCHES = ("disable_tta", "not_on_device")
 
 
@@ -46,9 +45,10 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
     if options.repeat < 1:
         raise UsageError(f"--repeat must be at least 1, got {options.repeat}")
     limit_bytes = _limit_bytes(options.stock_limit)
-    flags, our_flags = _flags_of_both(options), _our_flags(options)
+    flags, our_flags = _flags_of_both(options), [*_given(options, "--max_ram"), *options.ours]
+    model_flags = ["-d", "-p", "-tr", "-c"] if options.m is None else ["-m"]
     with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
-        model_folder, ending = checked_model([*flags, *_model_words(options), "-o", out, *our_flags])
+        model_folder, ending = checked_model([*flags, *_given(options, *model_flags, "-device"), "-o", out, *our_flags])
     with redirect_stdout(sys.stderr) if options.json else nullcontext():  # older nnU-Nets print at import
         from nnunet_lowmem.commands import console
         from nnunet_lowmem.commands.compare_table import print_comparison
@@ -83,18 +83,12 @@ def _limit_bytes(text: str | None) -> int | None:
 
 def _flags_of_both(options: argparse.Namespace) -> list[str]:
     """Spell out the flags that stock's command and ours share, but for the model, the device and the output."""
-    words = ["-i", options.i, "-f", *map(str, options.f), "-step_size", str(options.step_size), "-chk", options.chk]
-    words += ["-npp", str(options.npp), "-nps", str(options.nps), "--disable_progress_bar"]
-    if options.prev_stage_predictions is not None:
-        words += ["-prev_stage_predictions", options.prev_stage_predictions]
-    return words + [f"--{name}" for name in _SWITCHES if getattr(options, name)]
+    words = _given(options, "-i", "-step_size", "-chk", "-npp", "-nps", "-prev_stage_predictions")
+    switches = [f"--{name}" for name in _SWITCHES if getattr(options, name)]
+    return [*words, "-f", *map(str, options.f), "--disable_progress_bar", *switches]
 
 
-def _our_flags(options: argparse.Namespace) -> list[str]:
-    return [*(["--max_ram", options.max_ram] if options.max_ram is not None else []), *options.ours]
-
-
-def _model_words(options: argparse.Namespace) -> list[str]:
-    model = _DATASET_FLAGS if options.m is None else ("m",)
-    given = {f"-{name}": getattr(options, name) for name in (*model, "device")}
-    return [word for flag, value in given.items() if value is not None for word in (flag, value)]
+def _given(options: argparse.Namespace, *flags: str) -> list[str]:
+    """Spell out those of the flags that have a value."""
+    values = {flag: getattr(options, flag.strip("-")) for flag in flags}
+    return [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
