@@ -177,7 +177,8 @@ def _check(options: argparse.Namespace) -> str:
             raise UsageError(f"{flag} must be a number that is not negative, got {number}")
     if options.json and not options.estimate:
         raise UsageError("--json goes with --estimate")
-    _check_sizes(options)
+    for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
+        flags.asked_bytes(flag, text)
     _check_device(options.device)
     _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
@@ -199,15 +200,6 @@ def _check_cases(folder: str, model_folder: Path) -> str:
     if not model_files.list_cases(folder, file_ending):
         raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs")
     return file_ending
-
-
-def _check_sizes(options: argparse.Namespace) -> None:
-    from nnunet_lowmem.sizes import asked_bytes
-    from nnunet_lowmem.system.memory_limits import total_ram_bytes
-
-    # without torch the size of the VRAM is not known; any total serves to see whether the text is a size
-    for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
-        asked_bytes(flag, text, total_ram_bytes())
 
 
 def _check_tmp_dir(folder: str) -> None:

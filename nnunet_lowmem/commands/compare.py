@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+from nnunet_lowmem.commands.flags import asked_bytes
 from nnunet_lowmem.commands.shell import tell
 from nnunet_lowmem.errors import UsageError
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
     """
     if options.repeat < 1:
         raise UsageError(f"--repeat must be at least 1, got {options.repeat}")
-    limit_bytes = _limit_bytes(options.stock_limit)
+    limit_bytes = None if options.stock_limit is None else asked_bytes("--stock-limit", options.stock_limit)
     flags, our_flags = _flags_of_both(options), [*_given(options, "--max_ram"), *options.ours]
     model_flags = ["-d", "-p", "-tr", "-c"] if options.m is None else ["-m"]
     with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # nnU-Net prints when it is imported
@@ -72,13 +73,6 @@ def run(options: argparse.Namespace, checked_model: Callable[[Sequence[str]], tu
     names = model_files.label_names(model_files.read_json(Path(model_folder) / "dataset.json"))
     print_comparison(found, names, options.json)
     return found.exit_code
-
-
-def _limit_bytes(text: str | None) -> int | None:
-    from nnunet_lowmem.sizes import asked_bytes
-    from nnunet_lowmem.system.memory_limits import total_ram_bytes
-
-    return None if text is None else asked_bytes("--stock-limit", text, total_ram_bytes())
 
 
 def _flags_of_both(options: argparse.Namespace) -> list[str]:

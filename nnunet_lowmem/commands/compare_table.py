@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from rich.box import MARKDOWN
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.report.compare import Comparison
@@ -18,12 +17,7 @@ from nnunet_lowmem.sizes import format_gib
 
 _STAGES = {"preprocessing": ("preprocessing",), "sliding window": (TILES,), "export and writing": ("export", "writing")}
 _WORST = 3
-
-
-class _Row(NamedTuple):
-    name: str
-    value: Callable[[MeasuredCommand], float | None]
-    text: Callable[[float], str]
+_SECONDS = "{:.1f} s".format
 
 
 def print_comparison(comparison: Comparison, label_names: Mapping[int, str], as_json: bool) -> None:
@@ -31,9 +25,8 @@ def print_comparison(comparison: Comparison, label_names: Mapping[int, str], as_
     if as_json:
         print(json.dumps(comparison.as_dict(), indent=1))  # noqa: T201  # for scripts, unwrapped
         return
-    table = Table("", box=MARKDOWN)
-    for column in ("stock", "ours", "ours / stock"):
-        table.add_column(column, justify="right")
+    columns = (Column(name, justify="right") for name in ("stock", "ours", "ours / stock"))
+    table = Table("", *columns, box=MARKDOWN)
     for cells in [*_measured_rows(comparison), *_label_rows(comparison, label_names)]:
         table.add_row(*map(shown, cells))
     console = Console(markup=False, emoji=False)
@@ -44,28 +37,29 @@ def print_comparison(comparison: Comparison, label_names: Mapping[int, str], as_
 
 def _measured_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     at_least = "≥ " if comparison.stopped else ""
-    for row in _rows():
-        stock, ours = (comparison.median_of(side, row.value) for side in ("stock", "ours"))
+    for name, value, text in _rows():
+        stock, ours = (comparison.median_of(side, value) for side in ("stock", "ours"))
         if stock is None and ours is None:
             continue
         ratio = f"{'≤ ' if at_least else ''}{ours / stock:.2f}" if stock and ours is not None else "-"
         yield (
-            row.name,
-            "-" if stock is None else at_least + row.text(stock),
-            "-" if ours is None else row.text(ours),
+            name,
+            "-" if stock is None else at_least + text(stock),
+            "-" if ours is None else text(ours),
             "-" if comparison.failed_side() else ratio,
         )
 
 
-def _rows() -> Iterator[_Row]:
-    yield _Row("whole command", lambda run: run.seconds, _seconds)
-    yield _Row("first tile after", lambda run: run.first_tile_s, _seconds)
+def _rows() -> Iterator[tuple[str, Callable[[MeasuredCommand], float | None], Callable[[float], str]]]:
+    """Name of each row, its value in a run, and how that is written."""
+    yield "whole command", lambda run: run.seconds, _SECONDS
+    yield "first tile after", lambda run: run.first_tile_s, _SECONDS
     for name, stages in _STAGES.items():
-        yield _Row(name, partial(_stage_seconds, stages), _seconds)
-    yield _Row("peak RAM", lambda run: run.peak_bytes, _size)
+        yield name, partial(_stage_seconds, stages), _SECONDS
+    yield "peak RAM", lambda run: run.peak_bytes, _size
     for name, stages in _STAGES.items():
-        yield _Row(f"peak RAM, {name}", partial(_stage_peak, stages), _size)
-    yield _Row("peak VRAM, of torch", lambda run: run.vram_bytes, _size)
+        yield f"peak RAM, {name}", partial(_stage_peak, stages), _size
+    yield "peak VRAM, of torch", lambda run: run.vram_bytes, _size
 
 
 def _stage_seconds(stages: Sequence[str], run: MeasuredCommand) -> float | None:
@@ -76,10 +70,6 @@ def _stage_seconds(stages: Sequence[str], run: MeasuredCommand) -> float | None:
 def _stage_peak(stages: Sequence[str], run: MeasuredCommand) -> float | None:
     peaks = [run.stages[stage].peak_bytes for stage in stages if stage in run.stages]
     return max((peak for peak in peaks if peak is not None), default=None)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s"
 
 
 def _size(size_bytes: float) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nnunet_lowmem.budget.arrays import Stage
 from nnunet_lowmem.budget.estimates import Estimate
@@ -59,11 +58,8 @@ def set_torch_threads(device: torch.device) -> None:
 
 def print_plan(plan: Plan) -> None:
     """Print the planned allocations of a case, stage by stage."""
-    table = Table(title=f"plan for {plan.case}")
-    table.add_column("array")
-    table.add_column("place")
-    for stage in Stage:
-        table.add_column(stage.value, justify="right")
+    stages = (Column(stage.value, justify="right") for stage in Stage)
+    table = Table("array", "place", *stages, title=f"plan for {plan.case}")
     for allocation in plan.allocations:
         sizes = [format_gib(allocation.size_bytes) if stage in allocation.stages else "" for stage in Stage]
         table.add_row(allocation.name, allocation.place.value, *sizes)
@@ -88,9 +84,8 @@ def print_report(report: CaseReport) -> None:
 
 def print_run(report: RunReport, folder: str) -> None:
     """Print what became of every case."""
-    table = Table(title=f"predictions in {shown(folder)}")
-    for column in ("case", "", "stage", "why"):
-        table.add_column(column, overflow="fold")
+    columns = (Column(name, overflow="fold") for name in ("case", "", "stage", "why"))
+    table = Table(*columns, title=f"predictions in {shown(folder)}")
     for case in report.done:
         table.add_row(case.case, "done", "", f"{sum(case.seconds.values()):.1f} s")
     for skipped in report.skipped:
@@ -102,21 +97,20 @@ def print_run(report: RunReport, folder: str) -> None:
         _console().print(f"{report.failed_of_all()}; see {shown(str(Path(folder) / FAILURES_FILE))}", highlight=False)
 
 
-def print_estimates(estimates: Iterable[Estimate], as_json: bool, verbose: bool) -> int:
+def print_estimates(found: Sequence[Estimate], as_json: bool, verbose: bool) -> int:
     """Print what every case will take; return the exit code: that of `BudgetError` where a case does not fit."""
-    found = list(estimates)
     if as_json:
         print(json.dumps([estimate.as_json() for estimate in found], indent=1))  # noqa: T201  # for scripts, unwrapped
-        return _exit_code(found)
-    for plan in (estimate.plan for estimate in found if verbose):
-        if plan is not None:
-            print_plan(plan)
-    print_line = partial(_console().print, highlight=False, soft_wrap=True)
-    print_line("Upper bounds by header alone: what is cropped is not known yet.")
-    for estimate in found:
-        for line in _estimate_lines(estimate):
-            print_line(line)
-    return _exit_code(found)
+    else:
+        for estimate in found:
+            if verbose and estimate.plan is not None:
+                print_plan(estimate.plan)
+        lines = ["Upper bounds by header alone: what is cropped is not known yet."]
+        lines += (line for estimate in found for line in _estimate_lines(estimate))
+        _console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    if any(estimate.readable and estimate.problem is not None for estimate in found):
+        return BudgetError.exit_code
+    return 0 if all(estimate.readable for estimate in found) else UsageError.exit_code
 
 
 def _estimate_lines(estimate: Estimate) -> Iterator[str]:
@@ -124,11 +118,10 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
     if facts is not None and plan is not None:
         shapes = ["x".join(map(str, shape)) for shape in (facts.original_shape, facts.grid.image_shape)]
         yield f"plan for {estimate.case}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
-        sizes = {place: format_gib(plan.projected_bytes(place)) for place in Place}
-        limits = {place: plan.budget.limit(place) for place in Place}
+        limits = ((place, plan.budget.limit(place)) for place in Place)
         yield "  projected " + ", ".join(
-            f"{place.value} {sizes[place]} of {format_gib(limit)}"
-            for place, limit in limits.items()
+            f"{place.value} {format_gib(plan.projected_bytes(place))} of {format_gib(limit)}"
+            for place, limit in limits
             if limit is not None
         )
         yield (
@@ -136,9 +129,3 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
             f"{format_gib(estimate.least_ram_unspilled_bytes)}; stock: about {format_gib(estimate.stock_bytes)}"
         )
     yield f"  {shown(estimate.problem or 'fits')}"
-
-
-def _exit_code(found: list[Estimate]) -> int:
-    if any(estimate.readable and estimate.problem is not None for estimate in found):
-        return BudgetError.exit_code
-    return 0 if all(estimate.readable for estimate in found) else UsageError.exit_code

@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,9 +38,6 @@ class HeadArchive:
     shape : tuple of int
         (heads, x, y, z)
     dtype : numpy dtype
-    path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
     fortran_order : bool
         Whether x is the fastest axis; numpy says so of one head whose axes were reversed, and of no more than one.
     """
@@ -161,9 +158,9 @@ def _merge(files: Sequence[Path], rule: LabelRule, target: Path | None) -> NDArr
                 raise UsageError(
                     f"{archive.path} has shape {archive.shape}, but {archives[0].path} has {archives[0].shape}"
                 )
-        path = stack.enter_context(atomic_output(target) if target is not None else nullcontext())
         sink = None
-        if path is not None:
+        if target is not None:
+            path = stack.enter_context(atomic_output(target))
             sink = stack.enter_context(npz_sink(path, heads, tuple(shape), [0, 1, 2], np.dtype(np.float32)))
         labels = np.zeros(shape, np.uint16)
         contest = HeadContest(rule, labels)

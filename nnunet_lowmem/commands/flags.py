@@ -108,6 +108,15 @@ def add_model_flags(add: Callable[..., object], by_folder: bool = False) -> None
     add("--not_on_device", action="store_true", help="keep the logits in RAM instead of on the device")
 
 
+def asked_bytes(flag: str, text: str | None) -> int | None:
+    """Return the RAM, or what may be VRAM, that a flag or the variable of its name asks for; None if neither does."""
+    from nnunet_lowmem import sizes
+    from nnunet_lowmem.system.memory_limits import total_ram_bytes
+
+    # without torch the size of the VRAM is not known; any total serves to see whether the text is a size
+    return sizes.asked_bytes(flag, text, total_ram_bytes())
+
+
 def _fold(text: str) -> int | str:
     return text if text == "all" else int(text)
 
