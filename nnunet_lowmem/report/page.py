@@ -44,24 +44,11 @@ _SHOWN_WARNINGS = 100
 _WIDE, _NARROW = (10.4, 3.7), (3.9, 3.6)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A slice that waits in a file."""
-
-    title: str
-    path: Path
-
-    @property
-    def uri(self) -> str:
-        """The picture itself, for a page."""
-        return _data_uri(self.path.read_bytes(), "image/jpeg")
-
-
 @dataclass
 class CasePictures:
-    """The slices of one case, the labels that take most of them, and how many labels more there are."""
+    """The slices of one case, by title and file, the labels that take most of them, and how many more there are."""
 
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[tuple[str, Path]] = field(default_factory=list)
     legend: list[tuple[str, str]] = field(default_factory=list)
     further: int = 0
 
@@ -138,7 +125,7 @@ class HtmlReport(Listener):
         for axis, overlay in enumerate(drawn):
             path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
             overlay.save(path)
-            kept.pictures.append(Picture(overlay.title, path))
+            kept.pictures.append((overlay.title, path))
             counts += overlay.counts
         shown = [value for value, _ in counts.most_common(_SHOWN_LABELS)]
         kept.legend = [(names.get(value, f"label {value}"), colour(value)) for value in shown]
@@ -155,6 +142,7 @@ class HtmlReport(Listener):
     def _write(self, ended_by: str) -> None:
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters |= {"gib": format_gib, "duration": duration, "colour": stage_colour}
+        environment.filters["jpeg"] = lambda path: _data_uri(path.read_bytes(), "image/jpeg")
         template = environment.from_string((files("nnunet_lowmem") / "data" / "report.html").read_text("utf-8"))
         with atomic_output(self._target / REPORT_FILE) as path, path.open("wb") as file:
             for piece in template.generate(self._content(ended_by)):

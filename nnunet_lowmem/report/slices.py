@@ -117,7 +117,8 @@ def overlays(volume: Volume) -> list[Overlay]:
     One along each axis of the file where its directions are not known; none along an axis across a single plane.
     """
     chosen = _fullest_planes(volume.labels)
-    views = [view for view in _views(volume.directions) if min(_extent(volume, view)) > 1]
+    shape = volume.labels.shape
+    views = [view for view in _views(volume.directions) if min(shape[view.rows], shape[view.columns]) > 1]
     planes = [_image_plane(volume, view, chosen[view.axis]) for view in views]
     if not planes:
         return []
@@ -164,12 +165,10 @@ def _colours(labels: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
 
 def _outline(labels: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     edge = np.zeros(labels.shape, np.bool_)
-    for axis in (0, 1):
-        differs = np.diff(labels.astype(np.int32), axis=axis) != 0
-        ahead, behind = [slice(None)] * 2, [slice(None)] * 2
-        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-        edge[tuple(ahead)] |= differs
-        edge[tuple(behind)] |= differs
+    for lines, edges in ((labels, edge), (labels.T, edge.T)):
+        differs = lines[1:] != lines[:-1]
+        edges[1:] |= differs
+        edges[:-1] |= differs
     return edge
 
 
@@ -197,10 +196,6 @@ def _views(directions: NDArray[np.float64] | None) -> list[_View]:
     ]
 
 
-def _extent(volume: Volume, view: _View) -> tuple[int, int]:
-    return volume.labels.shape[view.rows], volume.labels.shape[view.columns]
-
-
 def _upright(plane: NDArray[Any], view: _View) -> NDArray[Any]:
     """Turn a plane whose axes are in the volume's order."""
     plane = plane.T if view.rows > view.columns else plane
@@ -211,16 +206,11 @@ def _image_plane(volume: Volume, view: _View, position: int) -> NDArray[np.float
     planes, cropped = volume.image.shape[view.axis], volume.labels.shape[view.axis]
     nearest = min(int((position + 0.5) * planes / cropped), planes - 1)
     plane = _upright(np.take(volume.image, nearest, view.axis), view)
-    rows, columns = _pixels(volume, view)
-    picture = Image.fromarray(np.ascontiguousarray(plane, np.float32))
-    return np.asarray(picture.resize((columns, rows), Image.Resampling.BILINEAR))
-
-
-def _pixels(volume: Volume, view: _View) -> tuple[int, int]:
-    """Rows and columns of the picture, in the proportions of the body."""
+    # in the proportions of the body
     sizes = [volume.labels.shape[axis] * float(volume.spacing[axis]) for axis in (view.rows, view.columns)]
     rows, columns = (max(_SHORTEST_PIXELS, round(size * LONGEST_PIXELS / max(sizes))) for size in sizes)
-    return rows, columns
+    picture = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+    return np.asarray(picture.resize((columns, rows), Image.Resampling.BILINEAR))
 
 
 def _overlay(
@@ -232,7 +222,6 @@ def _overlay(
         for pixels, voxels in zip(grey.shape, plane.shape, strict=True)
     ]
     labels = plane[np.ix_(*nearest)]
-    values, counts = np.unique(labels[labels > 0], return_counts=True)
     number = f"slice {volume.first[view.axis] + position + 1} of {volume.original_shape[view.axis]}"
-    pixels_of = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    return Overlay(f"{view.name}, {number}", blend(grey, labels, window), pixels_of)
+    counts = Counter(np.sort(labels[labels > 0]).tolist())
+    return Overlay(f"{view.name}, {number}", blend(grey, labels, window), counts)
