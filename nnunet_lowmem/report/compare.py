@@ -100,8 +100,7 @@ class Comparison:
         """0: the same labels, 1: others, or a side failed, 3: stock was ended and nothing could be compared."""
         if self.stopped:
             return BudgetError.exit_code
-        finished = all(run.finished for runs in self.runs.values() for run in runs)
-        return 0 if finished and all(case.identical for case in self.labels) else 1
+        return 0 if not self.failed_side() and all(case.identical for case in self.labels) else 1
 
     def failed_side(self) -> str:
         """Return the side that did not finish although nobody ended it; empty if both did."""
@@ -148,30 +147,32 @@ def compare(request: Request, tell: Callable[[str], None]) -> Comparison:
     if request.keep is not None:
         _make_empty(request.keep)
     with temporary_folder() as folder:
+        root = request.keep or folder
         for number in range(1, request.repeat + 1):
             for side in SIDES:
                 if side == "stock" and comparison.stopped:
                     continue
                 tell(f"{side}, run {number} of {request.repeat}")
-                comparison.runs[side].append(_run(request, side, folder))
-                comparison.logs[side] = _last_lines(_log(request, side, folder))
+                comparison.runs[side].append(_run(request, side, root, folder))
+                comparison.logs[side] = _last_lines(root / f"{side}.log")
             if not comparison.stopped:
-                comparison.labels = _worse(comparison.labels, _compare_labels(request, folder))
+                found = compare_folders(root / "stock", root / "ours", request.cases, request.file_ending)
+                comparison.labels = max(found, comparison.labels, key=_badness)
     if request.keep is not None:
         (request.keep / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=1))
     return comparison
 
 
-def _run(request: Request, side: str, folder: Path) -> MeasuredCommand:
+def _run(request: Request, side: str, root: Path, folder: Path) -> MeasuredCommand:
     limit_bytes = None
     if side == "stock":
         limit_bytes = request.stock_limit_bytes or less_headroom(available_ram().free_bytes)
     return run_measured(
-        side_command(request, side, _root(request, folder) / side),
+        side_command(request, side, root / side),
         side_environment(request.device, folder, os.environ),
         folder / f"{side}.trace",
         limit_bytes,
-        log=_log(request, side, folder),
+        log=root / f"{side}.log",
     )
 
 
@@ -195,24 +196,8 @@ def side_environment(device: str, folder: Path, environment: Mapping[str, str]) 
     return changed
 
 
-def _compare_labels(request: Request, folder: Path) -> list[LabelDifference]:
-    stock, ours = (_root(request, folder) / side for side in SIDES)
-    return compare_folders(stock, ours, request.cases, request.file_ending)
-
-
-def _worse(former: list[LabelDifference], latter: list[LabelDifference]) -> list[LabelDifference]:
-    def badness(labels: Sequence[LabelDifference]) -> tuple[int, int]:
-        return sum(bool(case.problem) for case in labels), sum(case.differing for case in labels)
-
-    return max(latter, former, key=badness)
-
-
-def _root(request: Request, folder: Path) -> Path:
-    return folder if request.keep is None else request.keep
-
-
-def _log(request: Request, side: str, folder: Path) -> Path:
-    return _root(request, folder) / f"{side}.log"
+def _badness(labels: Sequence[LabelDifference]) -> tuple[int, int]:
+    return sum(bool(case.problem) for case in labels), sum(case.differing for case in labels)
 
 
 def _last_lines(log: Path) -> str:

@@ -56,10 +56,10 @@ def _compare(case: str, stock_file: Path, our_file: Path) -> LabelDifference:
     if stock.shape != ours.shape or stock.dtype != ours.dtype:
         kinds = [f"{array.dtype} of shape {array.shape}" for array in (stock, ours)]
         return LabelDifference(case, problem=f"stock has written {kinds[0]}, ours {kinds[1]}")
-    common = _counts(stock[stock == ours])
-    return LabelDifference(
-        case, stock.size, stock.size - int(common.sum()), _dice(_counts(stock), _counts(ours), common)
-    )
+    labels = int(max(stock.max(initial=0), ours.max(initial=0))) + 1
+    common, held = _counts(stock[stock == ours], labels), _counts(stock, labels) + _counts(ours, labels)
+    dice = {label: float(2 * common[label] / held[label]) for label in range(1, labels) if held[label]}
+    return LabelDifference(case, stock.size, stock.size - int(common.sum()), dice)
 
 
 def read_labels(file: Path) -> NDArray[Any]:
@@ -87,16 +87,9 @@ def read_labels(file: Path) -> NDArray[Any]:
     return np.asarray(io.imread(file))
 
 
-def _counts(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Voxels of each label up to the largest; part by part, since `bincount` makes a copy of eight bytes a voxel."""
-    counts = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
-    for part in np.array_split(labels.ravel(), 64):
-        counts += np.bincount(part, minlength=len(counts))
+def _counts(voxels: NDArray[Any], labels: int) -> NDArray[np.int64]:
+    """Voxels of each of so many labels; part by part, since `bincount` makes a copy of eight bytes a voxel."""
+    counts = np.zeros(labels, np.int64)
+    for part in np.array_split(voxels.ravel(), 64):
+        counts += np.bincount(part, minlength=labels)
     return counts
-
-
-def _dice(stock: NDArray[np.int64], ours: NDArray[np.int64], common: NDArray[np.int64]) -> dict[int, float]:
-    labels = max(len(stock), len(ours))
-    stock, ours, common = (np.pad(counts, (0, labels - len(counts))) for counts in (stock, ours, common))
-    held = stock + ours
-    return {label: float(2 * common[label] / held[label]) for label in range(1, labels) if held[label]}

@@ -77,11 +77,6 @@ class MeasuredCommand:
     timeline: list[tuple[float, int]]
     sampling_cpu_s: float
 
-    @property
-    def finished(self) -> bool:
-        """Whether it came to a good end by itself."""
-        return self.exit_code == 0 and not self.stopped
-
     def as_dict(self) -> dict[str, Any]:
         """Return all but the timeline as plain data."""
         return {name: value for name, value in asdict(self).items() if name != "timeline"}
@@ -145,24 +140,20 @@ def _process_group(
     try:
         yield child
     finally:
-        tree.note_descendants()
-        _kill_group(child)
-        tree.end_descendants(0.0)
-        child.wait()
-        _wait_until_freed(tree)
+        _end(child, tree)
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
+def _end(child: subprocess.Popen[bytes], tree: ProcessTree) -> None:
     """End the session that the command has begun, with what it left running, and the command itself."""
+    tree.note_descendants()
     if os.name == "nt":
         child.kill()
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-def _wait_until_freed(tree: ProcessTree) -> None:
-    """Wait, but not for ever, until the kernel has taken down what was killed: the next command needs the memory."""
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    tree.end_descendants(0.0)
+    child.wait()
+    # but not for ever, until the kernel has taken down what was killed: the next command needs the memory
     deadline_s = time.monotonic() + _KILL_S
     while not tree.ended() and time.monotonic() < deadline_s:
         time.sleep(_LOOK_S)
