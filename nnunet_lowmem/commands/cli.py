@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ def _predict(options: argparse.Namespace) -> int:
             predictor.initialize_from_trained_model_folder(model_folder, options.f, options.chk)
     if options.estimate:
         return console.print_estimates(found, options.json, options.verbose)
-    try:
+    with suppress(CasesFailedError):  # the report tells which, and the exit code
         predictor.predict_from_files(
             options.i,
             options.o,
@@ -105,11 +105,8 @@ def _predict(options: argparse.Namespace) -> int:
             num_parts=options.num_parts,
             part_id=options.part_id,
         )
-    except CasesFailedError as error:
-        console.print_run(error.report, options.o)
-        return error.exit_code
     console.print_run(predictor.run_report, options.o)
-    return 0
+    return predictor.run_report.exit_code
 
 
 def _predictor(options: argparse.Namespace, device: torch.device, model_folder: str) -> LowMemPredictor:

@@ -140,8 +140,7 @@ def _common_archives(folders: Sequence[Path]) -> list[str]:
     names = [{path.name for path in folder.glob("*.npz")} for folder in folders]
     everything = set().union(*names)
     for folder, present in zip(folders, names, strict=True):
-        if everything - present:
-            missing = sorted(everything - present)
+        if missing := sorted(everything - present):
             raise UsageError(f"{folder} lacks {len(missing)} of {len(everything)} archives; the first is {missing[0]}")
     if not everything:
         raise UsageError(f"{folders[0]} holds no .npz; predict with --save_probabilities first")

@@ -76,12 +76,6 @@ def make_deterministic() -> None:
     cudnn.__class__ = type("Cudnn", (type(cudnn),), {"benchmark": always_off})
 
 
-def _tell_vram() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        trace("end", 0.0, vram_bytes=torch.cuda.max_memory_reserved())
-
-
 def main() -> int:
     """Run the side that the arguments name; return its exit code."""
     side, model_folder, *flags = sys.argv[1:]
@@ -91,7 +85,9 @@ def main() -> int:
     try:
         return {"stock": _run_stock, "ours": _run_ours}[side](model_folder, flags)
     finally:
-        _tell_vram()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+            trace("end", 0.0, vram_bytes=torch.cuda.max_memory_reserved())
 
 
 if __name__ == "__main__":

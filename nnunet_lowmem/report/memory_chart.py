@@ -134,10 +134,9 @@ def _draw_curves(axes: Any, story: MemoryStory, unit_s: float) -> list[Any]:
 
 
 def _name_cases(axes: Any, story: MemoryStory, unit_s: float) -> None:
-    for number, (start, name) in enumerate(story.cases):
+    for number, ((start, name), (end, _)) in enumerate(pairwise([*story.cases, (story.end_s, "")])):
         if number:
             axes.axvline(start / unit_s, color="#9aa5ae", linewidth=0.8)
-        end = story.cases[number + 1][0] if number + 1 < len(story.cases) else story.end_s
         room = max(3, int(100 * (end - start) / max(story.end_s, 0.1)))
         shown = name if len(name) <= room else name[: room - 1] + "…"
         place = axes.get_xaxis_transform()
