@@ -32,12 +32,10 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
     with out, err, _messages(verbose), signals.ending_on_signals():
         try:
             return command()
-        except signals.InterruptedBySignal as interrupt:
-            tell("interrupted" if interrupt.number == signal.SIGINT else "terminated")
-            return 128 + interrupt.number
-        except KeyboardInterrupt:
-            tell("interrupted")
-            return 130
+        except (signals.InterruptedBySignal, KeyboardInterrupt) as interrupt:
+            number = int(getattr(interrupt, "number", signal.SIGINT))
+            tell("interrupted" if number == signal.SIGINT else "terminated")
+            return 128 + number
         except Exception as error:
             if verbose:
                 traceback.print_exc()

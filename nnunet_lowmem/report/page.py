@@ -23,6 +23,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
+from PIL import Image
 
 from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.nnunet.installed import version_of
@@ -124,7 +125,7 @@ class HtmlReport(Listener):
         counts: Counter[int] = Counter()
         for axis, overlay in enumerate(drawn):
             path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
-            overlay.save(path)
+            Image.fromarray(overlay.rgb).save(path, "JPEG", quality=85, subsampling=0)
             kept.pictures.append((overlay.title, path))
             counts += overlay.counts
         shown = [value for value, _ in counts.most_common(_SHOWN_LABELS)]

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,10 +94,6 @@ class Overlay:
     title: str
     rgb: NDArray[np.uint8]
     counts: Counter[int]
-
-    def save(self, path: Path) -> None:
-        """Write a JPEG."""
-        Image.fromarray(self.rgb).save(path, "JPEG", quality=85, subsampling=0)
 
 
 @dataclass(frozen=True)
