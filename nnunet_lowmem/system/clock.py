@@ -78,12 +78,10 @@ class StageClock:
         self._totals[name] = steps or 1
         self._tell(name)
         try:
-            yield
-            if steps is None:
-                self.advance()
-        except Exception:
-            self.failed_stage = self.failed_stage or name
-            raise
+            with self.failing_in(name):
+                yield
+                if steps is None:
+                    self.advance()
         finally:
             self._switch()
             self._stack.pop()
