@@ -110,16 +110,9 @@ class PeakSampler:
             self._peaks.setdefault(stage, 0)
         self._sample()
 
-    def peak_bytes(self, stage: str | None = None) -> int:
-        """Return the peak of one stage, or of all.
-
-        Raises
-        ------
-        KeyError
-            If no such stage was marked.
-        """
-        with self._lock:
-            return max(self._peaks.values()) if stage is None else self._peaks[stage]
+    def peak_bytes(self) -> int:
+        """Return the peak of all stages."""
+        return max(self.peaks_bytes().values())
 
     def peaks_bytes(self) -> dict[str, int]:
         """Return the peak of every stage, in the order in which they began."""
@@ -148,7 +141,9 @@ class PeakSampler:
             may_be_a_peak = upper_bytes > self._peaks[self._stage] and time.monotonic() >= self._next_exact_s
             if may_be_a_peak or pids != self._calibrated_pids:
                 self._calibrate(pids, resident_bytes)
-            self._record(resident_bytes - self._counted_twice_bytes)
+            self.held_bytes = resident_bytes - self._counted_twice_bytes
+            self._peaks[self._stage] = max(self._peaks[self._stage], self.held_bytes)
+            self._timeline.add(time.time(), self.held_bytes)
             self.cpu_s += time.thread_time() - start_s
             return cost_s
 
@@ -157,11 +152,6 @@ class PeakSampler:
         self._counted_twice_bytes = resident_bytes - sum(map(_proportional_bytes, pids))
         self._calibrated_pids = pids
         self._next_exact_s = time.monotonic() + _PAUSE_PER_COST * (time.thread_time() - start_s)
-
-    def _record(self, held_bytes: int) -> None:
-        self.held_bytes = held_bytes
-        self._peaks[self._stage] = max(self._peaks[self._stage], held_bytes)
-        self._timeline.add(time.time(), held_bytes)
 
 
 class Timeline:
@@ -180,9 +170,11 @@ class Timeline:
 
 def _tree_pids(pid: int) -> list[int]:
     """Return the process and its descendants, as far as they can be seen."""
-    if not _kernel_lists_children():
-        return [pid, *_psutil_descendants(pid)]
     pids = [pid]
+    if not _kernel_lists_children():
+        with contextlib.suppress(psutil.Error):
+            pids += [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        return pids
     for parent in pids:  # grows while it is walked
         pids.extend(child for child in _children(parent) if not _borrows_memory(child, parent))
     return pids
@@ -207,13 +199,6 @@ def _borrows_memory(child: int, parent: int) -> bool:
     before = _read(f"/proc/{child}/statm")
     of_parent = _read(f"/proc/{parent}/statm")
     return of_parent in (before, _read(f"/proc/{child}/statm"))
-
-
-def _psutil_descendants(pid: int) -> list[int]:
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
-        return []
 
 
 def _proportional_bytes(pid: int) -> int:

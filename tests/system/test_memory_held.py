@@ -155,7 +155,7 @@ def test_the_sampler_sees_a_peak_that_is_gone_and_keeps_stages_apart() -> None:
     assert list(peaks) == ["start", "high", "low"]
     assert 295 * MIB < peaks["high"] - peaks["start"] < 320 * MIB
     assert peaks["low"] < peaks["high"] - 290 * MIB
-    assert sampler.peak_bytes() == sampler.peak_bytes("high") == peaks["high"]
+    assert sampler.peak_bytes() == peaks["high"]
     assert max(held_bytes for _, held_bytes in sampler.timeline()) == peaks["high"]
 
 
@@ -165,7 +165,7 @@ def test_a_stage_shorter_than_the_interval_is_seen_at_its_end() -> None:
         held = np.ones(100 * MIB, np.uint8)
         sampler.mark("after")
         del held
-    assert sampler.peak_bytes("blink") - sampler.peak_bytes("start") > 95 * MIB
+    assert sampler.peaks_bytes()["blink"] - sampler.peaks_bytes()["start"] > 95 * MIB
 
 
 def test_a_stage_that_comes_back_keeps_its_higher_peak() -> None:
@@ -175,7 +175,7 @@ def test_a_stage_that_comes_back_keeps_its_higher_peak() -> None:
         sampler.mark("export")
         del held
         sampler.mark("tile")
-    assert sampler.peak_bytes("tile") - sampler.peak_bytes("start") > 95 * MIB
+    assert sampler.peaks_bytes()["tile"] - sampler.peaks_bytes()["start"] > 95 * MIB
 
 
 def test_the_sampler_sees_a_child() -> None:
@@ -184,8 +184,8 @@ def test_the_sampler_sees_a_child() -> None:
         with python_child(CHILD.format(mib=300)):
             time.sleep(0.1)
         sampler.mark("without")
-    assert sampler.peak_bytes("with child") - sampler.peak_bytes("start") > 300 * MIB
-    assert sampler.peak_bytes("without") < sampler.peak_bytes("with child") - 280 * MIB
+    assert sampler.peaks_bytes()["with child"] - sampler.peaks_bytes()["start"] > 300 * MIB
+    assert sampler.peaks_bytes()["without"] < sampler.peaks_bytes()["with child"] - 280 * MIB
 
 
 def test_the_sampler_watches_another_tree() -> None:
@@ -227,7 +227,7 @@ def test_an_unaffordable_exact_reading_does_not_count_shared_pages_twice(monkeyp
         monkeypatch.setattr(sampler, "_counted_twice_bytes", 30 * MIB)
         sampler.mark("estimated")
         exact_bytes = process_tree_bytes()
-    assert abs(exact_bytes - 30 * MIB - sampler.peak_bytes("estimated")) < 5 * MIB
+    assert abs(exact_bytes - 30 * MIB - sampler.peaks_bytes()["estimated"]) < 5 * MIB
 
 
 def test_children_that_come_and_go_do_not_disturb_the_sampler() -> None:
@@ -244,11 +244,6 @@ def test_the_thread_is_gone_after_the_block_even_after_an_error() -> None:
         1 / 0  # noqa: B018
     assert not sampler._thread.is_alive()
     assert threading.active_count() == before
-
-
-def test_an_unknown_stage_is_a_key_error() -> None:
-    with PeakSampler() as sampler, pytest.raises(KeyError):
-        sampler.peak_bytes("nothing")
 
 
 @linux_only
