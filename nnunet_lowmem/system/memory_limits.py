@@ -122,7 +122,7 @@ _CGROUP_V1 = CgroupFiles(
 def _cgroup_limits(root: Path) -> Iterator[RamLimit]:
     for folder, files in cgroup_folders(root):
         for name in files.limits:
-            total_bytes = _read_number(folder / name)
+            total_bytes = _whole_number(_read(folder / name))
             if total_bytes is not None and total_bytes < _NO_LIMIT_BYTES:
                 yield RamLimit(f"cgroup {folder / name}", total_bytes, _cgroup_used_bytes(folder, files))
 
@@ -134,7 +134,7 @@ def cgroup_folders(root: Path) -> Iterator[tuple[Path, CgroupFiles]]:
     passed over, and the walk ends at the mount itself, which then is the container's own cgroup.
     """
     mount = root / "sys/fs/cgroup"
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+    for line in _read(root / "proc/self/cgroup").splitlines():
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if hierarchy == "0" and path:
@@ -152,13 +152,8 @@ def _ancestors(mount: Path, path: str) -> Iterator[Path]:
 
 
 def _cgroup_used_bytes(folder: Path, files: CgroupFiles) -> int:
-    usage_bytes = _read_number(folder / files.usage) or 0
-    cache_bytes = 0
-    for line in (_read(folder / "memory.stat") or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name == files.inactive_file and value.isdecimal():
-            cache_bytes = int(value)
-    return max(0, usage_bytes - cache_bytes)
+    cache_bytes = counter(folder / "memory.stat", files.inactive_file)
+    return max(0, (_whole_number(_read(folder / files.usage)) or 0) - (cache_bytes or 0))
 
 
 def _slurm_limits(environ: Mapping[str, str]) -> Iterator[RamLimit]:
@@ -173,8 +168,8 @@ def _slurm_limits(environ: Mapping[str, str]) -> Iterator[RamLimit]:
         ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
     )
     for name, count_name in candidates:
-        amount = _whole_number(environ.get(name))
-        count = 1 if count_name is None else _whole_number(environ.get(count_name))
+        amount = _whole_number(environ.get(name, ""))
+        count = 1 if count_name is None else _whole_number(environ.get(count_name, ""))
         if amount and count:
             source = name if count_name is None else f"{name} x {count_name}"
             yield RamLimit(source, amount * count * _MIB, process_tree_bytes())
@@ -198,18 +193,20 @@ def _process_limits() -> Iterator[RamLimit]:
             yield RamLimit(name, soft_bytes, used_bytes)
 
 
-def _read(path: Path) -> str | None:
+def counter(path: Path, name: str) -> int | None:
+    """Return the number after `name` in a file of the kernel with one such pair in a line; None if there is none."""
+    counters = dict(line.partition(" ")[::2] for line in _read(path).splitlines())
+    return _whole_number(counters.get(name, ""))
+
+
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
-        return None
+        return ""
 
 
-def _read_number(path: Path) -> int | None:
-    return _whole_number(_read(path))
-
-
-def _whole_number(text: str | None) -> int | None:
+def _whole_number(text: str) -> int | None:
     """Return a number above or equal to 0 written in digits; None for ``max``, nothing, or anything else."""
-    text = (text or "").strip()
+    text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() else None

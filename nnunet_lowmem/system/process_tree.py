@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from nnunet_lowmem.system.memory_limits import cgroup_folders
+from nnunet_lowmem.system.memory_limits import cgroup_folders, counter
 
 _STATE_WORDS = {
     psutil.STATUS_RUNNING: "running",
@@ -114,11 +114,6 @@ def oom_kills(root: Path = Path("/")) -> int | None:
         ``oom_kill`` of this process's memory cgroup (v2 ``memory.events``, v1 ``memory.oom_control``), else that of the
         whole machine (``proc/vmstat``), else None.
     """
-    counters = [folder / names.kills for folder, names in cgroup_folders(root)]
-    for path in [*counters, root / "proc/vmstat"]:
-        with contextlib.suppress(OSError, ValueError):
-            for line in path.read_text().splitlines():
-                name, _, count = line.partition(" ")
-                if name == "oom_kill":
-                    return int(count)
-    return None
+    files = [*(folder / names.kills for folder, names in cgroup_folders(root)), root / "proc/vmstat"]
+    counts = (counter(path, "oom_kill") for path in files)
+    return next((count for count in counts if count is not None), None)
