@@ -29,7 +29,6 @@ PARENT_CHECK_S = 1.0
 
 _REPEAT_S = 0.2
 _PR_SET_PDEATHSIG = 1
-_MEMORY_PHRASES = ("can't allocate memory", "cannot allocate memory", "failed to allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,12 @@ class Raised:
         Type and message.
     traceback_text : str
         The end of the formatted traceback.
-    out_of_memory : bool
-        Whether it, or what caused it, says that memory could not be had.
     pickled : bytes
         The exception itself; empty where it cannot be pickled, or is too large.
     """
 
     text: str
     traceback_text: str
-    out_of_memory: bool
     pickled: bytes
 
 
@@ -121,16 +117,7 @@ def _answer(job: bytes, report: Report) -> bytes:
 def _tell(error: BaseException) -> Raised:
     text = f"{type(error).__qualname__}: {error}".removesuffix(": ")[:2000]
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))[-6000:]
-    return Raised(text, trace, _is_out_of_memory(error), _pickled(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's own class is known by its name: torch may not be loaded here
-    if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
-        return True
-    if isinstance(error, RuntimeError | OSError) and any(phrase in str(error).lower() for phrase in _MEMORY_PHRASES):
-        return True
-    return error.__cause__ is not None and _is_out_of_memory(error.__cause__)
+    return Raised(text, trace, _pickled(error))
 
 
 def _pickled(error: BaseException) -> bytes:

@@ -56,8 +56,6 @@ class JobError(WorkerError):
     ----------
     case, stage : str
         Where it happened; the stage is the last one reported, ``start`` before the first.
-    out_of_memory : bool
-        The job ran out of memory for certain: a MemoryError (numpy's, torch's), or the kernel counted such a kill.
     retryable : bool
         A fresh worker may do better: it stalled or died, and memory is not known to be the cause.
     original : BaseException or None
@@ -66,7 +64,6 @@ class JobError(WorkerError):
 
     case = ""
     stage = "start"
-    out_of_memory = False
     retryable = False
     original: BaseException | None = None
 
@@ -253,7 +250,12 @@ class Worker(Generic[Argument, Result]):
             return WorkerDiedError(f"ended without a result ({exit_words(code)})")
         before, now = self._oom_kills, oom_kills()
         if before is not None and now is not None and now > before:
-            return _killed_for_memory(before, now)
+            error = WorkerDiedError(
+                f"was killed (SIGKILL) because memory ran out: the kernel counts {now} such kills, {before} when it "
+                "started. Run without workers (-npp 0) or with more memory"
+            )
+            error.retryable = False
+            return error
         if not self._thread.is_alive():
             return WorkerDiedError("was killed (SIGKILL) because the thread that started it ended")
         count = "cannot be read" if now is None else f"stayed at {now}: something else may have sent the signal"
@@ -294,18 +296,8 @@ class Worker(Generic[Argument, Result]):
             multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
 
-def _killed_for_memory(before: int, now: int) -> WorkerDiedError:
-    error = WorkerDiedError(
-        f"was killed (SIGKILL) because memory ran out: the kernel counts {now} such kills, {before} when it started. "
-        "Run without workers (-npp 0) or with more memory"
-    )
-    error.out_of_memory, error.retryable = True, False
-    return error
-
-
 def _raised_error(raised: Raised) -> WorkerRaisedError:
     error = WorkerRaisedError(f"failed: {raised.text}")
-    error.out_of_memory = raised.out_of_memory
     error.__cause__ = ChildTraceback(raised.traceback_text)
     with contextlib.suppress(Exception):
         error.original = pickle.loads(raised.pickled) if raised.pickled else None

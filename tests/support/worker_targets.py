@@ -54,13 +54,6 @@ def fail(argument, report):
     raise ERRORS[argument]()
 
 
-def raise_from_memory_error(argument, report):
-    try:
-        raise MemoryError("inner")
-    except MemoryError as error:
-        raise ValueError("outer") from error
-
-
 def allocate_under_limit(argument, report):
     """Take all memory the limit allows, so that telling the story must first give it back."""
     import resource

@@ -172,7 +172,6 @@ class TestDeath:
         assert words in str(error)
         assert (error.case, error.stage) == ("liver_07", stage)
         assert error.retryable
-        assert not error.out_of_memory
 
     @pytest.mark.parametrize("fault", ["segfault", "terminate", "exit 0", "exit 3"])
     def test_memory_is_not_mentioned_without_a_reason(self, fault):
@@ -187,13 +186,14 @@ class TestDeath:
         error = failure(WorkerDiedError, targets.in_stage, (("resample",), "kill"))
         assert "because memory ran out: the kernel counts 4 such kills, 3 when it started" in str(error)
         assert "probably" not in str(error)
-        assert error.out_of_memory
         assert not error.retryable
 
     def test_another_death_is_not_memory_even_when_the_kernel_counted_a_kill(self, monkeypatch):
         counts = iter([3, 4])
         monkeypatch.setattr(workers, "oom_kills", lambda: next(counts))
-        assert not failure(WorkerDiedError, targets.in_stage, ((), "segfault")).out_of_memory
+        error = failure(WorkerDiedError, targets.in_stage, ((), "segfault"))
+        assert "memory" not in str(error)
+        assert error.retryable
 
     def test_counter_that_cannot_be_read_leaves_probably(self, monkeypatch):
         monkeypatch.setattr(workers, "oom_kills", lambda: None)
@@ -234,27 +234,24 @@ class TestException:
         printed = "".join(traceback.format_exception(error))
         assert "worker_targets.py" in printed
         assert "in fail" in printed
-        assert not error.out_of_memory
         assert not error.retryable
 
     def test_sys_exit_is_no_success(self):
         assert "SystemExit: 0" in str(failure(WorkerRaisedError, targets.fail, "exit"))
 
     @pytest.mark.parametrize("kind", ["memory", "torch memory", "torch cpu memory", "errno memory"])
-    def test_of_memory_is_told_apart(self, kind):
+    def test_of_memory_comes_back_as_it_was(self, kind):
         error = failure(WorkerRaisedError, targets.fail, kind)
-        assert error.out_of_memory
+        told = targets.ERRORS[kind]()
+        assert (type(error.original), str(error.original)) == (type(told), str(told))
         assert not error.retryable
-
-    def test_caused_by_memory_is_told_apart(self):
-        assert failure(WorkerRaisedError, targets.raise_from_memory_error).out_of_memory
 
     @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA binds on Linux")
     def test_comes_back_from_a_process_whose_memory_is_used_up(self):
         error = failure(WorkerRaisedError, targets.allocate_under_limit)
         assert error.stage == "allocate"
         assert str(error).endswith("MemoryError")
-        assert error.out_of_memory
+        assert isinstance(error.original, MemoryError)
 
     def test_that_cannot_be_sent_is_told_as_text(self):
         error = failure(WorkerRaisedError, targets.fail, "unsendable")
@@ -279,7 +276,7 @@ class TestException:
     def test_can_be_pickled_for_a_report(self):
         error = failure(WorkerRaisedError, targets.fail, "memory")
         again = pickle.loads(pickle.dumps(error))
-        assert (str(again), again.case, again.stage, again.out_of_memory) == (str(error), "liver_07", "work", True)
+        assert (str(again), again.case, again.stage, again.retryable) == (str(error), "liver_07", "work", False)
 
     def test_is_a_worker_error(self):
         assert isinstance(failure(JobError, targets.fail, "value"), WorkerError)
@@ -308,7 +305,6 @@ class TestStall:
             assert part in str(error)
         assert error.stage == (stages[-1] if stages else "start")
         assert error.retryable
-        assert not error.out_of_memory
 
     def test_a_beating_thread_is_no_life(self):
         error = failure(WorkerStalledError, targets.sleep_with_beating_thread, 60, limits=SHORT)
