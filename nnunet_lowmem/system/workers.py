@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from nnunet_lowmem.errors import WorkerError
@@ -39,7 +38,6 @@ from nnunet_lowmem.system.worker_child import Raised, Report, run_job
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-JobErrorT = TypeVar("JobErrorT", bound="JobError")
 
 #: What a worker gets to end by itself, and after SIGTERM.
 GRACE_S = 0.5
@@ -151,7 +149,8 @@ class Worker(Generic[Argument, Result]):
         try:
             self._process, self._pipe = _spawn(_packed(target, argument), case)
         except WorkerStartError as error:
-            raise self._placed(error) from error.__cause__
+            self._place(error)
+            raise
         self.pid = self._process.pid or 0
         self._watched: list[Connection | int] = [self._pipe, self._process.sentinel]
         self._tree = ProcessTree(self.pid)
@@ -160,9 +159,7 @@ class Worker(Generic[Argument, Result]):
     def __enter__(self) -> Worker[Argument, Result]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def poll(self) -> bool:
@@ -271,13 +268,13 @@ class Worker(Generic[Argument, Result]):
 
     def _fail(self, error: JobError) -> None:
         """Keep the error for `result` to raise; no process is left after it."""
-        self._failure, self._finished = self._placed(error), True
+        self._place(error)
+        self._failure, self._finished = error, True
         self._end()
 
-    def _placed(self, error: JobErrorT) -> JobErrorT:
+    def _place(self, error: JobError) -> None:
         error.case, error.stage = self.case, self.stage
         error.args = (f"case {self.case}: in stage {self.stage!r} the worker {error}",)
-        return error
 
     def _end(self) -> None:
         if self._closed:
@@ -345,11 +342,9 @@ def _main_left_out() -> Iterator[None]:
     """
     main = vars(sys.modules["__main__"])
     with _main_lock:
-        spec, file = main.get("__spec__"), main.pop("__file__", None)
+        hidden = {name: main.pop(name) for name in main.keys() & {"__spec__", "__file__"}}
         main["__spec__"] = None
         try:
             yield
         finally:
-            main["__spec__"] = spec
-            if file is not None:
-                main["__file__"] = file
+            main.update(hidden)
