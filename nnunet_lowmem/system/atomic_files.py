@@ -158,9 +158,10 @@ def remove_stale(folder: Path) -> list[Path]:
         What was removed. Folders of living processes, of other users, and links are left alone.
     """
     try:
-        paths = [path for path in sorted(folder.iterdir()) if _is_stale(path)]
+        folders = [path for path in sorted(folder.iterdir()) if path.name not in _live and path.is_dir()]
     except OSError:
         return []
+    paths = [path for path in folders if is_left_over(path, path.name, (*_PARTIAL, _TEMPORARY))]
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
     return [path for path in paths if not path.exists()]
@@ -211,10 +212,6 @@ def is_left_over(path: Path, name: str, kinds: Collection[str]) -> bool:
         return _age_s(path) > UNKNOWN_OWNER_S
     # in a container that was started again the predecessor had the same process id
     return pid == os.getpid() or not _is_running(pid)
-
-
-def _is_stale(path: Path) -> bool:
-    return path.name not in _live and path.is_dir() and is_left_over(path, path.name, (*_PARTIAL, _TEMPORARY))
 
 
 def _is_own(path: Path) -> bool:

@@ -85,18 +85,17 @@ def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk, where it can."""
     if os.name == "nt" and path.is_dir():  # where folders cannot be opened
         return
-    descriptor = None
     try:
         # Windows flushes only what is open for writing; some file systems open nothing for both
         descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         # some network file systems cannot, and keep what they hold safe in their own way; a folder may be write-only
         if error.errno not in _NO_FSYNC:
             raise
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _keep_owner_and_mode(written: Path, older: os.stat_result) -> None:

@@ -82,7 +82,7 @@ class ProcessTree:
         return all(status == psutil.STATUS_ZOMBIE for status in self._each(psutil.Process.status))
 
     def _each(self, ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
-        for process in [*([] if self._root is None else [self._root]), *self._descendants]:
+        for process in filter(None, (self._root, *self._descendants)):
             with contextlib.suppress(psutil.Error):
                 yield ask(process)
 
