@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import cache
-from types import TracebackType
 
 import psutil
 
@@ -93,9 +92,7 @@ class PeakSampler:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self._thread.join()
         self._sample()

@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.clock import Progress
@@ -58,9 +57,7 @@ class StallWatch:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
