@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ class Format:
         Gives the header as it is stored; DamagedFileError where ITK does not read it, would end the process or never
         return. None for pictures, which are decoded as a whole.
     layout : callable or None
-        Where ITK looks for the voxels, by path, header as stored and what ITK makes of it; whether they are compressed
-        and can be sliced is seen in it.
+        Where ITK looks for the voxels, by path, header as stored and what ITK makes of it.
     decode : callable or None
         Decodes a file without a layout to its end; DamagedFileError where something is missing or changed.
     nibabel_header : callable or None
@@ -64,7 +63,7 @@ class Format:
             return self.nibabel_header(path)
         raw = None if self.raw is None else self.raw(path)
         header = itk_header(path)
-        return header if self.layout is None else header.with_layout(self.layout(path, raw, header))
+        return header if self.layout is None else replace(header, layout=self.layout(path, raw, header))
 
     def known_header(self, path: Path) -> Header:
         """Read the header of a file of which nobody says who reads it: by nibabel's rules, which mind no geometry."""
@@ -90,42 +89,25 @@ def _decoded(header: Header) -> Contents:
 
 
 _NIFTI = Format(nifti_files.raw_header, nifti_files.layout, nibabel_header=nifti_files.nibabel_header)
-_NRRD = Format(nrrd_files.raw_header, nrrd_files.layout)
-_META = Format(meta_image.raw_header, meta_image.layout)
-_GIPL = Format(gipl_files.raw_header, gipl_files.layout)
-_TIFF = Format(decode=tiff_pages.read_whole)
 #: What skimage decodes, with errors of its own where something is missing.
 PICTURE = Format(decode=pictures.read_whole)
 
 #: By ending, in lower case.
 FORMATS: dict[str, Format] = {
-    ".nii": _NIFTI,
-    ".nii.gz": _NIFTI,
-    ".hdr": _NIFTI,
-    ".hdr.gz": _NIFTI,
-    ".img": _NIFTI,
-    ".img.gz": _NIFTI,
-    ".nrrd": _NRRD,
-    ".nhdr": _NRRD,
-    ".mha": _META,
-    ".mhd": _META,
-    ".gipl": _GIPL,
-    ".gipl.gz": _GIPL,
-    ".tif": _TIFF,
-    ".tiff": _TIFF,
-    ".png": PICTURE,
-    ".bmp": PICTURE,
-    ".jpg": PICTURE,
-    ".jpeg": PICTURE,
+    **dict.fromkeys((".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz"), _NIFTI),
+    **dict.fromkeys((".nrrd", ".nhdr"), Format(nrrd_files.raw_header, nrrd_files.layout)),
+    **dict.fromkeys((".mha", ".mhd"), Format(meta_image.raw_header, meta_image.layout)),
+    **dict.fromkeys((".gipl", ".gipl.gz"), Format(gipl_files.raw_header, gipl_files.layout)),
+    **dict.fromkeys((".tif", ".tiff"), Format(decode=tiff_pages.read_whole)),
+    **dict.fromkeys((".png", ".bmp", ".jpg", ".jpeg"), PICTURE),
 }
 _UNKNOWN = Format()
 
 
 def format_of(path: Path | str) -> Format | None:
-    """Return the row for a file, by the longest ending that fits its name; None if there is none."""
+    """Return the row for a file, by the ending of its name; None if there is none."""
     name = os.path.basename(path).lower()
-    endings = [ending for ending in FORMATS if name.endswith(ending)]
-    return FORMATS[max(endings, key=len)] if endings else None
+    return next((row for ending, row in FORMATS.items() if name.endswith(ending)), None)
 
 
 def is_volume(path: Path | str) -> bool:

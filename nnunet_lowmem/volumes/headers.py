@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,6 @@ class Layout:
     scale: tuple[float, float] = UNSCALED
     beside: tuple[Path, ...] = ()
     loses_nan: bool = False
-
-    @property
-    def is_sliceable(self) -> bool:
-        """Whether planes can be read without those before them."""
-        return self.dtype is not None and all(part.is_raw for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -128,10 +123,6 @@ class Header:
             return 0
         library_bytes = self.voxels * self.components * self.dtype.itemsize if self.read_with is Library.ITK else 0
         return self.needed_bytes + library_bytes
-
-    def with_layout(self, layout: Layout) -> Header:
-        """Return the header of a file of which it is known where its voxels are."""
-        return replace(self, layout=layout)
 
     def check_size(self) -> None:
         """Refuse a header that promises nothing, or more than its files can hold, however well they are compressed.
@@ -212,15 +203,18 @@ def itk_header(path: Path) -> Header:
     DamagedFileError
         If it is none, or no image can have its geometry.
     """
+    import SimpleITK
+
     information = itk_information(path)
     voxel, components = _itk_voxel(information)
+    dtype: np.dtype[Any] = SimpleITK.GetArrayFromImage(voxel).dtype
     return Header(
         path,
         Library.ITK,
         information.GetSize()[::-1],
         voxel.GetSpacing()[::-1],
         components,
-        _itk_type(voxel),
+        dtype,
         {"spacing": voxel.GetSpacing(), "origin": voxel.GetOrigin(), "direction": voxel.GetDirection()},
     )
 
@@ -242,13 +236,6 @@ def _itk_voxel(information: Any) -> tuple[Any, int]:
     except RuntimeError as error:
         raise DamagedFileError(f"no image has the spacing {spacing} and the directions {direction}") from error
     return voxel, components
-
-
-def _itk_type(voxel: Any) -> np.dtype[Any]:
-    import SimpleITK
-
-    dtype: np.dtype[Any] = SimpleITK.GetArrayFromImage(voxel).dtype
-    return dtype
 
 
 def _upright(spacing: Sequence[float], direction: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -22,9 +22,7 @@ def read_whole(path: Path) -> Contents:
     from skimage import io
 
     try:
-        _verify_promise(path)
-        if path.name.lower().endswith(".png"):
-            _verify_chunks(path)
+        _verify(path)
         array = np.asarray(io.imread(path))
     except (DamagedFileError, MemoryError):
         raise
@@ -33,21 +31,20 @@ def read_whole(path: Path) -> Contents:
     return Contents(array.shape, array.dtype)
 
 
-def _verify_promise(path: Path) -> None:
-    """Refuse a size that the file cannot hold: without the memory for it, libjpeg ends the process."""
+def _verify(path: Path) -> None:
+    """Refuse a size that the file cannot hold: without the memory for it, libjpeg ends the process.
+
+    Of a PNG every chunk is checked, the last included; a decoder is content once it has all rows.
+    """
     from PIL import Image, UnidentifiedImageError
 
+    is_png = path.name.lower().endswith(".png")
     try:
         with Image.open(path) as picture:
             promised_bytes = math.prod(picture.size) * len(picture.getbands())
+            check_promise(path.name, promised_bytes, path.stat().st_size)
+            if is_png:
+                picture.verify()
     except UnidentifiedImageError:  # other decoders may know it
-        return
-    check_promise(path.name, promised_bytes, path.stat().st_size)
-
-
-def _verify_chunks(path: Path) -> None:
-    """Check every chunk of a PNG, the last included; a decoder is content once it has all rows."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        picture.verify()
+        if is_png:
+            raise

@@ -62,8 +62,10 @@ class PlaneStore:
             return
         assert self._file is not None
         self._file.seek(position * self._plane_bytes)
+        view = values.reshape(-1).view(np.uint8).data
         with _told(self._folder):
-            _write_all(self._file, values.reshape(-1).view(np.uint8).data)
+            while len(view):  # an unbuffered file may write less than asked
+                view = view[self._file.write(view) :]
 
     def read_plane(self, position: int) -> torch.Tensor:
         """Return one plane as a half tensor, shape (heads, ...) without the slab axis."""
@@ -104,11 +106,6 @@ def _told(folder: Path | None) -> Iterator[None]:
             f"arrays cannot be spilled to {folder}: {error.strerror or error}; make room there or choose another "
             "folder with --tmp_dir"
         ) from error
-
-
-def _write_all(file: object, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) :]  # type: ignore[attr-defined]  # an unbuffered file may write less than asked
 
 
 def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: Path) -> NDArray[np.generic]:

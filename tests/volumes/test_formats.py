@@ -36,27 +36,27 @@ class Row(NamedTuple):
 
     ending: str
     compresses: bool = False
-    is_sliceable: bool = True
+    is_raw: bool = True
     data: str = ""  # ending of the file beside it that holds the voxels
 
 
 VOLUMES = [
     Row(".nii"),
-    Row(".nii.gz", is_sliceable=False),
+    Row(".nii.gz", is_raw=False),
     Row(".hdr", data=".img"),
     Row(".img"),
-    Row(".img.gz", is_sliceable=False),
-    Row(".hdr.gz", is_sliceable=False, data=".img.gz"),
+    Row(".img.gz", is_raw=False),
+    Row(".hdr.gz", is_raw=False, data=".img.gz"),
     Row(".nrrd"),
-    Row(".nrrd", compresses=True, is_sliceable=False),
+    Row(".nrrd", compresses=True, is_raw=False),
     Row(".nhdr", data=".raw"),
-    Row(".nhdr", compresses=True, is_sliceable=False, data=".raw.gz"),
+    Row(".nhdr", compresses=True, is_raw=False, data=".raw.gz"),
     Row(".mha"),
-    Row(".mha", compresses=True, is_sliceable=False),
+    Row(".mha", compresses=True, is_raw=False),
     Row(".mhd", data=".raw"),
-    Row(".mhd", compresses=True, is_sliceable=False, data=".zraw"),
+    Row(".mhd", compresses=True, is_raw=False, data=".zraw"),
     Row(".gipl"),
-    Row(".gipl.gz", is_sliceable=False),
+    Row(".gipl.gz", is_raw=False),
 ]
 PICTURES = [".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg"]
 
@@ -94,7 +94,8 @@ def test_volume(row: Row, tmp_path) -> None:
     assert (header.shape, header.dtype, header.components) == (VOXELS.shape, VOXELS.dtype, 1)
     assert header.spacing == layout.spacing[::-1] == SPACING[::-1]
     assert header.needed_bytes == VOXELS.nbytes
-    assert layout.is_sliceable == row.is_sliceable
+    assert layout.dtype is not None
+    assert all(part.is_raw for part in layout.parts) == row.is_raw
     assert header.is_read_in_place
     assert np.array_equal(read_voxels(header), VOXELS)
     verify_voxels(str(path))
