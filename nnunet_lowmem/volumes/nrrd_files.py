@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.volumes.headers import Header, Layout, is_plain, stored_spacing
@@ -48,7 +48,8 @@ def raw_header(path: Path) -> Raw:
         If it cannot be read.
     """
     fields: dict[str, str] = {}
-    for line, end in _lines(path):
+    end = path.stat().st_size
+    for line, line_end in _lines(path):
         if len(line) > _LONGEST_LINE and not _MAY_BE_LONG.match(line):
             raise DamagedFileError(f"its header has a line of {len(line)} letters, {line[:_SHOWN]!r}...")
         key, found, value = line.partition(":")
@@ -56,19 +57,15 @@ def raw_header(path: Path) -> Raw:
         if found and not value.startswith("=") and not line.startswith("#"):
             fields[_ALIASES.get(key.strip().lower(), key.strip().lower())] = value.strip()
         if not line.strip() or fields.get(_DATA_FILE, "").startswith("LIST"):
-            _check_data_file(path, fields)
-            return Raw(fields, end)
-    if _DATA_FILE in fields:
-        _check_data_file(path, fields)
-        return Raw(fields, path.stat().st_size)
-    raise DamagedFileError(f"{path.name} ends within its header")
-
-
-def _check_data_file(path: Path, fields: dict[str, str]) -> None:
-    """Refuse what is no file: ITK would wait for a pipe."""
+            end = line_end
+            break
+    else:
+        if _DATA_FILE not in fields:
+            raise DamagedFileError(f"{path.name} ends within its header")
     data = path.parent / fields.get(_DATA_FILE, "")
-    if _DATA_FILE in fields and data.exists() and not (data.is_file() or data.is_dir()):
+    if data.exists() and not (data.is_file() or data.is_dir()):  # ITK would wait for a pipe
         raise DamagedFileError(f"its voxels should be in {data.name}, which is no file")
+    return Raw(fields, end)
 
 
 def layout(path: Path, raw: Raw, header: Header) -> Layout:
@@ -99,14 +96,12 @@ def _check_digits(part: Part, count: int) -> None:
     held = b""
     with part.path.open("rb") as file:
         file.seek(part.start)
-        while count > 0 and len(held) <= _LONGEST_LINE and (piece := file.read(_CHUNK_BYTES)):
+        while count > 0 and (piece := file.read(_CHUNK_BYTES)):
             *words, held = re.split(rb"[\s,]+", held + piece)
-            longest = max(map(len, words), default=0)
             count -= sum(map(bool, words))
+            longest = max(map(len, [*words, held] if count > 0 else words), default=0)
             if longest > _LONGEST_LINE:
                 raise DamagedFileError(f"{part.path.name} has a word of {longest} letters among its numbers")
-    if count > 0 and len(held) > _LONGEST_LINE:
-        raise DamagedFileError(f"{part.path.name} has a word of {len(held)} letters among its numbers")
 
 
 def _spacing(fields: dict[str, str], axes: int) -> tuple[float, ...]:
@@ -164,16 +159,11 @@ def _part(path: Path, start: int, needed_bytes: int, fields: dict[str, str]) -> 
     lines, skipped = whole_number(fields.get("line skip", "")), whole_number(fields.get("byte skip", ""))
     if lines > 0 and path.is_file():
         with path.open("rb") as file:
-            start = _after_lines(file, start, lines)
+            file.seek(start)
+            while lines and file.readline():
+                lines -= 1
+            start = file.tell()
     part = Part(path, start, needed_bytes, encoding, skipped_bytes=max(0, skipped))
     if skipped == -1 and path.is_file() and part.is_raw:
         return replace(part, start=max(0, path.stat().st_size - needed_bytes))
     return part
-
-
-def _after_lines(file: IO[bytes], start: int, lines: int) -> int:
-    file.seek(start)
-    for _ in range(lines):
-        if not file.readline():
-            break
-    return file.tell()
