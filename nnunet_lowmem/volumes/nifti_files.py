@@ -17,13 +17,14 @@ import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.volumes.headers import UNSCALED, Header, Layout, Library
-from nnunet_lowmem.volumes.stored_parts import Encoding, Part, first_bytes
+from nnunet_lowmem.volumes.stored_parts import Encoding, Part, encoding_by_name, first_bytes
 
 _HEADER_BYTES = 348
 _NIFTI2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
 _ONE_FILE = re.compile(rb"n\+[1-9]")
 # symmetric matrices and displacements, of which ITK makes no image
 _INTENTS_OF_NO_IMAGE = (1005, 1006)
+_HEADERS, _VOXELS = (".hdr", ".hdr.gz"), (".img", ".img.gz")
 _PAIR_ENDING = re.compile(r"(?i)\.(hdr|img)(\.gz)?$")
 # beyond these, nibabel and numpy speak of lists of numbers that are too long
 _LARGEST_VOXELS = 2**62
@@ -49,8 +50,6 @@ def raw_header(path: Path) -> Raw:
     import nibabel
 
     block = first_bytes(_header_file(path), _HEADER_BYTES)
-    if len(block) < _HEADER_BYTES:
-        raise DamagedFileError(f"it ends within its header, after {len(block)} of {_HEADER_BYTES} bytes")
     if block[:4] in _NIFTI2 and block[4:7] in (b"n+2", b"ni2"):
         raise DamagedFileError("it is NIfTI-2, which SimpleITK does not read")
     orders: tuple[Literal["<", ">"], ...] = ("<", ">")
@@ -78,7 +77,7 @@ def layout(path: Path, raw: Raw, header: Header) -> Layout:
         None if is_left_to_itk else stored,
         tuple(abs(float(step)) for step in fields["pixdim"][1 : 1 + axes]),
         _itk_scale(float(fields["scl_slope"]), float(fields["scl_inter"])),
-        _pair(path),
+        _pair(path, _HEADERS + _VOXELS),
         loses_nan=True,
     )
 
@@ -120,13 +119,13 @@ def nibabel_header(path: Path) -> Header:
             None if stored.fields else stored,
             _nibabel_spacing(image)[: len(shape)],
             scale,
-            _pair(path),
+            _pair(path, _HEADERS + _VOXELS),
         ),
     )
 
 
 def _nibabel_part(file: Path, offset: int, needed_bytes: int) -> Part:
-    encoding = _encoding(file)
+    encoding = encoding_by_name(file)
     if offset < 0 and encoding is Encoding.RAW:  # Python's gzip takes it for 0
         raise DamagedFileError(f"its header says that its voxels begin at byte {offset}")
     return Part(file, 0, needed_bytes, encoding, skipped_bytes=max(0, offset))
@@ -151,32 +150,27 @@ def _itk_scale(slope: float, intercept: float) -> tuple[float, float]:
     return (slope, intercept) if is_scaled else UNSCALED
 
 
-def _pair(path: Path) -> tuple[Path, ...]:
-    """Return all names that may belong to a pair, of which some are not there; nothing for one file."""
+def _pair(path: Path, endings: tuple[str, ...]) -> tuple[Path, ...]:
+    """Return the names with these endings that may belong to a pair; nothing for one file."""
     stem, is_pair = _PAIR_ENDING.subn("", str(path))
-    return tuple(Path(stem + ending) for ending in (".hdr", ".hdr.gz", ".img", ".img.gz")) if is_pair else ()
+    return tuple(Path(stem + ending) for ending in endings) if is_pair else ()
 
 
 def _header_file(path: Path) -> Path:
     """Return the file that holds the header: of a pair, the one beside the voxels."""
-    stem, is_pair = _PAIR_ENDING.subn("", str(path))
-    if not is_pair:
-        return path
-    for ending in (".hdr", ".hdr.gz"):
-        if Path(stem + ending).is_file():
-            return Path(stem + ending)
-    raise DamagedFileError(f"its header should be in {Path(stem).name}.hdr, which is not there")
+    names = _pair(path, _HEADERS)
+    held = [name for name in names if name.is_file()]
+    if names and not held:
+        raise DamagedFileError(f"its header should be in {names[0].name}, which is not there")
+    return held[0] if held else path
 
 
 def _part(path: Path, fields: Any, needed_bytes: int) -> Part:
-    stem, is_pair = _PAIR_ENDING.subn("", str(path))
-    file = path
-    if is_pair:
-        held = [Path(stem + ending) for ending in (".img", ".img.gz") if Path(stem + ending).is_file()]
-        file = held[0] if held else Path(stem + ".img")
-    part, start = Part(file, 0, needed_bytes, _encoding(file)), _offset(fields)
+    names = _pair(path, _VOXELS)
+    file = next((name for name in names if name.is_file()), names[0] if names else path)
+    part, start = Part(file, 0, needed_bytes, encoding_by_name(file)), _offset(fields)
     if start < 0 and file.is_file() and part.is_raw:  # the last bytes count
-        start = max(0 if is_pair else _HEADER_BYTES, file.stat().st_size - needed_bytes)
+        start = max(0 if names else _HEADER_BYTES, file.stat().st_size - needed_bytes)
     return replace(part, skipped_bytes=max(0, start))
 
 
@@ -185,11 +179,6 @@ def _offset(fields: Any) -> int:
     offset = float(fields["vox_offset"])
     start = int(offset) if abs(offset) < 2**31 else -1
     return max(start, _HEADER_BYTES) if _ONE_FILE.fullmatch(bytes(fields["magic"])) else start
-
-
-def _encoding(file: Path) -> Encoding:
-    """Libraries decode what is named so, and find out themselves whether it is compressed."""
-    return Encoding.GZIP if file.name.lower().endswith(".gz") else Encoding.RAW
 
 
 def _stored_type(code: int) -> np.dtype[Any]:

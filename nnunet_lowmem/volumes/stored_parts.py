@@ -7,13 +7,14 @@ the library will read it: from the same place, as many bytes, by the same encodi
 from __future__ import annotations
 
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -169,7 +170,11 @@ class Part:
     def _decoded(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:
             file.seek(self.start)
-            read = _limited(file, self.stored_bytes) if self.encoding is Encoding.DEFLATE else file.read
+            end = sys.maxsize if self.stored_bytes is None else self.start + self.stored_bytes
+
+            def read(count: int) -> bytes:
+                return file.read(max(0, min(count, end - file.tell())))
+
             needed_bytes = self.skipped_bytes + self.needed_bytes
             yield from _inflated(read, self.path.name, needed_bytes, self.encoding is Encoding.GZIP)
 
@@ -219,26 +224,25 @@ def _inflated(read: Callable[[int], bytes], name: str, needed_bytes: int, member
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Return the first decoded bytes of a file that may be compressed, fewer where it has no more.
+    """Return the first decoded bytes, a header's, of a file that may be compressed.
 
     Raises
     ------
     DamagedFileError
-        If it is compressed and ends earlier, or is changed.
+        If it ends earlier, or is changed.
     OSError
         If it cannot be read.
     """
     with path.open("rb") as file:
-        start = file.read(count)
-        if not start.startswith(GZIP_MAGIC):
-            return start
-        file.seek(0)
-        held = bytearray()
-        for piece in _inflated(file.read, path.name, count, members=True):
-            held += piece[: count - len(held)]
-            if len(held) == count:
-                break
-    return bytes(held)
+        held = file.read(count)
+        if held.startswith(GZIP_MAGIC):
+            file.seek(0)
+            pieces, held = _inflated(file.read, path.name, count, members=True), b""
+            while len(held) < count and (piece := next(pieces, None)) is not None:
+                held += piece[: count - len(held)]
+    if len(held) < count:
+        raise DamagedFileError(f"it ends within its header, after {len(held)} of {count} bytes")
+    return held
 
 
 def check_promise(what: str, promised_bytes: int, file_bytes: int) -> None:
@@ -274,9 +278,6 @@ def whole_number(text: str) -> int:
     return int(found[0]) if found else 0
 
 
-def _limited(file: IO[bytes], limit_bytes: int | None) -> Callable[[int], bytes]:
-    """Return a function that reads no further than so many bytes."""
-    if limit_bytes is None:
-        return file.read
-    end = file.tell() + limit_bytes
-    return lambda count: file.read(max(0, min(count, end - file.tell())))
+def encoding_by_name(path: Path) -> Encoding:
+    """Return GZIP for what is named so: libraries decode it, and find out themselves whether it is compressed."""
+    return Encoding.GZIP if path.name.lower().endswith(".gz") else Encoding.RAW
