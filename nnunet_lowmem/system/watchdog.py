@@ -82,11 +82,8 @@ class StallWatch:
                 self._tell(overdue)
             if self._line_s and now >= self._line_due:
                 self._line_due = now + self._line_s
-                self._tell_progress()
-
-    def _tell_progress(self) -> None:
-        progress, held = self._progress, format_gib(process_tree_bytes())
-        logger.info("case %s: %s, %d of %d, %s", progress.case, progress.stage, progress.done, progress.total, held)
+                at, held = self._progress, format_gib(process_tree_bytes())
+                logger.info("case %s: %s, %d of %d, %s", at.case, at.stage, at.done, at.total, held)
 
     def _tell(self, overdue: str) -> None:
         logger.warning(

@@ -111,13 +111,9 @@ def _answer(job: bytes, report: Report) -> bytes:
     except BaseException as error:
         # its frames hold the arrays of the job, and to tell what happened takes memory, too
         traceback.clear_frames(error.__traceback__)
-        return pickle.dumps(("raised", _tell(error)))
-
-
-def _tell(error: BaseException) -> Raised:
-    text = f"{type(error).__qualname__}: {error}".removesuffix(": ")[:2000]
-    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))[-6000:]
-    return Raised(text, trace, _pickled(error))
+        text = f"{type(error).__qualname__}: {error}".removesuffix(": ")[:2000]
+        trace = "".join(traceback.format_exception(error))[-6000:]
+        return pickle.dumps(("raised", Raised(text, trace, _pickled(error))))
 
 
 def _pickled(error: BaseException) -> bytes:
