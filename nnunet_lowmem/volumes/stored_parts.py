@@ -112,10 +112,8 @@ class Part:
         size_bytes = self._size_bytes()
         if self.encoding is Encoding.TEXT:
             return
-        if self.is_raw:
-            self._check_count(size_bytes - self.skipped_bytes)
-        else:
-            self._check_count(sum(map(len, self._decoded())) - self.skipped_bytes)
+        held_bytes = size_bytes if self.is_raw else sum(map(len, self._decoded()))
+        self._check_count(held_bytes - self.skipped_bytes)
 
     def read_into(self, target: memoryview) -> None:
         """Verify the piece and keep what is needed of it.

@@ -41,7 +41,6 @@ def read_whole(path: Path) -> Contents:
             series = tiff.series[0]
             _verify_series(series, path.name)
             for page in series.pages:
-                _verify_promise(page)
                 _verify_page(page)
             return Contents(tuple(series.shape), np.dtype(series.dtype))
     except (DamagedFileError, OSError, MemoryError):
@@ -84,16 +83,11 @@ def _verify_series(series: Any, name: str) -> None:
             raise DamagedFileError(f"{name} ends after {max(0, held_bytes):,} of {needed_bytes:,} bytes of voxels")
 
 
-def _verify_promise(page: Any) -> None:
-    """Refuse pieces that the file cannot hold."""
-    piece_bytes = math.prod(page.keyframe.chunks) * page.keyframe.dtype.itemsize
-    file = page.parent.filehandle
-    check_promise(f"a piece of page {page.index} of {file.name}", piece_bytes, file.size)
-
-
 def _verify_page(page: Any) -> None:
     """Decode a page; of a piece that is cut some decoders give what they can, so its end is compared first."""
     file = page.parent.filehandle
+    piece_bytes = math.prod(page.keyframe.chunks) * page.keyframe.dtype.itemsize
+    check_promise(f"a piece of page {page.index} of {file.name}", piece_bytes, file.size)
     if page.keyframe.compression != _UNCOMPRESSED:
         for start, count in zip(page.dataoffsets, page.databytecounts, strict=True):
             if start + count > file.size:
