@@ -27,9 +27,9 @@ from oracle import assert_same_array
 
 import nnunet_lowmem
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem import predictor as own_module
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.nnunet import switching
-from nnunet_lowmem.predict import logits
 
 HOLDER = types.SimpleNamespace(stock=stock_module.nnUNetPredictor)  # keeps stock's class where no rebinding reaches
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_swaps_and_takes_back_in_all_modules(module):
 
 def test_own_base_class_stays_stock():
     with nnunet_lowmem.enable():
-        assert LowMemPredictor.__mro__[-2] is logits.nnUNetPredictor is HOLDER.stock
+        assert LowMemPredictor.__mro__[-2] is own_module.nnUNetPredictor is HOLDER.stock
 
 
 def test_names_taken_meanwhile_are_taken_back_but_the_predictor_itself_is_left(module):

@@ -22,6 +22,7 @@ from torch import nn
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, NonFiniteLogitsError
 from nnunet_lowmem.network.tile_memory import LiveTensorBytes
+from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.volumes.planes import PlaneStore
@@ -409,7 +410,7 @@ def test_second_fold_that_does_not_fit_is_named():
     ours = predictor(LowMemPredictor, (8, 10, 6), nn.Conv3d(1, HEADS, 1), folds=2)
     ours.list_of_parameters = [ours.network.state_dict(), nn.Conv3d(1, HEADS + 1, 1).state_dict()]
     with pytest.raises(ModelError, match=r"entry 1 of list_of_parameters do not fit.*size mismatch"):
-        ours._load_weights(ours.list_of_parameters[1], 1)
+        TileNetwork(ours._setup()).load(1)
 
 
 def test_tile_outside_the_window_is_caught_before_the_kernel_writes():
