@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,6 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape3 = tuple[int, int, int]
+
+
+def shape3(sizes: Iterable[int]) -> Shape3:
+    """Return three sizes, numpy's or torch's perhaps, as plain data."""
+    z, y, x = map(int, sizes)
+    return z, y, x
+
 
 #: Calls what it is given and returns what that returns. The operation may take memory and changes nothing when it
 #: fails, so it may be called more than once.

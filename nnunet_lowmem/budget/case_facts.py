@@ -15,6 +15,7 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import rules
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
+from nnunet_lowmem.preprocessing.case import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.types import Place, PreprocessedCase
@@ -115,9 +116,10 @@ class CaseSizes:
         has_previous_stage: bool,
         probabilities: bool,
     ) -> CaseFacts:
-        geometry = adapter.uncropped_geometry(shape, spacing, self.plans, self.configuration)
-        in_order = [spacing[axis] for axis in self.plans.transpose_forward]
-        inputs = input_bytes(source, geometry, in_order, has_previous_stage, self.plans, self.configuration)
+        forward = self.plans.transpose_forward
+        grid = network_grid([shape[axis] for axis in forward], [spacing[axis] for axis in forward], self.configuration)
+        geometry = CaseGeometry.uncropped(grid.new_shape, grid.shape)
+        inputs = input_bytes(source, grid, has_previous_stage, self.plans, self.configuration)
         facts = self._facts(name, geometry, spacing, inputs, probabilities)
         stage_bytes = 2 * math.prod(geometry.network_shape) if has_previous_stage else 0
         return replace(facts, previous_stage_bytes=stage_bytes)

@@ -8,14 +8,12 @@ functions where they are called as they are. Each rule was checked against measu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_lowmem.labels.rules import CaseGeometry
 from nnunet_lowmem.preprocessing.case import Grid, bounded_resampling, is_own
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
 from nnunet_lowmem.preprocessing.spline import working_bytes
@@ -59,8 +57,7 @@ class Source(NamedTuple):
 
 def input_bytes(
     source: Source,
-    geometry: CaseGeometry,
-    spacing: Sequence[float],
+    grid: Grid,
     has_previous_stage: bool,
     plans_manager: Any,
     configuration_manager: Any,
@@ -70,16 +67,14 @@ def input_bytes(
     Parameters
     ----------
     source : Source
-    geometry : CaseGeometry
+    grid : Grid
         Uncropped.
-    spacing : sequence of float
-        Of the file, axis order of the network.
     has_previous_stage : bool
     plans_manager, configuration_manager
         nnU-Net's description of the model.
     """
     rules = normalisers(plans_manager, configuration_manager)
-    voxels, network_voxels = math.prod(geometry.original_shape), math.prod(geometry.network_shape)
+    voxels, network_voxels = math.prod(grid.shape), math.prod(grid.new_shape)
     stage = has_previous_stage * (_STAGE_VOXEL_BYTES * voxels + _STAGE_NETWORK_BYTES * network_voxels)
     if not is_own(configuration_manager.preprocessor_class):
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
@@ -88,7 +83,7 @@ def input_bytes(
     reading, stored = _reading(reader, source, voxels, len(rules))
     kept_bytes = min(source.dtype.itemsize, stored // max(1, len(rules) * voxels))
     work = max(_normalising(rule, kept_bytes) for rule in rules) * voxels
-    work += _resampling(geometry, spacing, configuration_manager, len(rules))
+    work += _resampling(grid, configuration_manager, len(rules))
     return InputBytes(reading, stored + work + stage)
 
 
@@ -114,11 +109,8 @@ def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
     return masks + (4 if stored_voxel_bytes == _SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
 
 
-def _resampling(geometry: CaseGeometry, spacing: Sequence[float], configuration: Any, channels: int) -> int:
-    shape, new_shape = geometry.cropped_shape, geometry.network_shape
-    new_spacing = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]
-    grid = Grid(shape, list(spacing), new_shape, new_spacing)
+def _resampling(grid: Grid, configuration: Any, channels: int) -> int:
     if bounded_resampling(configuration.resampling_fn_data, grid) is not None:
-        return 0 if shape == new_shape else working_bytes(shape)
-    voxels, network_voxels = math.prod(shape), math.prod(new_shape)
+        return 0 if grid.shape == grid.new_shape else working_bytes(grid.shape)
+    voxels, network_voxels = math.prod(grid.shape), math.prod(grid.new_shape)
     return channels * _SINGLE_BYTES * (voxels + network_voxels) + 16 * max(voxels, network_voxels)

@@ -56,6 +56,12 @@ class CaseGeometry:
     original_shape: Shape3
     crop: tuple[slice, slice, slice]
 
+    @classmethod
+    def uncropped(cls, network_shape: Shape3, shape: Shape3) -> CaseGeometry:
+        """Shapes of a case of which nothing is cropped."""
+        z, y, x = shape
+        return cls(network_shape, shape, shape, (slice(0, z), slice(0, y), slice(0, x)))
+
 
 @dataclass(frozen=True)
 class LogitsResampling:

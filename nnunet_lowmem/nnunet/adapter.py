@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
@@ -33,8 +32,9 @@ from nnunet_lowmem.labels.resampling import AxisTable, copy_axis, resampling_tab
 from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, RESAMPLINGS, Step
+from nnunet_lowmem.preprocessing.case import network_spacing
 from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale
-from nnunet_lowmem.types import PreprocessedCase, Shape3
+from nnunet_lowmem.types import PreprocessedCase, shape3
 from nnunet_lowmem.volumes.verifying import verify_label_file
 
 try:
@@ -148,28 +148,11 @@ def case_geometry(network_shape: Sequence[int], properties: dict[str, Any]) -> C
     """Read the shapes that nnU-Net's preprocessor left in `properties`."""
     crop = [slice(int(low), int(high)) for low, high in properties["bbox_used_for_cropping"]]
     return CaseGeometry(
-        network_shape=_shape3(network_shape),
-        cropped_shape=_shape3(properties["shape_after_cropping_and_before_resampling"]),
-        original_shape=_shape3(properties["shape_before_cropping"]),
+        network_shape=shape3(network_shape),
+        cropped_shape=shape3(properties["shape_after_cropping_and_before_resampling"]),
+        original_shape=shape3(properties["shape_before_cropping"]),
         crop=(crop[0], crop[1], crop[2]),
     )
-
-
-def uncropped_geometry(
-    shape: Sequence[int], spacing: Sequence[float], plans_manager: Any, configuration_manager: Any
-) -> CaseGeometry:
-    """Shapes of a case by shape and spacing of the file alone, as if nothing were cropped: an upper bound."""
-    forward = plans_manager.transpose_forward
-    shape, spacing = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
-    target = list(configuration_manager.spacing)
-    target = [spacing[0], *target] if len(target) < len(shape) else target
-    original = _shape3(shape)
-    return _uncropped(default_preprocessor.compute_new_shape(original, spacing, target), original)
-
-
-def _uncropped(network_shape: Sequence[int], original: Shape3) -> CaseGeometry:
-    whole = (slice(0, original[0]), slice(0, original[1]), slice(0, original[2]))
-    return CaseGeometry(_shape3(network_shape), original, original, whole)
 
 
 def logits_resampling(
@@ -186,9 +169,7 @@ def logits_resampling(
     both are those of the configuration that predicts, as in ``resample_and_save``.
     """
     spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
-    current = configuration_manager.spacing
-    if len(current) != len(geometry.cropped_shape):
-        current = [spacing[0], *current]
+    current = network_spacing(spacing, configuration_manager)
     function = configuration_manager.resampling_fn_probabilities
     if to_next_stage:
         arguments = (geometry.cropped_shape, current, current)
@@ -203,7 +184,7 @@ def next_stage_targets(case: PreprocessedCase, plans_manager: Any, configuration
     """Return what the next stages of a case ask for."""
     found = []
     for stage in case.next_stages:
-        geometry = _uncropped(case.image.shape[1:], stage.shape)
+        geometry = CaseGeometry.uncropped(shape3(case.image.shape[1:]), stage.shape)
         resampling = logits_resampling(
             plans_manager, configuration_manager, geometry, case.properties, to_next_stage=True
         )
@@ -240,8 +221,3 @@ def _default_tables(
     if changes and options["order_z"] != 0:
         return None
     return resampling_tables(geometry.network_shape, geometry.cropped_shape, int(axis))
-
-
-def _shape3(shape: Sequence[int]) -> Shape3:
-    z, y, x = (int(size) for size in shape)
-    return z, y, x

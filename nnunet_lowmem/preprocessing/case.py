@@ -36,7 +36,7 @@ from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, need
 from nnunet_lowmem.preprocessing.reading import Volume, check_stored, read_channels
 from nnunet_lowmem.preprocessing.refusals import check_names, telling_colours
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import PreprocessedCase, Shape3
+from nnunet_lowmem.types import PreprocessedCase, Shape3, shape3
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
@@ -52,6 +52,18 @@ class Grid(NamedTuple):
     spacing: list[float]
     new_shape: Shape3
     new_spacing: list[float]
+
+
+def network_spacing(spacing: Sequence[float], configuration: ConfigurationManager) -> list[float]:
+    """Return the spacing that an image gets; a two-dimensional configuration keeps the one between slices."""
+    return [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]
+
+
+def network_grid(shape: Sequence[int], spacing: Sequence[float], configuration: ConfigurationManager) -> Grid:
+    """Return the grids of an image of this shape and spacing, axes in network order."""
+    new_spacing = network_spacing(spacing, configuration)
+    new_shape = default_preprocessor.compute_new_shape(shape, spacing, new_spacing)
+    return Grid(shape3(shape), list(spacing), shape3(new_shape), new_spacing)
 
 
 class _Source(NamedTuple):
@@ -268,14 +280,13 @@ class _Case:
         self.properties["bbox_used_for_cropping"] = [box[axis] for axis in self.order]
         self.properties["shape_after_cropping_and_before_resampling"] = shape
         spacing = [self.properties["spacing"][axis] for axis in self.order]
-        new_spacing = [*spacing[: 3 - len(self.configuration.spacing)], *self.configuration.spacing]
-        new_shape: Shape3 = tuple(default_preprocessor.compute_new_shape(shape, spacing, new_spacing).tolist())
-        if 0 in new_shape:
+        grid = network_grid(shape, spacing, self.configuration)
+        if 0 in grid.new_shape:
             raise twin(UsageError, ValueError)(
-                f"Resampling {shape} voxels from {np.array(spacing).tolist()} to {new_spacing} mm leaves {new_shape}: "
-                "the spacing in the file's header or in the plans is wrong."
+                f"Resampling {shape} voxels from {np.array(spacing).tolist()} to {grid.new_spacing} mm leaves "
+                f"{grid.new_shape}: the spacing in the file's header or in the plans is wrong."
             )
-        return Grid(shape, spacing, new_shape, new_spacing)
+        return grid
 
     def _make_segmentation(self, previous_stage: NDArray[Any] | None) -> NDArray[Any] | None:
         """Previous stage, or zeros, with −1 outside the filled nonzero mask, shape (1, z, y, x); None if unneeded."""
