@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from nnunet_lowmem.system.compiler import jit
 from nnunet_lowmem.window.halves import double_to_half_key, half_key, half_to_single, key_to_double, key_to_half
 
+Survey = tuple[NDArray[np.uint16], NDArray[np.int8], NDArray[np.int8]]
+"""Of every voxel of a box: the winner, and exponents of its gap to the best lower head and of their magnitude."""
+Cells = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+"""Along the last axis: low and high neighbour of every cell, and its first output position."""
+
 # sigmoid(float32(x)) > 0.5 holds for a half x exactly from the second smallest positive half on, 2**-23
 REGION_THRESHOLD_KEY = 2
 _NO_RIVAL = 127
@@ -25,14 +30,12 @@ def interpolate(
     head: int,
     corner_rows: tuple[int, int, int, int],
     weights: tuple[float, float, float, float],
-    x0: int,
-    x1: int,
-    wx0: float,
-    wx1: float,
+    x: tuple[int, int, float, float],
 ) -> np.int16:
     """Key of the interpolated logit; corners in C order, each ((v * w0) * w1) * w2, plain additions (scipy's order)."""
     z0, z1, y0, y1 = corner_rows
     wz0, wz1, wy0, wy1 = weights
+    x0, x1, wx0, wx1 = x
     r00, r01, r10, r11 = logits[head, z0, y0], logits[head, z0, y1], logits[head, z1, y0], logits[head, z1, y1]
     total = ((np.float64(half_to_single(r00[x0])) * wz0) * wy0) * wx0
     total += ((np.float64(half_to_single(r00[x1])) * wz0) * wy0) * wx1
@@ -49,9 +52,7 @@ def interpolate(
 def survey_heads(
     logits: NDArray[np.uint16],
     origin: tuple[int, int, int],
-    winner: NDArray[np.uint16],
-    gap_exponent: NDArray[np.int8],
-    magnitude_exponent: NDArray[np.int8],
+    survey: Survey,
     row_start: int,
     row_stop: int,
 ) -> None:
@@ -61,18 +62,15 @@ def survey_heads(
     ----------
     logits : uint16 bits of halves, shape (heads, a, b, c)
     origin : int, 3
-        Where the box that `winner` covers starts in `logits`.
-    winner : uint16, shape (z, y, x)
-        Written: index of the winning head.
-    gap_exponent : int8, shape (z, y, x)
-        Written: floor(log2(winner - best lower head)), 127 if there is no lower head.
-    magnitude_exponent : int8, shape (z, y, x)
-        Written: exponent of the larger magnitude of the two.
+        Where the box that `survey` covers starts in `logits`.
+    survey : uint16, int8 and int8, shape (z, y, x) each
+        Written: index of the winning head; floor(log2(winner - best lower head)), 127 if there is no lower head;
+        exponent of the larger magnitude of the two.
     row_start, row_stop : int
         Range of the flattened (z, y) rows to survey.
     """
-    columns = winner.shape[2]
-    rows = winner.shape[1]
+    winner, gap_exponent, magnitude_exponent = survey
+    rows, columns = winner.shape[1], winner.shape[2]
     best = np.empty(columns, np.int16)
     lower = np.empty(columns, np.int16)
     index = np.empty(columns, np.uint16)
@@ -111,14 +109,15 @@ def _exponents(best: np.int16, lower: np.int16) -> tuple[np.int8, np.int8]:
 def survey_regions(
     logits: NDArray[np.uint16],
     origin: tuple[int, int, int],
-    winner: NDArray[np.uint16],
+    survey: Survey,
     row_start: int,
     row_stop: int,
 ) -> None:
     """For each voxel: one plus the index of the last region whose probability exceeds 0.5, or 0.
 
-    Parameters as in `survey_heads`.
+    Parameters as in `survey_heads`; no exponents are written.
     """
+    winner = survey[0]
     rows, columns = winner.shape[1], winner.shape[2]
     for flat in range(row_start, row_stop):
         z = flat // rows
@@ -134,26 +133,25 @@ def survey_regions(
 
 @jit
 def _find_boundary_cells(
-    winner: NDArray[np.uint16],
-    gap_exponent: NDArray[np.int8],
-    magnitude_exponent: NDArray[np.int8],
+    survey: Survey,
     corner_rows: tuple[int, int, int, int],
-    cell_low: NDArray[np.int32],
-    cell_high: NDArray[np.int32],
+    cells: Cells,
     interpolates: bool,
     ranked: bool,
     status: NDArray[np.int32],
     boundary: NDArray[np.int32],
 ) -> int:
     """Write the label index of every uniform cell into `status` (-1: boundary cell); list the boundary cells."""
+    winner, gap_exponent, magnitude_exponent = survey
+    low, high, _ = cells
     z0, z1, y0, y1 = corner_rows
     w00, w01, w10, w11 = winner[z0, y0], winner[z0, y1], winner[z1, y0], winner[z1, y1]
     g00, g01, g10, g11 = gap_exponent[z0, y0], gap_exponent[z0, y1], gap_exponent[z1, y0], gap_exponent[z1, y1]
     m00, m01 = magnitude_exponent[z0, y0], magnitude_exponent[z0, y1]
     m10, m11 = magnitude_exponent[z1, y0], magnitude_exponent[z1, y1]
     count = 0
-    for cell in range(cell_low.size):
-        a, b = cell_low[cell], cell_high[cell]
+    for cell in range(low.size):
+        a, b = low[cell], high[cell]
         first = w00[a]
         uniform = w00[b] == first and w01[a] == first and w01[b] == first
         uniform = uniform and w10[a] == first and w10[b] == first and w11[a] == first and w11[b] == first
@@ -172,17 +170,17 @@ def _find_boundary_cells(
 def _corner_extremes(
     logits: NDArray[np.uint16],
     corner_rows: tuple[int, int, int, int],
-    low: NDArray[np.int32],
-    high: NDArray[np.int32],
-    cells: NDArray[np.int32],
+    cells: Cells,
+    listed: NDArray[np.int32],
     row_low: NDArray[np.int16],
     row_high: NDArray[np.int16],
     smallest: NDArray[np.int16],
     largest: NDArray[np.int16],
 ) -> None:
     """Smallest and largest of the 8 corners, as keys, of each listed cell for each head: shape (heads, cells)."""
+    low, high, _ = cells
     z0, z1, y0, y1 = corner_rows
-    start, stop = low[cells[0]], high[cells[-1]] + 1
+    start, stop = low[listed[0]], high[listed[-1]] + 1
     for head in range(logits.shape[0]):
         r00, r01 = logits[head, z0, y0, start:stop], logits[head, z0, y1, start:stop]
         r10, r11 = logits[head, z1, y0, start:stop], logits[head, z1, y1, start:stop]
@@ -190,8 +188,8 @@ def _corner_extremes(
             a, b, c, d = half_key(r00[x]), half_key(r01[x]), half_key(r10[x]), half_key(r11[x])
             row_low[x] = min(min(a, b), min(c, d))
             row_high[x] = max(max(a, b), max(c, d))
-        for number in range(cells.size):
-            a, b = low[cells[number]] - start, high[cells[number]] - start
+        for number in range(listed.size):
+            a, b = low[listed[number]] - start, high[listed[number]] - start
             smallest[head, number] = min(row_low[a], row_low[b])
             largest[head, number] = max(row_high[a], row_high[b])
 
@@ -210,7 +208,7 @@ def _decide_head(
     best = 0
     for head in range(largest.size):
         if largest[head] >= floor_key:
-            key = interpolate(logits, head, corner_rows, weights, x[0], x[1], x[2], x[3])
+            key = interpolate(logits, head, corner_rows, weights, x)
             if key > best_key:
                 best_key = key
                 best = head
@@ -231,7 +229,7 @@ def _decide_region(
         if smallest[region] >= REGION_THRESHOLD_KEY:
             return region + 1
         if largest[region] >= REGION_THRESHOLD_KEY:
-            key = interpolate(logits, region, corner_rows, weights, x[0], x[1], x[2], x[3])
+            key = interpolate(logits, region, corner_rows, weights, x)
             if key >= REGION_THRESHOLD_KEY:
                 return region + 1
     return 0
@@ -242,12 +240,9 @@ def _label_boundary_cells(
     logits: NDArray[np.uint16],
     corner_rows: tuple[int, int, int, int],
     weights: tuple[float, float, float, float],
-    low: NDArray[np.int32],
-    high: NDArray[np.int32],
-    weight_low: NDArray[np.float64],
-    weight_high: NDArray[np.float64],
-    cell_first: NDArray[np.int32],
-    cells: NDArray[np.int32],
+    cells: Cells,
+    x_weights: tuple[NDArray[np.float64], NDArray[np.float64]],
+    listed: NDArray[np.int32],
     smallest: NDArray[np.int16],
     largest: NDArray[np.int16],
     ranked: bool,
@@ -255,14 +250,15 @@ def _label_boundary_cells(
     target: NDArray[np.uint8],
 ) -> None:
     """Interpolate the voxels of one output row that lie in the listed cells."""
-    for number in range(cells.size):
-        cell = cells[number]
+    low, high, first = cells
+    for number in range(listed.size):
+        cell = listed[number]
         floor_key = -32768
         if ranked:
             for head in range(logits.shape[0]):
                 floor_key = max(floor_key, smallest[head, number])
-        for column in range(cell_first[cell], cell_first[cell + 1]):
-            x = (low[cell], high[cell], weight_low[column], weight_high[column])
+        for column in range(first[cell], first[cell + 1]):
+            x = (low[cell], high[cell], x_weights[0][column], x_weights[1][column])
             if ranked:
                 chosen = _decide_head(logits, corner_rows, weights, x, largest[:, number], floor_key)
             else:
@@ -274,14 +270,10 @@ def _label_boundary_cells(
 def label_rows(
     logits: NDArray[np.uint16],
     origin: tuple[int, int, int],
-    winner: NDArray[np.uint16],
-    gap_exponent: NDArray[np.int8],
-    magnitude_exponent: NDArray[np.int8],
+    survey: Survey,
     index: tuple[NDArray[np.int32], ...],
     weight: tuple[NDArray[np.float64], ...],
-    cell_low: NDArray[np.int32],
-    cell_high: NDArray[np.int32],
-    cell_first: NDArray[np.int32],
+    cells: Cells,
     interpolates: bool,
     ranked: bool,
     values: NDArray[np.uint16],
@@ -296,14 +288,12 @@ def label_rows(
     logits : uint16 bits of halves, shape (heads, a, b, c)
     origin : int, 3
         Where the surveyed box starts in `logits`.
-    winner, gap_exponent, magnitude_exponent : shape (z, y, x)
+    survey : 3 arrays
         From `survey_heads` or `survey_regions`, for the box.
     index, weight : 6 arrays each
         From `resampling.flat_tables`, within the box.
-    cell_low, cell_high : int32, shape (cells,)
-        The distinct neighbour pairs along the last axis.
-    cell_first : int32, shape (cells + 1,)
-        First output position of each cell.
+    cells : 3 arrays
+        From `AxisTable.cells` of the last axis.
     interpolates : bool
         False when every weight is 0 or 1 and each output voxel copies one input voxel.
     ranked : bool
@@ -315,36 +305,32 @@ def label_rows(
     """
     heads = logits.shape[0]
     rows = labels.shape[1]
-    cells = cell_low.size
-    status = np.empty(cells, np.int32)
-    boundary = np.empty(cells, np.int32)
-    row_low = np.empty(winner.shape[2], np.int16)
-    row_high = np.empty(winner.shape[2], np.int16)
-    smallest = np.empty((heads, cells), np.int16)
-    largest = np.empty((heads, cells), np.int16)
-    low, high = cell_low + origin[2], cell_high + origin[2]
+    low, high, first = cells
+    status = np.empty(low.size, np.int32)
+    boundary = np.empty(low.size, np.int32)
+    row_low = np.empty(survey[0].shape[2], np.int16)
+    row_high = np.empty(survey[0].shape[2], np.int16)
+    smallest = np.empty((heads, low.size), np.int16)
+    largest = np.empty((heads, low.size), np.int16)
+    in_logits = (low + origin[2], high + origin[2], first)
     for flat in range(row_start, row_stop):
         z = flat // rows
         y = flat % rows
         box_rows = (index[0][z], index[1][z], index[2][y], index[3][y])
-        count = _find_boundary_cells(
-            winner, gap_exponent, magnitude_exponent, box_rows, cell_low, cell_high, interpolates, ranked,
-            status, boundary,
-        )  # fmt: skip
+        count = _find_boundary_cells(survey, box_rows, cells, interpolates, ranked, status, boundary)
         target = labels[z, y]
-        for cell in range(cells):
+        for cell in range(low.size):
             if status[cell] >= 0:
-                target[cell_first[cell] : cell_first[cell + 1]] = values[status[cell]]
+                target[first[cell] : first[cell + 1]] = values[status[cell]]
         if count == 0:
             continue
         z0, z1, y0, y1 = box_rows
         corner_rows = (z0 + origin[0], z1 + origin[0], y0 + origin[1], y1 + origin[1])
         weights = (weight[0][z], weight[1][z], weight[2][y], weight[3][y])
-        _corner_extremes(
-            logits, corner_rows, low, high, boundary[:count], row_low, row_high, smallest, largest
-        )  # fmt: skip
+        listed = boundary[:count]
+        _corner_extremes(logits, corner_rows, in_logits, listed, row_low, row_high, smallest, largest)
         _label_boundary_cells(
-            logits, corner_rows, weights, low, high, weight[4], weight[5], cell_first, boundary[:count],
+            logits, corner_rows, weights, in_logits, (weight[4], weight[5]), listed,
             smallest, largest, ranked, values, target,
         )  # fmt: skip
 
@@ -369,7 +355,5 @@ def resample_rows(
         corner_rows = (index[0][z], index[1][z], index[2][y], index[3][y])
         weights = (weight[0][z], weight[1][z], weight[2][y], weight[3][y])
         for x in range(out.shape[2]):
-            key = interpolate(
-                logits, 0, corner_rows, weights, index[4][x], index[5][x], weight[4][x], weight[5][x]
-            )  # fmt: skip
-            out[z, y, x] = key_to_half(key)
+            corner_columns = (index[4][x], index[5][x], weight[4][x], weight[5][x])
+            out[z, y, x] = key_to_half(interpolate(logits, 0, corner_rows, weights, corner_columns))

@@ -94,41 +94,23 @@ class SlabLabeller:
         table, limits = self._tables[slab.axis], self._how.limits()
         ready = self._next_stop(table, ready, limits.planes)
         first, last = int(table.low[self.done]), int(table.high[ready - 1])
-        origin = list(slab.origin)
-        origin[slab.axis] += first - slab.first
-        shape = list(slab.shape)
-        shape[slab.axis] = last + 1 - first
-        tables = list(self._tables)
-        tables[slab.axis] = table.part(self.done, ready, first)
-        chosen: list[slice] = [slice(None)] * 3
-        chosen[slab.axis] = slice(self.done, ready)
-        self._label_box(slab.buffer, tuple(origin), tuple(shape), tuple(tables), self._labels[tuple(chosen)], limits)
+        part = slab.part(first, last + 1)
+        own = table.part(self.done, ready, first)
+        tables = (*self._tables[: slab.axis], own, *self._tables[slab.axis + 1 :])
+        labels = self._labels[(*[slice(None)] * slab.axis, slice(self.done, ready))]
+        if slab.buffer.device.type == "cpu":
+            self._label_on_cpu(part, tables, labels)
+        else:
+            winners = cells_torch.winners(part.logits, tables, self._how.rule.ranked, limits.block_bytes)
+            self._write_arrived()
+            self._outbox = self._outbox or HostBuffer(slab.buffer.device)
+            self._arriving = self._outbox.receive(winners), labels
         self.done = ready
 
     def finish(self) -> None:
         """Write what is still on its way from a device, and check that nothing is missing."""
         self._write_arrived()
         assert self.done == self._labels.shape[self._axis], "slabs ended before the last plane"
-
-    def _label_box(
-        self,
-        buffer: torch.Tensor,
-        origin: tuple[int, ...],
-        shape: tuple[int, ...],
-        tables: tuple[AxisTable, ...],
-        labels: NDArray[Any],
-        limits: SlabLimits,
-    ) -> None:
-        if buffer.device.type == "cpu":
-            self._label_on_cpu(buffer, origin, shape, tables, labels)
-            return
-        box = buffer
-        for axis in range(3):
-            box = box.narrow(axis + 1, origin[axis], shape[axis])
-        winners = cells_torch.winners(box, tables, self._how.rule.ranked, limits.block_bytes)
-        self._write_arrived()
-        self._outbox = self._outbox or HostBuffer(buffer.device)
-        self._arriving = self._outbox.receive(winners), labels
 
     def _write_arrived(self) -> None:
         """Write the labels of the slab before, whose winners have crossed over while the window moved on."""
@@ -138,35 +120,12 @@ class SlabLabeller:
                 plane[...] = self._how.rule.values[winners.numpy()]
             self._arriving = None
 
-    def _label_on_cpu(
-        self,
-        buffer: torch.Tensor,
-        origin: tuple[int, ...],
-        shape: tuple[int, ...],
-        tables: tuple[AxisTable, ...],
-        labels: NDArray[Any],
-    ) -> None:
-        bits = buffer.numpy().view(np.uint16)
-        winner = np.empty(shape, np.uint16)
-        gap = np.empty(shape, np.int8)
-        magnitude = np.empty(shape, np.int8)
-        rows, run = shape[0] * shape[1], self._how.threads.run
-        if self._how.rule.ranked:
-            run(cells_cpu.survey_heads, rows, bits, origin, winner, gap, magnitude)
-        else:
-            run(cells_cpu.survey_regions, rows, bits, origin, winner)
-        run(
-            cells_cpu.label_rows,
-            labels.shape[0] * labels.shape[1],
-            bits,
-            origin,
-            winner,
-            gap,
-            magnitude,
-            *flat_tables(tables),
-            *tables[2].cells,
-            any(table.interpolates for table in tables),
-            self._how.rule.ranked,
-            self._how.rule.values,
-            labels,
-        )
+    def _label_on_cpu(self, part: LogitsSlab, tables: tuple[AxisTable, ...], labels: NDArray[Any]) -> None:
+        rule, run = self._how.rule, self._how.threads.run
+        box = (part.buffer.numpy().view(np.uint16), part.origin)
+        survey = tuple(np.empty(part.shape, dtype) for dtype in (np.uint16, np.int8, np.int8))
+        look = cells_cpu.survey_heads if rule.ranked else cells_cpu.survey_regions
+        run(look, part.shape[0] * part.shape[1], *box, survey)
+        interpolates = any(table.interpolates for table in tables)
+        arguments = (*flat_tables(tables), tables[2].cells, interpolates, rule.ranked, rule.values, labels)
+        run(cells_cpu.label_rows, labels.shape[0] * labels.shape[1], *box, survey, *arguments)

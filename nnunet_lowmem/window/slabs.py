@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Shape3, shape3
 from nnunet_lowmem.volumes.planes import PlaneStore
 
 
@@ -39,6 +39,13 @@ class LogitsSlab:
     origin: Shape3
     shape: Shape3
 
+    def part(self, first: int, stop: int) -> LogitsSlab:
+        """Return the planes [first, stop) of the box, all of them new."""
+        origin, shape = list(self.origin), list(self.shape)
+        origin[self.axis] += first - self.first
+        shape[self.axis] = stop - first
+        return LogitsSlab(self.axis, first, stop, first, self.buffer, shape3(origin), shape3(shape))
+
     @property
     def logits(self) -> torch.Tensor:
         """View of the new planes without the halo, shape (heads, z, y, x)."""
@@ -50,8 +57,8 @@ class LogitsSlab:
 
 def whole_slab(logits: torch.Tensor) -> LogitsSlab:
     """Take logits that exist as a whole, half and contiguous, shape (heads, z, y, x), for the only slab of a case."""
-    z, y, x = logits.shape[1:]
-    return LogitsSlab(axis=0, start=0, stop=z, first=0, buffer=logits, origin=(0, 0, 0), shape=(z, y, x))
+    shape = shape3(logits.shape[1:])
+    return LogitsSlab(axis=0, start=0, stop=shape[0], first=0, buffer=logits, origin=(0, 0, 0), shape=shape)
 
 
 def store_slabs(slabs: Iterable[LogitsSlab], store: PlaneStore) -> None:
