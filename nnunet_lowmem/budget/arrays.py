@@ -5,7 +5,8 @@ Pure numbers, for `planner`. A constant here is a size that was measured or coun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -223,13 +224,6 @@ class Allocation:
     stages: tuple[Stage, ...]
 
 
-def _voxels(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
-
-
 def writer_bytes(label_map_bytes: int) -> int:
     """Return what writing a label map takes beside the map."""
     return label_map_bytes + _BUFFER_BYTES
@@ -241,7 +235,7 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
     predict = (Stage.PREDICTION,)
     with_window = (Stage.LOADING, Stage.PREDICTION)
     from_prediction = (Stage.PREDICTION, Stage.EXPORT, Stage.WRITING)
-    label_map_bytes = _voxels(case.original_shape) * model.label_bytes
+    label_map_bytes = math.prod(case.original_shape) * model.label_bytes
     ram = Place.RAM
 
     yield Allocation("input image while it is read", ram, case.reading_bytes, (Stage.READING,))
@@ -279,9 +273,9 @@ def _window_allocations(
 ) -> Iterator[Allocation]:
     grid, predict = case.grid, (Stage.PREDICTION,)
     near = Place.VRAM if placement.window is Place.VRAM else Place.RAM
-    tile_voxels = _voxels(grid.tile_shape)
+    tile_voxels = math.prod(grid.tile_shape)
     depth = grid.tile_shape[grid.roll_axis] + 1
-    plane_voxels = _voxels(grid.padded_shape) // grid.padded_shape[grid.roll_axis]
+    plane_voxels = math.prod(grid.padded_shape) // grid.padded_shape[grid.roll_axis]
     plane_bytes = model.heads * plane_voxels * HALF_BYTES
     window_bytes = model.heads * depth * plane_voxels * HALF_BYTES
     yield Allocation("rolling window", placement.window, window_bytes, stages)
@@ -290,10 +284,10 @@ def _window_allocations(
     planes = depth if placement.slab_planes is None else min(depth, placement.slab_planes)
     check_bytes = model.heads * plane_voxels * _CHECK_BYTES
     if near is Place.VRAM:
-        outputs = -(-planes * _voxels(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
+        outputs = -(-planes * math.prod(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
         slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
-        row = _voxels(case.cropped_shape) // case.cropped_shape[0]
+        row = math.prod(case.cropped_shape) // case.cropped_shape[0]
         # a buffer that had to grow leaves smaller ones behind, less than its own size in all
         winners_bytes = 2 * page_locked_bytes(outputs * HALF_BYTES) + row * _LOOKUP_BYTES
         yield Allocation("winners of a slab", Place.RAM, winners_bytes, predict)
@@ -317,4 +311,4 @@ def page_locked_bytes(size_bytes: int) -> int:
 
 def finished_bytes(model: ModelFacts, case: CaseFacts) -> int:
     """Bytes of all finished logits: the running sum over folds, or where heads are needed as a whole."""
-    return model.heads * _voxels(case.grid.image_shape) * HALF_BYTES
+    return model.heads * math.prod(case.grid.image_shape) * HALF_BYTES

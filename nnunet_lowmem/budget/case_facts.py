@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lowmem.budget.arrays import CaseFacts, ModelFacts
+from nnunet_lowmem.budget.arrays import HALF_BYTES, SINGLE_BYTES, CaseFacts, ModelFacts
 from nnunet_lowmem.budget.input_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import rules
@@ -21,8 +21,6 @@ from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.types import Place, PreprocessedCase
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.window.tiling import tile_grid
-
-_SINGLE_BYTES, _HALF_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class CaseSizes:
         return replace(
             facts,
             grid=tile_grid((z, y, x), patch, self.step_size),
-            image_bytes=_SINGLE_BYTES * math.prod(shape),
+            image_bytes=SINGLE_BYTES * math.prod(shape),
         )
 
     def _upper_bounds(
@@ -131,7 +129,7 @@ class CaseSizes:
         streams, export = self._export(geometry, spacing, probabilities)
         network = math.prod(geometry.network_shape)
         # with several folds, the sum and those of one fold
-        held = _HALF_BYTES * self.model.heads * network * min(self.model.folds, 2) if self.holds_logits else 0
+        held = HALF_BYTES * self.model.heads * network * min(self.model.folds, 2) if self.holds_logits else 0
         return CaseFacts(
             name=name,
             grid=tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size),
@@ -140,7 +138,7 @@ class CaseSizes:
             streams=streams,
             reading_bytes=inputs.reading,
             preprocessing_bytes=inputs.preprocessing,
-            image_bytes=channels * _SINGLE_BYTES * network,
+            image_bytes=channels * SINGLE_BYTES * network,
             export_bytes=export,
             held_logits_bytes=held,
         )
@@ -161,7 +159,7 @@ class CaseSizes:
             return True, 0
         by_softmax = rules.takes_softmax(rule, probabilities)
         # one head in the original grid
-        head = _SINGLE_BYTES * original if by_softmax else 0
+        head = SINGLE_BYTES * original if by_softmax else 0
         return False, self._whole_heads(network, cropped, resampling, by_softmax) + head
 
     def _next_stages(self, case: PreprocessedCase) -> int:
@@ -179,7 +177,7 @@ class CaseSizes:
     def _whole_heads(self, network: int, cropped: int, resampling: LogitsResampling, by_softmax: bool) -> int:
         """Working arrays of labelling head after head; voxels of both grids are given."""
         group = 1 if resampling.tables is not None else min(self.model.heads, rules.HEADS_PER_CALL)
-        resampled = _HALF_BYTES * cropped if group == 1 else group * 8 * (network + cropped)
+        resampled = HALF_BYTES * cropped if group == 1 else group * 8 * (network + cropped)
         # largest logit, sum of exponentials, close calls
         decision = 12 * cropped if by_softmax else 6 * cropped
-        return 2 * group * _HALF_BYTES * network + resampled + decision
+        return 2 * group * HALF_BYTES * network + resampled + decision

@@ -147,11 +147,6 @@ class CasePlanning:
         self._place_weights(plan)
         return plan
 
-    @property
-    def is_unmeasured(self) -> bool:
-        """Whether nobody has seen yet what the network takes for a tile."""
-        return self.model.unmeasured_bytes > 0
-
     def recovery(self, plan: Plan) -> Recovery:
         """Return the ladder for the case that was planned last."""
         assert self.exact is not None, "a case is planned before it is predicted"

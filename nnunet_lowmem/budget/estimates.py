@@ -56,14 +56,11 @@ class Estimate:
         if self.facts is None or self.plan is None:
             return told
         chosen = vars(self.plan.placement).items()
-        placement = {name: value.value if isinstance(value, Place) else value for name, value in chosen}
         return told | {
             "original_shape": self.facts.original_shape,
             "network_shape": self.facts.grid.image_shape,
             "tiles": self.facts.grid.tile_count,
-            "placement": {
-                name: value.value if isinstance(value, Place) else value for name, value in placement.items()
-            },
+            "placement": {name: value.value if isinstance(value, Place) else value for name, value in chosen},
             "projected_bytes": {place.value: self.plan.projected_bytes(place) for place in Place},
             "reserved_bytes": {place.value: self.plan.budget.reserved(place) for place in Place},
             "budget_bytes": {place.value: self.plan.budget.limit(place) for place in Place},

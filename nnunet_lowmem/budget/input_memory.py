@@ -14,11 +14,11 @@ import numpy as np
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_lowmem.budget.arrays import SINGLE_BYTES
 from nnunet_lowmem.preprocessing.case import Grid, bounded_resampling, is_own
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
 from nnunet_lowmem.preprocessing.spline import working_bytes
 
-_SINGLE_BYTES = 4
 # of a masked normalisation: masks, their filled copy, the masked values and their deviation
 _MASK_BYTES = 16
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
@@ -90,12 +90,12 @@ def input_bytes(
 def _reading(reader: type, source: Source, voxels: int, channels: int) -> tuple[int, int]:
     """Peak while reading, and what stays: all channels."""
     if not source.files:
-        return 0, channels * voxels * _SINGLE_BYTES
+        return 0, channels * voxels * SINGLE_BYTES
     if reader in (SimpleITKIO, NibabelIO):
         stored = source.stored_bytes
         return stored + source.beside_bytes, stored
-    whole = channels * voxels * _SINGLE_BYTES
-    return voxels * (8 * channels + _SINGLE_BYTES) + source.stored_bytes, whole
+    whole = channels * voxels * SINGLE_BYTES
+    return voxels * (8 * channels + SINGLE_BYTES) + source.stored_bytes, whole
 
 
 def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
@@ -106,11 +106,11 @@ def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
     if is_one_of(rule, VOXELWISE):
         return 0
     masks = _MASK_BYTES if needs_mask(rule) else 0
-    return masks + (4 if stored_voxel_bytes == _SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
+    return masks + (4 if stored_voxel_bytes == SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
 
 
 def _resampling(grid: Grid, configuration: Any, channels: int) -> int:
     if bounded_resampling(configuration.resampling_fn_data, grid) is not None:
         return 0 if grid.shape == grid.new_shape else working_bytes(grid.shape)
     voxels, network_voxels = math.prod(grid.shape), math.prod(grid.new_shape)
-    return channels * _SINGLE_BYTES * (voxels + network_voxels) + 16 * max(voxels, network_voxels)
+    return channels * SINGLE_BYTES * (voxels + network_voxels) + 16 * max(voxels, network_voxels)

@@ -67,11 +67,7 @@ def ram_limit(max_ram: int | str | None, with_children: bool = True) -> tuple[in
     in_use = process_tree_bytes() if with_children else process_bytes()
     machine = available_ram()
     limit = asked_bytes("--max_ram", max_ram, total_ram_bytes())
-    if limit is None:
-        return less_headroom(machine.free_bytes) + in_use, in_use
-    if limit > machine.free_bytes + in_use:
-        _warn_beyond("--max_ram", limit, f"{machine.source} leaves", machine.free_bytes + in_use)
-    return limit, in_use
+    return _within("--max_ram", limit, machine.free_bytes, in_use, machine.source), in_use
 
 
 def spill_bytes(tmp_dir: str | os.PathLike[str] | None) -> int:
@@ -102,11 +98,7 @@ def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None,
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     asked = asked_bytes("--max_vram", max_vram, total)
-    if asked is None:
-        return less_headroom(free) + reserved, reserved
-    if asked > free + reserved:
-        _warn_beyond("--max_vram", asked, "the device leaves", free + reserved)
-    return asked, reserved
+    return _within("--max_vram", asked, free, reserved, "the device"), reserved
 
 
 @contextmanager
@@ -136,9 +128,15 @@ def _warn_once(text: str) -> None:
     _logger.warning(text)
 
 
-def _warn_beyond(flag: str, asked_bytes: int, who_leaves: str, there_bytes: int) -> None:
-    # in whole GiB, so that what is free may vary from case to case without a new warning
-    _warn_once(
-        f"{flag} {format_gib(asked_bytes)} is more than there is: {who_leaves} about {there_bytes / 2**30:.0f} GiB; "
-        "the run may be ended by the system"
-    )
+def _within(flag: str, asked_bytes: int | None, free_bytes: int, in_use_bytes: int, who: str) -> int:
+    """Return what was asked for, with a warning where `who` leaves less; else what is free, less some headroom."""
+    if asked_bytes is None:
+        return less_headroom(free_bytes) + in_use_bytes
+    there_bytes = free_bytes + in_use_bytes
+    if asked_bytes > there_bytes:
+        # in whole GiB, so that what is free may vary from case to case without a new warning
+        _warn_once(
+            f"{flag} {format_gib(asked_bytes)} is more than there is: {who} leaves about "
+            f"{there_bytes / 2**30:.0f} GiB; the run may be ended by the system"
+        )
+    return asked_bytes

@@ -157,7 +157,7 @@ class CaseRun:
         """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
         folds = logits.folds()
         plan = planning.plan(self.job.name, case, self.probabilities)
-        if planning.is_unmeasured and self._is_ours(case):
+        if planning.model.unmeasured_bytes and self._is_ours(case):
             with self.clock.stage("prediction", logits.tile_count):
                 first = next(folds)
                 tile_bytes = logits.network.measure(first, planning.recovery(plan).run)
