@@ -20,7 +20,7 @@ from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.network.fast_network import Head
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Attempt, Place, Shape3, once
+from nnunet_lowmem.types import Attempt, Place, Shape3, once, shape3
 from nnunet_lowmem.volumes.planes import PlaneStore, spilled_array
 from nnunet_lowmem.window import kernels
 from nnunet_lowmem.window.host_buffer import HostBuffer
@@ -73,14 +73,12 @@ class RollingWindow:
         self._set_importance(importance)
         shape = list(grid.padded_shape)
         shape[self._axis] = grid.tile_shape[self._axis] + 1
-        self._buffer = self._zeros((heads, *shape), folder)
+        if folder is None:
+            self._buffer = torch.zeros((heads, *shape), dtype=torch.half, device=importance.device)
+        else:
+            self._buffer = torch.from_numpy(spilled_array((heads, *shape), np.dtype(np.float16), folder))
         self._weight_sum = torch.zeros(shape, dtype=torch.half, device=importance.device)
         self._position = 0
-
-    def _zeros(self, shape: tuple[int, ...], folder: Path | None) -> torch.Tensor:
-        if folder is None:
-            return torch.zeros(shape, dtype=torch.half, device=self._importance.device)
-        return torch.from_numpy(spilled_array(shape, np.dtype(np.float16), folder))
 
     def _set_importance(self, importance: torch.Tensor) -> None:
         self._importance = importance
@@ -91,11 +89,8 @@ class RollingWindow:
         if place is self._place:
             return
         self._place = place
-        self._move(folder if place is Place.DISK else None)
-
-    def _move(self, folder: Path | None) -> None:
-        shape = tuple(self._buffer.shape)
-        array = np.empty(shape, np.float16) if folder is None else spilled_array(shape, np.dtype(np.float16), folder)
+        shape, half = tuple(self._buffer.shape), np.dtype(np.float16)
+        array = spilled_array(shape, half, folder) if place is Place.DISK else np.empty(shape, half)
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
             buffer = torch.from_numpy(array)
             buffer.copy_(self._buffer)
@@ -179,12 +174,15 @@ class RollingWindow:
         The dtype of the tile decides the rounding, as in stock: float32 tiles are multiplied and added in float32 and
         rounded once, half tiles are rounded after the product and after the sum.
         """
-        origin = list(start)
+        head, origin = self._head, list(start)
         origin[self._axis] += 1 - self._position
         inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
-        if self._head is not None:
-            self._add_features(logits, self._head, (origin[0], origin[1], origin[2]))
+        if head is not None:
+            bits = self._buffer.numpy().view(np.uint16)
+            features = logits.movedim(0, -1).contiguous().numpy()
+            arguments = (bits, features, head.weights, head.bias, self._importance_single, tuple(origin))
+            self._threads.run(kernels.accumulate_head, len(features), *arguments)
         elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous() and not is_held:
             planes = logits.shape[0] * logits.shape[1]
             bits = self._buffer.numpy().view(np.uint16)
@@ -193,12 +191,6 @@ class RollingWindow:
             logits *= self._importance
             self._box(self._buffer, origin).add_(logits)
         self._box(self._weight_sum, origin).add_(self._importance)
-
-    def _add_features(self, features: torch.Tensor, head: Head, origin: Shape3) -> None:
-        bits = self._buffer.numpy().view(np.uint16)
-        last = features.movedim(0, -1).contiguous().numpy()
-        arguments = (bits, last, head.weights, head.bias, self._importance_single, origin)
-        self._threads.run(kernels.accumulate_head, len(last), *arguments)
 
     def _box(self, tensor: torch.Tensor, origin: Sequence[int]) -> torch.Tensor:
         first = tensor.ndim - 3
@@ -248,8 +240,8 @@ class RollingWindow:
             stop=stop,
             first=start - halo,
             buffer=self._buffer,
-            origin=(origin[0], origin[1], origin[2]),
-            shape=(shape[0], shape[1], shape[2]),
+            origin=shape3(origin),
+            shape=shape3(shape),
         )
         return self._slab_made
 

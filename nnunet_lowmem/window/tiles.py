@@ -68,33 +68,11 @@ class TileSource:
         return tuple(inside), tuple(target)
 
 
-class TileFeed:
-    """Brings tiles to the network's device.
+class PredictedTiles:
+    """Logits of the tiles of one pass over a case: the network sees each tile once, in stock's order.
 
     On CUDA the host runs ahead of the device: two buffers in turn, so that a tile is cut out of the image while the
     network works on the one before, and at most two tiles are ahead.
-
-    Parameters
-    ----------
-    source : TileSource
-    device : torch.device
-    """
-
-    def __init__(self, source: TileSource, device: torch.device) -> None:
-        self._source = source
-        self._device = device
-        self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
-
-    def tile(self, start: Shape3) -> torch.Tensor:
-        """Return the tile at `start` on the device; the host does not wait for it to arrive."""
-        if self._device.type != "cuda":
-            return self._source.tile(start).to(self._device)
-        buffer = next(self._buffers)
-        return buffer.send(self._source.tile(start, buffer))
-
-
-class PredictedTiles:
-    """Logits of the tiles of one pass over a case: the network sees each tile once, in stock's order.
 
     Parameters
     ----------
@@ -114,7 +92,9 @@ class PredictedTiles:
     def __init__(self, network: TileNetwork, source: TileSource, grid: TileGrid, device: torch.device) -> None:
         self.count = grid.tile_count
         self._network = network
-        self._feed = TileFeed(source, device)
+        self._source = source
+        self._device = device
+        self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
         self._starts: Iterator[Shape3] = (start for row, _ in grid.rows() for start in grid.row_tiles(row))
         self._ahead: deque[torch.Tensor] = deque()
 
@@ -134,13 +114,20 @@ class PredictedTiles:
     def _predict(self, start: Shape3, attempt: Attempt, watch: Attempt) -> torch.Tensor:
         def predict() -> torch.Tensor:
             with torch.inference_mode(False):  # as stock's thread makes it: an override may ask for gradients
-                tile = self._feed.tile(start)
+                tile = self._on_device(start)
             logits: torch.Tensor = watch(lambda: self._network(tile)[0])
             return logits
 
         with torch.inference_mode():
             logits: torch.Tensor = attempt(predict)
             return logits
+
+    def _on_device(self, start: Shape3) -> torch.Tensor:
+        """Return the tile at `start` on the device; the host does not wait for it to arrive."""
+        if self._device.type != "cuda":
+            return self._source.tile(start).to(self._device)
+        buffer = next(self._buffers)
+        return buffer.send(self._source.tile(start, buffer))
 
 
 def measure_ahead(tiles: PredictedTiles, attempt: Attempt, device: torch.device) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from nnunet_lowmem.errors import UsageError, twin
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Shape3, shape3
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def tile_grid(image_shape: Shape3, patch_size: tuple[int, ...], step_size: float
         raise ValueError(f"patch size must have two or three entries, got {patch_size}")
     flat = len(patch_size) == 2
     patch = (1, *patch_size) if flat else patch_size
-    tile_shape: Shape3 = (int(patch[0]), int(patch[1]), int(patch[2]))
+    tile_shape = shape3(patch)
     missing = [max(tile - size, 0) for tile, size in zip(tile_shape, image_shape, strict=True)]
     padded = tuple(size + extra for size, extra in zip(image_shape, missing, strict=True))
     starts = [axis_starts(size, tile, step_size) for size, tile in zip(padded, tile_shape, strict=True)]
@@ -97,8 +97,8 @@ def tile_grid(image_shape: Shape3, patch_size: tuple[int, ...], step_size: float
         starts[0] = tuple(range(image_shape[0]))
     return TileGrid(
         image_shape=image_shape,
-        padding=(missing[0] // 2, missing[1] // 2, missing[2] // 2),
-        padded_shape=(padded[0], padded[1], padded[2]),
+        padding=shape3(extra // 2 for extra in missing),
+        padded_shape=shape3(padded),
         tile_shape=tile_shape,
         starts=(starts[0], starts[1], starts[2]),
         flat=flat,
