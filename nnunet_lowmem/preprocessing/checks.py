@@ -11,7 +11,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
-from nnunet_lowmem.preprocessing.reading import check_grid, library_of, read_by
+from nnunet_lowmem.preprocessing.reading import check_grid, count_channels, library_of, read_by
 from nnunet_lowmem.volumes.formats import is_volume, read_header
 from nnunet_lowmem.volumes.headers import Header
 
@@ -54,7 +54,7 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
     for file, header in zip(files, headers, strict=True):
         _check_spacing(file, header)
     if reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient):
-        held = sum(_channels(file, header, reader) for file, header in zip(files, headers, strict=True))
+        held = sum(count_channels(file, header, reader) for file, header in zip(files, headers, strict=True))
         if held != channels:
             raise twin(UsageError, RuntimeError if 0 < held < channels else IndexError)(
                 _wrong_count(files, held, channels)
@@ -74,20 +74,6 @@ def _wrong_count(files: Sequence[str], held: int, channels: int) -> str:
     names = ", ".join([*files[:4], "..."] if len(files) > 4 else files)
     needed = f"one file per channel, _0000 to _{channels - 1:04d}" if channels > 1 else "a single file, _0000"
     return f"The image has {held} channels, the model takes {channels}: give {needed}. Given were {names}"
-
-
-def _channels(file: str, header: Header, reader: type) -> int:
-    if header.components != 1:
-        raise UsageError(
-            f"{file} has {header.components} values per voxel, 1 is needed. Store every channel in a file of its own."
-        )
-    if reader in (NibabelIO, NibabelIOWithReorient) and len(header.shape) != 3:
-        raise UsageError(
-            f"{file} has {len(header.shape)} dimensions, 3 are needed by the model's reader, {reader.__name__}."
-        )
-    if len(header.shape) not in (2, 3, 4):
-        raise UsageError(f"{file} has {len(header.shape)} dimensions; nnU-Net takes 2 to 4.")
-    return header.shape[0] if len(header.shape) == 4 else 1
 
 
 def _check_resampled(file: str, header: Header, target_spacing: Sequence[float]) -> None:

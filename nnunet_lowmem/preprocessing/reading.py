@@ -62,24 +62,18 @@ def read_channels(
     """
     is_replaced = bool(lookup.found(Step.READING, reader))
     with read_by(reader):
-        return _read_channels(reader, files, accept_nan, is_replaced)
-
-
-def _read_channels(
-    reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool, is_replaced: bool
-) -> tuple[list[Volume], dict[str, Any]]:
-    if not is_replaced and reader in _OWN and all(is_volume(file) for file in files):
-        return _OWN[reader](files, accept_nan)
-    for file in files:
-        check_stored(file, reader, accept_nan)
-    if is_replaced:
-        image, properties = reader().read_images(list(files))
-    else:
-        image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
-    for number, channel in enumerate(image):
-        name = files[number] if len(files) == len(image) else f"{files[0]}, channel {number}"
-        check_values(channel, name, accept_nan)
-    return list(image), properties
+        if not is_replaced and reader in _OWN and all(map(is_volume, files)):
+            return _OWN[reader](files, accept_nan)
+        for file in files:
+            check_stored(file, reader, accept_nan)
+        if is_replaced:
+            image, properties = reader().read_images(list(files))
+        else:
+            image, properties = _guarded(reader().read_images, list(files), " and ".join(files))
+        for number, channel in enumerate(image):
+            name = files[number] if len(files) == len(image) else f"{files[0]}, channel {number}"
+            check_values(channel, name, accept_nan)
+        return list(image), properties
 
 
 def library_of(reader: type) -> Library | None:
@@ -101,16 +95,11 @@ def check_stored(file: str, reader: type, accept_nan: bool) -> None:
     library = library_of(reader)
     if library is Library.ITK and is_volume(file):
         header = read_header(file)
-        if _loses_nan(header):
+        is_float = _stored_kind(header) in ("f", "c") and header.components == 1
+        if is_float and header.layout is not None and header.layout.loses_nan:  # the library would make numbers of them
             check_values(read_voxels(header), file, accept_nan)
             return
     verify_voxels(file, library)
-
-
-def _loses_nan(header: Header) -> bool:
-    """Whether there may be stored values that are no numbers, of which the library would make some."""
-    is_float = _stored_kind(header) in ("f", "c") and header.components == 1
-    return is_float and header.layout is not None and header.layout.loses_nan
 
 
 def _stored_kind(header: Header) -> str:
@@ -118,9 +107,29 @@ def _stored_kind(header: Header) -> str:
     return header.layout.dtype.kind if header.layout is not None and header.layout.dtype is not None else ""
 
 
+def count_channels(file: str, header: Header, reader: type) -> int:
+    """Return how many channels a file holds for one of nnU-Net's readers of volumes.
+
+    Raises
+    ------
+    UsageError
+        If its voxels are no single numbers, or it has axes that the reader does not take.
+    """
+    if header.components != 1:
+        raise UsageError(
+            f"{file} has {header.components} values per voxel, 1 is needed. Store every channel in a file of its own."
+        )
+    if reader in (NibabelIO, NibabelIOWithReorient) and len(header.shape) != 3:
+        raise UsageError(
+            f"{file} has {len(header.shape)} dimensions, 3 are needed by the model's reader, {reader.__name__}."
+        )
+    if len(header.shape) not in (2, 3, 4):
+        raise UsageError(f"{file} has {len(header.shape)} dimensions; nnU-Net takes 2 to 4.")
+    return header.shape[0] if len(header.shape) == 4 else 1
+
+
 def _read_with_simpleitk(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
-    headers = [read_header(file) for file in files]
-    arrays = [_read_volume(header, file, accept_nan) for header, file in zip(headers, files, strict=True)]
+    headers, arrays = _read_volumes(files, SimpleITKIO, accept_nan)
     arrays = [array[None] if array.ndim == 2 else array for array in arrays]
     check_grid(files, [array.shape for array in arrays], [header.place["spacing"] for header in headers])
     for name in ("origin", "direction"):
@@ -131,13 +140,7 @@ def _read_with_simpleitk(files: Sequence[str], accept_nan: bool) -> tuple[list[V
 
 
 def _read_with_nibabel(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
-    headers = [read_header(file, Library.NIBABEL) for file in files]
-    for file, header in zip(files, headers, strict=True):
-        if len(header.shape) != 3:
-            raise UsageError(
-                f"{file} has {len(header.shape)} dimensions, 3 are needed by the model's reader, NibabelIO."
-            )
-    channels = [_read_volume(header, file, accept_nan) for header, file in zip(headers, files, strict=True)]
+    headers, channels = _read_volumes(files, NibabelIO, accept_nan)
     check_grid(files, [channel.shape for channel in channels], [header.spacing for header in headers])
     _warn_if_different(files, "affine", [header.place["affine"] for header in headers])
     affine = headers[0].place["affine"].copy()
@@ -147,12 +150,16 @@ def _read_with_nibabel(files: Sequence[str], accept_nan: bool) -> tuple[list[Vol
 _OWN = {SimpleITKIO: _read_with_simpleitk, NibabelIO: _read_with_nibabel}
 
 
+def _read_volumes(files: Sequence[str], reader: type, accept_nan: bool) -> tuple[list[Header], list[Volume]]:
+    """Read files, of which the headers are checked first."""
+    headers = [read_header(file, counted_by(reader)) for file in files]
+    for file, header in zip(files, headers, strict=True):
+        count_channels(file, header, reader)
+    return headers, [_read_volume(header, file, accept_nan) for header, file in zip(headers, files, strict=True)]
+
+
 def _read_volume(header: Header, file: str, accept_nan: bool) -> Volume:
     """Read one file: as it is stored where the library's values follow from that alone, else as the library does."""
-    if header.components != 1:
-        raise UsageError(
-            f"{file} has {header.components} values per voxel, 1 is needed. Store every channel in a file of its own."
-        )
     if _stored_kind(header) == "c":
         _logger.warning("%s holds complex numbers; as in nnU-Net, their real parts are taken", file)
     if header.is_read_in_place:
