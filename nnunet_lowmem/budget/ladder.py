@@ -108,7 +108,8 @@ class Recovery:
         self.steps.append(step)
         _logger.warning("case %s: %s", self.plan.case, step)
         self.plan = following
-        self._plans = [other for other in self._plans if _follows(other, following)]
+        if following.placement.weights is Place.DISK:  # there they stay
+            self._plans = [other for other in self._plans if other.placement.weights is Place.DISK]
         for listener in self._listeners:
             listener(following)
         return_freed_memory()
@@ -139,11 +140,6 @@ def _fixed(plan: Plan, stage: Stage) -> tuple[object, ...]:
     """Return what cannot be changed while a case is predicted; before, nothing is fixed."""
     chosen = plan.placement
     return (chosen.image, chosen.label_map, chosen.planes, chosen.threads) if stage is Stage.PREDICTION else ()
-
-
-def _follows(plan: Plan, present: Plan) -> bool:
-    """Whether a plan can come after the present one: weights that have gone to disk stay there."""
-    return plan.placement.weights is Place.DISK or present.placement.weights is not Place.DISK
 
 
 def near_device_or_in_ram(attempt: Callable[[Place], T]) -> T:

@@ -75,8 +75,7 @@ def survey_heads(
     lower = np.empty(columns, np.int16)
     index = np.empty(columns, np.uint16)
     for flat in range(row_start, row_stop):
-        z = flat // rows
-        y = flat % rows
+        z, y = divmod(flat, rows)
         best[:] = -32768
         lower[:] = -32768
         index[:] = 0
@@ -120,8 +119,7 @@ def survey_regions(
     winner = survey[0]
     rows, columns = winner.shape[1], winner.shape[2]
     for flat in range(row_start, row_stop):
-        z = flat // rows
-        y = flat % rows
+        z, y = divmod(flat, rows)
         target = winner[z, y]
         target[:] = 0
         for region in range(logits.shape[0]):
@@ -314,8 +312,7 @@ def label_rows(
     largest = np.empty((heads, low.size), np.int16)
     in_logits = (low + origin[2], high + origin[2], first)
     for flat in range(row_start, row_stop):
-        z = flat // rows
-        y = flat % rows
+        z, y = divmod(flat, rows)
         box_rows = (index[0][z], index[1][z], index[2][y], index[3][y])
         count = _find_boundary_cells(survey, box_rows, cells, interpolates, ranked, status, boundary)
         target = labels[z, y]
@@ -350,8 +347,7 @@ def resample_rows(
     """
     rows = out.shape[1]
     for flat in range(row_start, row_stop):
-        z = flat // rows
-        y = flat % rows
+        z, y = divmod(flat, rows)
         corner_rows = (index[0][z], index[1][z], index[2][y], index[3][y])
         weights = (weight[0][z], weight[1][z], weight[2][y], weight[3][y])
         for x in range(out.shape[2]):

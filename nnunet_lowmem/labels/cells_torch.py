@@ -6,6 +6,8 @@ and the boundary voxels are gathered and interpolated in float64 for every head,
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from nnunet_lowmem.labels.resampling import AxisTable
@@ -46,11 +48,17 @@ def winners(logits: torch.Tensor, tables: tuple[AxisTable, ...], ranked: bool, b
         gap, size = safe
         uniform &= _over_corners(gap, low, high)[0] > _over_corners(size, low, high)[1]
     boundary = torch.nonzero(~uniform)
-    weights = _weights(tables, device)
+    neighbours = [
+        [
+            (low[axis], torch.from_numpy(table.weight_low).to(device)),
+            (high[axis], torch.from_numpy(table.weight_high).to(device)),
+        ]
+        for axis, table in enumerate(tables)
+    ]
     block = max(1, block_bytes // (_BYTES_PER_VOXEL_AND_HEAD * logits.shape[0]))
     for start in range(0, len(boundary), block):
         voxels = boundary[start : start + block]
-        interpolated = _interpolate(logits, voxels, low, high, weights)
+        interpolated = _interpolate(logits, voxels, neighbours)
         result[tuple(voxels.T)] = _decide(interpolated, ranked)
     return result
 
@@ -89,28 +97,15 @@ def _over_corners(
     return smallest, largest
 
 
-def _weights(tables: tuple[AxisTable, ...], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [
-        (torch.from_numpy(table.weight_low).to(device), torch.from_numpy(table.weight_high).to(device))
-        for table in tables
-    ]
-
-
 def _interpolate(
-    logits: torch.Tensor,
-    voxels: torch.Tensor,
-    low: list[torch.Tensor],
-    high: list[torch.Tensor],
-    weights: list[tuple[torch.Tensor, torch.Tensor]],
+    logits: torch.Tensor, voxels: torch.Tensor, neighbours: list[list[tuple[torch.Tensor, torch.Tensor]]]
 ) -> torch.Tensor:
     """Half logits, shape (heads, voxels): corners in C order, each ((v * w0) * w1) * w2, plain float64 additions."""
-    z, y, x = voxels.T
+    sides = [[(index[at], weight[at]) for index, weight in axis] for axis, at in zip(neighbours, voxels.T, strict=True)]
     total = torch.zeros((logits.shape[0], len(voxels)), dtype=torch.float64, device=logits.device)
-    for index_z, weight_z in zip((low[0][z], high[0][z]), (weights[0][0][z], weights[0][1][z]), strict=True):
-        for index_y, weight_y in zip((low[1][y], high[1][y]), (weights[1][0][y], weights[1][1][y]), strict=True):
-            for index_x, weight_x in zip((low[2][x], high[2][x]), (weights[2][0][x], weights[2][1][x]), strict=True):
-                corner = logits[:, index_z, index_y, index_x].double()
-                total.add_(corner.mul_(weight_z).mul_(weight_y).mul_(weight_x))
+    for (z, weight_z), (y, weight_y), (x, weight_x) in product(*sides):
+        corner = logits[:, z, y, x].double()
+        total.add_(corner.mul_(weight_z).mul_(weight_y).mul_(weight_x))
     return round_to_half(total)
 
 

@@ -39,8 +39,7 @@ def accumulate(
     """
     planes, rows, columns = importance.shape
     for flat in range(row_start, row_stop):
-        head = flat // planes
-        plane = flat % planes
+        head, plane = divmod(flat, planes)
         for row in range(rows):
             target = window[head, origin[0] + plane, origin[1] + row, origin[2] : origin[2] + columns]
             source = tile[head, plane, row]
