@@ -6,9 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
 from nnunet_lowmem.errors import UsageError, because, twin
 from nnunet_lowmem.names import check_utf8, shown
 from nnunet_lowmem.overrides import lookup
@@ -28,9 +25,14 @@ def check_names(files: Sequence[str | os.PathLike[str]], reader: type) -> None:
     UsageError
         With the file whose name SimpleITK does not take, if that is the reader.
     """
-    if issubclass(reader, SimpleITKIO) and not lookup.found(Step.READING, reader):
+    if is_of(reader, "SimpleITKIO") and not lookup.found(Step.READING, reader):
         for file in files:
             check_utf8(file)
+
+
+def is_of(reader: type, name: str) -> bool:
+    """Whether a reader is nnU-Net's of that name, or made of it."""
+    return any(cls.__name__ == name and cls.__module__.startswith("nnunetv2.imageio.") for cls in reader.__mro__)
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def telling_colours(files: Sequence[str], reader: type, channels: int) -> Iterat
     UsageError
     """
     read: list[int] = []
-    is_picture = issubclass(reader, NaturalImage2DIO) and len(files) == 1
+    is_picture = is_of(reader, "NaturalImage2DIO") and len(files) == 1
     try:
         yield read
     except UsageError as error:
