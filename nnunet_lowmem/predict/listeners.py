@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
@@ -16,6 +16,7 @@ from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.options import Options
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.outcomes import CaseReport
+from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.clock import Progress
 from nnunet_lowmem.system.memory_held import PeakSampler
@@ -60,15 +61,8 @@ class Listener:
     def done(self, report: CaseReport) -> None:
         """Take note of a case that is done, its files included."""
 
-    def draw(
-        self,
-        output: str,
-        case: PreprocessedCase,
-        labels: NDArray[Any],
-        transpose_forward: Sequence[int],
-        names: Mapping[int, str],
-    ) -> None:
-        """Keep what shows the labels, in the axes of the file, of the case that will be written to `output`."""
+    def draw(self, setup: Setup, job: Job, case: PreprocessedCase, labels: NDArray[Any]) -> None:
+        """Keep what shows the labels, in the axes of the file, of a case that will be written."""
 
 
 class Watched(Listener):

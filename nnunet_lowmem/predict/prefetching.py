@@ -13,13 +13,13 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.preprocessing.case import preprocess_case
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.system.stalls import WorkerLimits
@@ -35,53 +35,42 @@ VOXELS_PER_HOUR = 2**28
 
 
 class Prefetcher:
-    """At most one worker, one case ahead, once it has been released; a context manager.
+    """At most one worker, one case ahead, once it has been released; to be closed.
+
+    A worker is ended after ``worker_timeout_s`` seconds without progress; with 0 never, nor for being busy too long.
 
     Parameters
     ----------
     jobs : sequence of Job
         What is to be predicted, in this order; the worker preprocesses any of it but the first.
-    model : tuple
-        nnU-Net's plans manager, configuration manager and dataset.json.
+    setup : Setup
+        Of the first case; not kept.
     folder : Path
         Temporary folder for the arrays.
-    stall_s : float
-        Seconds without progress after which a worker is ended; 0: never, nor for being busy too long.
-    threads : int
-        Threads of the compiled kernels in the worker.
-    accept_nan : bool
-        Set NaN and infinite voxels to 0 instead of refusing the case.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        model: tuple[Any, Any, Any],
-        folder: Path,
-        stall_s: float,
-        threads: int,
-        accept_nan: bool = False,
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], setup: Setup, folder: Path) -> None:
         self.jobs = jobs
-        self._model_file = folder / "model.pkl"
-        self._model_file.write_bytes(pickle.dumps(model))
-        self._library = counted_by(model[0].image_reader_writer_class)
-        self._folder = folder
-        self._stall_s = stall_s
-        self._threads = threads
-        self._accept_nan = accept_nan
+        model_file = folder / "model.pkl"
+        model_file.write_bytes(pickle.dumps((setup.plans_manager, setup.configuration_manager, setup.dataset_json)))
+        self._argument = {
+            "model": model_file,
+            "folder": folder,
+            "threads": max(1, setup.kernel_threads // 2),
+            "accept_nan": setup.options.accept_nan,
+        }
+        self._library = counted_by(setup.plans_manager.image_reader_writer_class)
+        self._stall_s = setup.options.worker_timeout_s
         self._is_released = False
         self._following: Job | None = None
         self._job: Job | None = None
         self._worker: Worker[dict[str, Any], dict[str, str]] | None = None
 
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
+    def close(self) -> None:
+        """End the worker, if there is one."""
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = self._job = None
 
     def release(self) -> None:
         """Let the worker begin, with the case after the one that was loaded last."""
@@ -112,29 +101,24 @@ class Prefetcher:
 
     def _start(self, job: Job) -> None:
         """Begin with `job` in the background, if it is one of files and a process can be started."""
-        self._close()
+        self.close()
         if job.files is None:
             return
-        argument = {
-            "files": (job.files.images, job.files.stage),
-            "model": self._model_file,
-            "folder": self._folder,
-            "threads": self._threads,
-            "accept_nan": self._accept_nan,
-        }
+        argument = {**self._argument, "files": (job.files.images, job.files.stage)}
+        limits = self._limits(job.files.images)
         try:
-            self._worker = Worker(preprocess_to_files, argument, case=job.name, limits=self._limits(job))
+            self._worker = Worker(preprocess_to_files, argument, case=job.name, limits=limits)
             self._job = job
         except WorkerStartError as error:
             logger.warning("%s; preprocessing goes on in this process", error)
 
-    def _limits(self, job: Job) -> WorkerLimits:
+    def _limits(self, images: Sequence[str]) -> WorkerLimits:
         """No total limit below an hour, and an hour per `VOXELS_PER_HOUR`: a hundred times what is usual."""
         if self._stall_s == 0:
             return WorkerLimits(0, 0)
         voxels = 0
         with contextlib.suppress(UsageError):  # the worker will tell
-            voxels = max(read_header(file, self._library).voxels for file in job.files.images) if job.files else 0
+            voxels = max(read_header(file, self._library).voxels for file in images)
         return WorkerLimits(self._stall_s, 3600 * max(1.0, voxels / VOXELS_PER_HOUR))
 
     def _take(self, job: Job, here: Callable[[], PreprocessedCase]) -> PreprocessedCase:
@@ -150,11 +134,6 @@ class Prefetcher:
             logger.warning("%s; trying once more in a fresh worker", error)
         self._start(job)
         return here() if self._worker is None else _read_case(self._worker.result())
-
-    def _close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = self._job = None
 
 
 def preprocess_to_files(argument: dict[str, Any], report: Report) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.budget.planner import closest_plan
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.labels import heads
-from nnunet_lowmem.nnunet import model_files, stock_calls
+from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.predict.case import CaseRun
 from nnunet_lowmem.predict.cases import Failing, Outcomes
 from nnunet_lowmem.predict.jobs import Job
@@ -94,10 +94,7 @@ def predict_cases(
         # beside a GPU; on the CPU a worker would take the cores that the network needs
         is_wished = device.type != "cpu" if options.prefetch is None else options.prefetch
         if may_prefetch and is_wished and isinstance(jobs, Sequence) and len(jobs) > 1:
-            model = (first.plans_manager, first.configuration_manager, first.dataset_json)
-            threads = max(1, first.kernel_threads // 2)
-            stall_s = options.worker_timeout_s
-            prefetcher = stack.enter_context(Prefetcher(jobs, model, folder, stall_s, threads, options.accept_nan))
+            prefetcher = stack.enter_context(closing(Prefetcher(jobs, first, folder)))
         del first
         outcomes = Outcomes(report, failing, listeners)
         return _Run(setup, folder, probabilities, listeners, outcomes, load, prefetcher).predict(jobs)
@@ -135,9 +132,10 @@ class _Run:
 
     def predict(self, jobs: Iterable[Job]) -> list[Result]:
         results, outcomes = [], self._outcomes
+        known = jobs[1:] if isinstance(jobs, Sequence) else ()  # nobody waits for what an iterator gives next
         try:
             with outcomes:
-                for job, following in _in_a_row(jobs):
+                for job, following in zip_longest(jobs, known):
                     signals.check()
                     clock = clock_of(job.name, self._listeners, outcomes.settle_if_written)
                     try:
@@ -179,8 +177,8 @@ class _Run:
                 with clock.stage("writing", 1):  # one at a time
                     before.wait()
             if job.output is not None and result is not None:
-                self._write_or_hold_back(setup, job, following, result, case.properties, clock)
-                self._draw(setup, job, case, result, clock)
+                self._write_or_hold_back(run, following, result, case.properties)
+                self._draw(run, case, result)
                 result = None
         peaks = clock.sampler.peaks_bytes() if clock.sampler is not None else {}
         return heads.plain(result), CaseReport(job.name, job.output, clock.seconds, plan, peaks)
@@ -239,20 +237,14 @@ class _Run:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def _write_or_hold_back(
-        self,
-        setup: Setup,
-        job: Job,
-        following: Job | None,
-        result: Result,
-        properties: dict[str, Any],
-        clock: StageClock,
+        self, run: CaseRun, following: Job | None, result: Result, properties: dict[str, Any]
     ) -> None:
         """Write the files now, or beside the next case, if that is one of files."""
-        writes = partial(self._write, setup, job, result, properties)
+        writes = partial(self._write, run.setup, run.job, result, properties)
         if following is not None and following.files is not None and isinstance(result, np.ndarray):
             self._latest = PendingWrite.of(writes, result, properties["shape_after_cropping_and_before_resampling"])
             return
-        with clock.stage("writing"):
+        with run.clock.stage("writing"):
             writes()
 
     def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:
@@ -261,24 +253,15 @@ class _Run:
         for listener in self._listeners:
             listener.written(job)
 
-    def _draw(self, setup: Setup, job: Job, case: PreprocessedCase, result: Result, clock: StageClock) -> None:
+    def _draw(self, run: CaseRun, case: PreprocessedCase, result: Result) -> None:
         """Let listeners keep what shows the labels; what is wrong with it costs a warning and not the case."""
         drawing = [listener for listener in self._listeners if listener.draws]
         segmentation = result[0] if isinstance(result, tuple) else result
-        if not drawing or job.output is None or segmentation is None:
+        if not drawing or segmentation is None:
             return
-        with clock.stage("report"):
+        with run.clock.stage("report"):
             try:
-                forward, names = setup.plans_manager.transpose_forward, model_files.label_names(setup.dataset_json)
                 for listener in drawing:
-                    listener.draw(job.output, case, segmentation, forward, names)
+                    listener.draw(run.setup, run.job, case, segmentation)
             except Exception as error:
-                logger.warning("case %s: no slices for the report: %s: %s", job.name, type(error).__name__, error)
-
-
-def _in_a_row(jobs: Iterable[Job]) -> Iterator[tuple[Job, Job | None]]:
-    """Yield each job with the one after it, where that is known without waiting for anybody."""
-    if isinstance(jobs, Sequence):
-        yield from zip_longest(jobs, jobs[1:])
-    else:
-        yield from ((job, None) for job in jobs)
+                logger.warning("case %s: no slices for the report: %s: %s", run.job.name, type(error).__name__, error)

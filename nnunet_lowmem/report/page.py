@@ -13,12 +13,11 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -27,6 +26,8 @@ from PIL import Image
 
 from nnunet_lowmem.budget.planner import Plan
 from nnunet_lowmem.nnunet.installed import version_of
+from nnunet_lowmem.nnunet.model_files import label_names
+from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.outcomes import RunReport
 from nnunet_lowmem.predict.setup import Setup
@@ -85,9 +86,7 @@ class HtmlReport(Listener):
         logging.getLogger("nnunet_lowmem").addHandler(self._messages)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         logging.getLogger("nnunet_lowmem").removeHandler(self._messages)
         self._story.end_s = self._now_s()
         self._story.points = [(when - self._began_s, held) for when, held in self._timeline.points]
@@ -111,17 +110,12 @@ class HtmlReport(Listener):
         limits = Limits(self._now_s(), plan.projected_bytes(Place.RAM), plan.budget.limit(Place.RAM))
         self._story.limits.append(limits)
 
-    def draw(
-        self,
-        output: str,
-        case: PreprocessedCase,
-        labels: NDArray[Any],
-        transpose_forward: Sequence[int],
-        names: Mapping[int, str],
-    ) -> None:
-        """Keep slices of the case that was written to `output`; its labels are in the axes of the file."""
-        drawn = overlays(labelled_volume(case, labels, transpose_forward))
-        kept = self._pictures[output] = CasePictures()
+    def draw(self, setup: Setup, job: Job, case: PreprocessedCase, labels: NDArray[Any]) -> None:
+        """Keep slices of a case; its labels are in the axes of the file."""
+        names = label_names(setup.dataset_json)
+        drawn = overlays(labelled_volume(case, labels, setup.plans_manager.transpose_forward))
+        assert job.output is not None, "what is drawn is written"
+        kept = self._pictures[job.output] = CasePictures()
         counts: Counter[int] = Counter()
         for axis, overlay in enumerate(drawn):
             path = self._folder / f"{len(self._pictures)}-{axis}.jpg"
