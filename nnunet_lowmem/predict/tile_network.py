@@ -22,7 +22,7 @@ from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.weights import load_into
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import torch_threads, usable_cores
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import Place, PreprocessedCase
 from nnunet_lowmem.window.tiles import PredictedTiles, TileSource, measure_ahead
 from nnunet_lowmem.window.tiling import TileGrid, tile_grid
 
@@ -99,12 +99,13 @@ class TileNetwork:
 
     def facts(self, tile: TileBytes | None = None, worker_bytes: int = 0) -> ModelFacts:
         """Tell the planner of the model; of a tile what is known by now, if it is not given."""
-        setup = self._setup
+        setup, weights = self._setup, self._setup.weights
         tile = self.tile_bytes() if tile is None else tile
-        facts = ModelFacts(
+        kept_bytes = weights.movable_bytes + weights.missing_bytes
+        return ModelFacts(
             heads=setup.heads,
             channels=setup.tile_shape[1],
-            folds=1,
+            folds=weights.folds,
             weight_bytes=weight_bytes(setup.steps.network(), unless_on=setup.device),
             activation_bytes=tile.certain,
             unmeasured_bytes=tile.uncertain,
@@ -113,8 +114,9 @@ class TileNetwork:
             worker_bytes=worker_bytes,
             device=setup.device.type,
             window_on_device=setup.perform_everything_on_device,
+            kept_bytes=kept_bytes,
+            kept_place=Place.DISK if not kept_bytes and weights.are_on_disk else None,
         )
-        return setup.weights.described(facts)
 
     def tile_bytes(self) -> TileBytes:
         """Tell what the network takes for a tile: what was measured, or what its tensors tell."""

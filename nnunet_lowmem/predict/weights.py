@@ -11,14 +11,13 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nnunet_lowmem.budget.arrays import ModelFacts
 from nnunet_lowmem.errors import ModelError, because
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.nnunet.model import check_finite, uncompiled, why_not_loaded
@@ -26,7 +25,6 @@ from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.clock import StageClock
-from nnunet_lowmem.types import Place
 from nnunet_lowmem.volumes.planes import spilled_array
 
 Parameters = Sequence[Mapping[str, Any]]
@@ -68,18 +66,44 @@ class FoldWeights:
 
     @property
     def movable_bytes(self) -> int:
-        """What `move` would free."""
-        return movable_bytes(self.parameters)
+        """What is in RAM and `move` would free."""
+        return sum(_size_bytes(tensors) for tensors in _sharing(self.parameters) if _is_movable(tensors))
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is described and not read: on the device "meta"."""
+        return sum(_size_bytes(tensors) for tensors in _sharing(self.parameters) if tensors[0].is_meta)
+
+    @property
+    def are_on_disk(self) -> bool:
+        """Whether `move` has moved any of these weights."""
+        _files[:] = [file for file in _files if file() is not None]
+        areas = [(mapped.ctypes.data, mapped.nbytes) for file in _files if (mapped := file()) is not None]
+        places = [tensors[0].untyped_storage().data_ptr() for tensors in _sharing(self.parameters)] if areas else []
+        return any(0 <= place - start < size_bytes for place in places for start, size_bytes in areas)
 
     def move(self) -> int:
-        """Move them to a file; return how many bytes have moved."""
-        return move_to_disk(self.parameters, self.folder)
+        """Let the tensors have their memory in a file in `folder`; return how many bytes have moved.
 
-    def described(self, facts: ModelFacts) -> ModelFacts:
-        """Return the facts with those of the weights as they are now."""
-        kept_bytes = self.movable_bytes + missing_bytes(self.parameters)
-        on_disk = not kept_bytes and are_on_disk(self.parameters)
-        return replace(facts, folds=self.folds, kept_bytes=kept_bytes, kept_place=Place.DISK if on_disk else None)
+        The file has no name, is mapped, and goes with the last of the tensors. Nothing is held twice in RAM.
+
+        Raises
+        ------
+        WriteError
+            If the folder has too little room.
+        """
+        blocks = [tensors for tensors in _sharing(self.parameters) if _is_movable(tensors)]
+        sizes = list(map(_size_bytes, blocks))
+        if not blocks:
+            return 0
+        starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
+        mapped = spilled_array((starts[-1],), np.dtype(np.uint8), self.folder)
+        _files.append(weakref.ref(mapped))
+        for tensors, start, size_bytes in zip(blocks, starts, sizes, strict=False):
+            _move(tensors, torch.from_numpy(mapped[start : start + size_bytes]))
+        return_freed_memory()
+        _logger.info("weights, %s: kept in a file in %s", format_gib(sum(sizes)), self.folder)
+        return sum(sizes)
 
     def name(self, fold: int) -> str:
         """Name the checkpoint of a fold, as long as the list is as long as it was read."""
@@ -95,8 +119,9 @@ def keep(folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int, f
     for fold in folds:
         kept.append(fold)
         _make_movable(fold)
-        if room_bytes < (size_bytes := movable_bytes([fold])) <= disk_bytes:
-            move_to_disk([fold], folder)
+        weights = FoldWeights([fold], (), folder)
+        if room_bytes < (size_bytes := weights.movable_bytes) <= disk_bytes:
+            weights.move()
             disk_bytes -= size_bytes
         else:
             room_bytes -= size_bytes
@@ -121,48 +146,6 @@ def load_into(network: Any, weights: Mapping[str, torch.Tensor], name: str, cloc
             raise because(ModelError, why_not_loaded(name, error), error) from error
 
 
-def movable_bytes(parameters: Parameters | None) -> int:
-    """Return the bytes of weights in RAM that `move_to_disk` would move."""
-    return sum(tensors[0].untyped_storage().nbytes() for tensors in _sharing(parameters) if _is_movable(tensors))
-
-
-def missing_bytes(parameters: Parameters | None) -> int:
-    """Return the bytes of weights that are described and not read: on the device "meta"."""
-    return sum(tensors[0].untyped_storage().nbytes() for tensors in _sharing(parameters) if tensors[0].is_meta)
-
-
-def move_to_disk(parameters: Parameters | None, folder: Path) -> int:
-    """Let the tensors of weights have their memory in a file in `folder`; return how many bytes have moved.
-
-    The file has no name, is mapped, and goes with the last of the tensors. Nothing is held twice in RAM.
-
-    Raises
-    ------
-    WriteError
-        If the folder has too little room.
-    """
-    blocks = [tensors for tensors in _sharing(parameters) if _is_movable(tensors)]
-    sizes = [tensors[0].untyped_storage().nbytes() for tensors in blocks]
-    if not blocks:
-        return 0
-    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
-    mapped = spilled_array((starts[-1],), np.dtype(np.uint8), folder)
-    _files.append(weakref.ref(mapped))
-    for tensors, start, size_bytes in zip(blocks, starts, sizes, strict=False):
-        _move(tensors, torch.from_numpy(mapped[start : start + size_bytes]))
-    return_freed_memory()
-    _logger.info("weights, %s: kept in a file in %s", format_gib(sum(sizes)), folder)
-    return sum(sizes)
-
-
-def are_on_disk(parameters: Parameters | None) -> bool:
-    """Whether `move_to_disk` has moved any of these weights."""
-    _files[:] = [file for file in _files if file() is not None]
-    areas = [(mapped.ctypes.data, mapped.nbytes) for file in _files if (mapped := file()) is not None]
-    places = [tensors[0].untyped_storage().data_ptr() for tensors in _sharing(parameters)] if areas else []
-    return any(0 <= place - start < size_bytes for place in places for start, size_bytes in areas)
-
-
 def _make_movable(fold: Mapping[str, Any]) -> None:
     """Let weights that have just been read, and are nobody else's yet, have memory of torch's own.
 
@@ -180,6 +163,11 @@ def _move(tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:
     with torch.no_grad():
         for tensor in tensors:
             tensor.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _size_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Return the size of the memory that tensors share."""
+    return tensors[0].untyped_storage().nbytes()
 
 
 def _sharing(parameters: Parameters | None) -> list[list[torch.Tensor]]:
@@ -204,8 +192,7 @@ def _is_ours(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether there is enough memory in RAM to care, and these tensors are all that use it."""
     if tensors[0].device.type != "cpu" or any(tensor.is_inference() for tensor in tensors):
         return False
-    storage = tensors[0].untyped_storage()
-    return storage.nbytes() >= _LEAST_BYTES and storage_users(tensors[0]) == len(tensors)
+    return _size_bytes(tensors) >= _LEAST_BYTES and storage_users(tensors[0]) == len(tensors)
 
 
 def digests(parameters: Parameters) -> Iterator[bytes]:
@@ -219,11 +206,7 @@ def digests(parameters: Parameters) -> Iterator[bytes]:
             yield repr((number, name, str(value.dtype), tuple(value.shape))).encode()
             where = (value.data_ptr(), value.dtype, value.shape, value.stride())
             if where not in known:
-                known[where] = _checksum(value)
+                # `Tensor.numpy` would fix the memory where it is for good
+                values = np.from_dlpack(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+                known[where] = hashlib.blake2b(values.data, digest_size=16).digest()
             yield known[where]
-
-
-def _checksum(tensor: torch.Tensor) -> bytes:
-    # `Tensor.numpy` would fix the memory where it is for good
-    values = np.from_dlpack(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
-    return hashlib.blake2b(values.data, digest_size=16).digest()

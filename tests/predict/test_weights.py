@@ -31,8 +31,8 @@ from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network import tile_memory
-from nnunet_lowmem.predict import weights
 from nnunet_lowmem.predict.setup import Setup, checksum
+from nnunet_lowmem.predict.weights import FoldWeights
 from nnunet_lowmem.types import Place
 from nnunet_lowmem.window.tiling import tile_grid
 
@@ -270,7 +270,7 @@ def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, c
         assert_same_array(expected, predicted(predictor))
         predictor._setup().weights.move()
         other._setup().weights.move()
-        assert weights.movable_bytes(predictor.list_of_parameters) == 0
+        assert predictor._setup().weights.movable_bytes == 0
     change(predictor, other)
     assert_same_array(changed(change), predicted(predictor))
 
@@ -278,9 +278,9 @@ def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, c
 def test_changes_are_told_apart_by_done_records(model, predicted):
     """By the weights themselves; where they are kept and who copied them does not matter."""
     predictor, other = (make_predictor(LowMemPredictor, model, folds) for folds in ((0, 1), (1,)))
-    size = weights.movable_bytes(predictor.list_of_parameters)
+    size = predictor._setup().weights.movable_bytes
     before = checksum(predictor._setup(), False)
-    assert weights.movable_bytes(predictor.list_of_parameters) == size > 0
+    assert predictor._setup().weights.movable_bytes == size > 0
     predictor._setup().weights.move()
     predictor = pickle.loads(pickle.dumps(predictor))
     assert checksum(predictor._setup(), False) == before
@@ -334,11 +334,12 @@ def test_moved_tensors_are_the_same_objects_and_the_file_goes_with_them(tmp_path
     values, objects = copy.deepcopy(held), dict(held)
     gc.collect()
     before, opened = deleted_files(), descriptors()
-    size = weights.movable_bytes([held])
+    weights = FoldWeights([held], (), tmp_path)
+    size = weights.movable_bytes
     assert size == 4 * 300 * 400 + 4 * 200 * 300 + 2 * 400 * 500
-    assert weights.move_to_disk([held], tmp_path) == size
-    assert weights.move_to_disk([held], tmp_path) == weights.movable_bytes([held]) == 0
-    assert weights.are_on_disk([held])
+    assert weights.move() == size
+    assert weights.move() == weights.movable_bytes == 0
+    assert weights.are_on_disk
     assert len(deleted_files()) == len(before) + 1
     assert list(tmp_path.iterdir()) == []
     assert all(held[name] is value for name, value in objects.items())
@@ -350,10 +351,10 @@ def test_moved_tensors_are_the_same_objects_and_the_file_goes_with_them(tmp_path
     other["part"][1] = 8
     assert (other["shared"][101] == 8).all()
     assert not (held["shared"][101] == 8).any()
-    assert weights.movable_bytes([other]) == size  # in RAM again
+    assert FoldWeights([other], (), tmp_path).movable_bytes == size  # in RAM again
     other = pickle.loads(pickle.dumps(held))
     assert torch.equal(other["part"], held["part"])
-    assert weights.movable_bytes([other]) > 0
+    assert FoldWeights([other], (), tmp_path).movable_bytes > 0
     del objects, other
     held.clear()
     assert deleted_files() == before
@@ -389,7 +390,8 @@ def test_memory_that_others_use_stays_where_it_is(tmp_path):
     held = {**tensors(), **linear.state_dict(), "array": torch.from_numpy(np.zeros((400, 400)))}
     del held["again"], held["part"], held["shared"]
     view, array = held["parameter"].data.view(-1), held["half"].numpy()
-    assert weights.movable_bytes([held]) == weights.move_to_disk([held], tmp_path) == 0
+    weights = FoldWeights([held], (), tmp_path)
+    assert weights.movable_bytes == weights.move() == 0
     view[:], array[:], linear.weight.data[:] = 1, 2, 3
     assert [float(held[name].detach().mean()) for name in ("parameter", "half", "weight")] == [1, 2, 3]
 
@@ -400,12 +402,12 @@ def test_memory_that_others_use_stays_where_it_is(tmp_path):
 )
 def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, monkeypatch, predicted, expected):
     """What is beyond goes to disk as it is read, as long as there is room; none is offered where that is in RAM."""
-    fold = weights.movable_bytes(make_predictor(LowMemPredictor, model).list_of_parameters)
+    fold = make_predictor(LowMemPredictor, model)._setup().weights.movable_bytes
     free, room = 4 * fold if free == "fold" else free, fold if room == "fold" else room
-    monkeypatch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda _: (free + 1, 1))
+    monkeypatch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda *_: (free + 1, 1))
     monkeypatch.setattr("nnunet_lowmem.budget.machine.spill_bytes", lambda _: room)
     predictor = make_predictor(LowMemPredictor, model, (0, 1))
-    assert weights.movable_bytes(predictor.list_of_parameters) == in_ram * fold
+    assert predictor._setup().weights.movable_bytes == in_ram * fold
     assert_same_array(expected, predicted(predictor))
 
 
@@ -417,7 +419,7 @@ def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     first = roomy.predict_from_files_sequential([images("small")], None)[0]
     assert free[0].placement.weights is Place.RAM
     kept = {a.name: a.size_bytes for a in free[0].allocations}["weights of all folds"]
-    assert kept == weights.movable_bytes(roomy.list_of_parameters)
+    assert kept == roomy._setup().weights.movable_bytes
     predictor = make_predictor(LowMemPredictor, model, (0, 1), on_plan=plans.append)
     real = Setup.budget
 
@@ -431,7 +433,7 @@ def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     second = predictor.predict_from_files_sequential([images("small")] * 2, None)
     assert [plan.placement.weights for plan in plans] == [Place.DISK, Place.DISK]
     assert "on disk: weights" in plans[1].placement.in_words()
-    assert weights.movable_bytes(predictor.list_of_parameters) == 0
+    assert predictor._setup().weights.movable_bytes == 0
     for labels in second:
         assert_same_array(first, labels)
 
