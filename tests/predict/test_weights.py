@@ -404,9 +404,10 @@ def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, mon
     """What is beyond goes to disk as it is read, as long as there is room; none is offered where that is in RAM."""
     fold = make_predictor(LowMemPredictor, model)._setup().weights.movable_bytes
     free, room = 4 * fold if free == "fold" else free, fold if room == "fold" else room
-    monkeypatch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda *_: (free + 1, 1))
-    monkeypatch.setattr("nnunet_lowmem.budget.machine.spill_bytes", lambda _: room)
-    predictor = make_predictor(LowMemPredictor, model, (0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda _: (free + 1, 1))
+        patch.setattr("nnunet_lowmem.budget.machine.spill_bytes", lambda _: room)
+        predictor = make_predictor(LowMemPredictor, model, (0, 1))
     assert predictor._setup().weights.movable_bytes == in_ram * fold
     assert_same_array(expected, predicted(predictor))
 
