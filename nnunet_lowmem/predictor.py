@@ -29,7 +29,7 @@ from nnunet_lowmem.predict import cases, estimating, jobs, loading, runs, valida
 from nnunet_lowmem.predict.cases import Failing
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import logging_prints
-from nnunet_lowmem.predict.listing import list_jobs
+from nnunet_lowmem.predict.listing import list_jobs, unless_unwritable
 from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.predict.outcomes import RunReport
 from nnunet_lowmem.predict.setup import Memo, Setup, Steps
@@ -216,7 +216,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Predict a folder or a list of cases; as in stock, one result per case, None where a file was written."""
         arguments = _as_recorded("predict_from_files", locals())
         _note_exact(use_cropped_logits_resampling)
-        return self._predict_files(arguments, save_probabilities, overwrite, (part_id, num_parts), in_workers=True)
+        return self._predict_files(arguments, in_workers=True)
 
     @unless_replaced
     def predict_from_files_sequential(
@@ -231,27 +231,24 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Predict case after case; as in stock, the list holds only what was not written to a file."""
         arguments = _as_recorded("predict_from_files_sequential", locals())
         _note_exact(use_cropped_logits_resampling)
-        results = self._predict_files(arguments, save_probabilities, overwrite, (0, 1), in_workers=False)
+        results = self._predict_files(arguments, in_workers=False)
         return None if results is None else [result for result in results if result is not None]
 
-    def _predict_files(
-        self, arguments: dict[str, Any], probabilities: bool, overwrite: bool, part: tuple[int, int], in_workers: bool
-    ) -> list[Result] | None:
+    def _predict_files(self, arguments: dict[str, Any], in_workers: bool) -> list[Result] | None:
         """Predict files; `in_workers` says whether stock preprocesses and exports them in processes of their own."""
         target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
-        is_listed = tell(self, Step.LISTING)
-        manage = self._manage_input_and_output_lists
-        wanted = list_jobs(arguments, overwrite, part, probabilities, self._setup(), manage, is_listed)
+        probabilities, is_listed = arguments["save_probabilities"], tell(self, Step.LISTING)
+        wanted = list_jobs(arguments, self._setup(), self._manage_input_and_output_lists, is_listed)
         self.run_report = RunReport()
-        if not overwrite and target is not None and not is_listed:
+        if not arguments["overwrite"] and target is not None and not is_listed:
             wanted = cases.without_those_done(wanted, self.run_report)
         if in_workers and wanted and replaced(self, *lookup.OF_FILES):
-            return self._predict_iterated(wanted, arguments, probabilities)
+            return self._predict_iterated(wanted, arguments)
         failing, results = self._failing(in_workers), None
         with following(self._setup(), self.run_report, target) as listeners:
             if wanted:
                 tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
-                wanted = wanted if replaced(self, Step.EXPORT) else [jobs.unless_unwritable(job) for job in wanted]
+                wanted = wanted if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in wanted]
                 cases.require_space(wanted, self._setup(), probabilities)
                 run = (self._setup, probabilities, listeners, failing, self.run_report)
                 may_prefetch = arguments.get("num_processes_preprocessing", 0) > 0
@@ -263,9 +260,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         cases.raise_failures(self.run_report, results, failing)
         return results
 
-    def _predict_iterated(
-        self, wanted: Sequence[Job], arguments: dict[str, Any], probabilities: bool
-    ) -> list[Result] | None:
+    def _predict_iterated(self, wanted: Sequence[Job], arguments: dict[str, Any]) -> list[Result] | None:
         """Predict files stock's way over an iterator, where somebody else makes the iterator, or takes it."""
         items: Any = loading.items_of(wanted, self._setup())
         if tell(self, Step.FILES, Step.READING, *IN_WORKERS_BEFORE):
@@ -281,7 +276,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
             )
         tell(self, Step.ITERATION)
         exporting = arguments["num_processes_segmentation_export"]
-        return self.predict_from_data_iterator(items, probabilities, exporting)
+        return self.predict_from_data_iterator(items, arguments["save_probabilities"], exporting)
 
     @unless_replaced
     def predict_from_data_iterator(

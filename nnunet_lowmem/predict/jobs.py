@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
+from nnunet_lowmem.errors import LowMemError, UsageError, twin
 from nnunet_lowmem.names import shown
-from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.predict.records import Recipe
-from nnunet_lowmem.system.placing import place_of
 
 
 @dataclass(frozen=True)
@@ -129,82 +125,3 @@ def jobs_of_arrays(images: Any, stages: Any, properties: Any, outputs: Any) -> l
         Job(f"array {number}", output, Array(image, stage, copy.copy(entry)))
         for number, (image, stage, entry, output) in enumerate(zip(*columns, strict=True))
     ]
-
-
-def jobs_of_files(
-    cases: Sequence[Sequence[str | os.PathLike[str]]],
-    outputs: Sequence[str] | None,
-    stages: Sequence[str | None],
-    file_endings: Sequence[str],
-    made_with: Callable[[], str],
-) -> list[Job]:
-    """Make jobs of files.
-
-    Parameters
-    ----------
-    cases : sequence of image files each
-    outputs : sequence of str, or None
-        Without file endings.
-    stages : sequence of str or None
-        Segmentations of the previous stage.
-    file_endings : sequence of str
-        Of the files that are written for a case, the label map first.
-    made_with : callable
-        Returns the checksum of all that labels depend on beside the images; asked where files are written.
-    """
-    checksum = "" if outputs is None else made_with()
-    targets: Sequence[str | None] = outputs or [None] * len(cases)
-    jobs = []
-    for files, output, stage in zip(cases, targets, stages, strict=True):
-        images = [os.fspath(file) for file in files]
-        recipe = None
-        if output is not None:
-            inputs = tuple(map(Path, images if stage is None else [*images, stage]))
-            recipe = Recipe(tuple(Path(output + ending) for ending in file_endings), inputs, checksum)
-        jobs.append(Job(model_files.case_name(images, file_endings[0]), output, Files(images, stage), recipe))
-    return jobs
-
-
-def of_folder(jobs: Sequence[Job], folder: str, file_ending: str, overwrites: bool) -> list[Job]:
-    """Let those cases of a folder of images fail, when their turn comes, that cannot be right."""
-    jobs = [_unless_misnumbered(job, file_ending) for job in jobs]
-    return [_unless_among_images(job, folder) for job in jobs] if overwrites else jobs
-
-
-def _unless_misnumbered(job: Job, file_ending: str) -> Job:
-    """Let a case of a folder fail when its turn comes: a channel is missing, or there is no number at all.
-
-    A file without a number has no output that could have been made before.
-    """
-    assert job.files is not None, "a case of a folder has files"
-    try:
-        model_files.check_numbers(job.files.images, file_ending)
-    except UsageError as error:
-        is_stray = not model_files.is_numbered(job.files.images[0], file_ending)
-        return _refused(replace(job, recipe=None) if is_stray else job, error)
-    return job
-
-
-def _unless_among_images(job: Job, folder: str) -> Job:
-    """Let a case fail whose output would take the place of a file in the folder of images that nobody has recorded."""
-    output = None if job.recipe is None else job.recipe.outputs[0]
-    if output is None or not output.is_file() or not os.path.samefile(output.parent, folder):
-        return job
-    if job.recipe is None or job.recipe.is_recorded():
-        return job
-    told = f"{shown(str(output))} is among the images, and no record says that it is an output"
-    return _refused(job, UsageError(f"{told}: move it, or give another folder with -o"))
-
-
-def unless_unwritable(job: Job) -> Job:
-    """Let a case fail when its turn comes, before it is computed, if one of its outputs cannot be written."""
-    try:
-        for output in () if job.recipe is None else job.recipe.outputs:
-            place_of(output)
-    except WriteError as error:
-        return _refused(job, error)
-    return job
-
-
-def _refused(job: Job, error: LowMemError) -> Job:
-    return replace(job, source=Refused(type(error), str(error)))

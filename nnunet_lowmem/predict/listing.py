@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from nnunet_lowmem.errors import UsageError, twin
+from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import adapter, model_files
-from nnunet_lowmem.predict.jobs import Job, jobs_of_files, of_folder
+from nnunet_lowmem.predict.jobs import Files, Job, Refused
 from nnunet_lowmem.predict.listeners import logging_prints
+from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
+from nnunet_lowmem.system.placing import place_of
 
 
-def list_jobs(
-    arguments: dict[str, Any],
-    overwrite: bool,
-    part: tuple[int, int],
-    probabilities: bool,
-    setup: Setup,
-    manage: Callable[..., Any],
-    is_listed: bool,
-) -> list[Job]:
+def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any], is_listed: bool) -> list[Job]:
     """List the cases; beside the outputs is written what stock writes for a run as a whole.
 
     Parameters
     ----------
     arguments : dict
-        Those of ``predict_from_files``, as stock records them.
-    overwrite : bool
-        Predict what is there already.
-    part : (int, int)
-        Which part of how many, from 0.
-    probabilities : bool
-        Are written, too.
+        Those of ``predict_from_files``, as stock records them, or of ``predict_from_files_sequential``.
     setup : Setup
     manage : callable
         The predictor's ``_manage_input_and_output_lists``.
@@ -44,7 +36,8 @@ def list_jobs(
     UsageError
         If there is no such part, or segmentations of a cascade's first stage are missing.
     """
-    part_id, parts = part
+    overwrite, probabilities = arguments["overwrite"], arguments["save_probabilities"]
+    part_id, parts = arguments.get("part_id", 0), arguments.get("num_parts", 1)
     if part_id > parts:
         raise twin(UsageError, AssertionError)(f"part_id counts from 0; {part_id} is above num_parts {parts}")
     source, ending = arguments["list_of_lists_or_source_folder"], setup.file_ending
@@ -70,5 +63,64 @@ def list_jobs(
         outputs = outputs[part_id::parts]
     model_files.check_previous_stage(cases, stages, ending)
     endings = [ending, ".npz", ".pkl"] if probabilities else [ending]
-    jobs = jobs_of_files(cases, outputs, stages, endings, lambda: checksum(setup, probabilities))
-    return jobs if folder is None else of_folder(jobs, folder, ending, overwrite)
+    made_with = "" if outputs is None else checksum(setup, probabilities)
+    columns = zip(cases, outputs or [None] * len(cases), stages, strict=True)
+    jobs = [_job_of_files(*column, endings, made_with) for column in columns]
+    if folder is None:
+        return jobs
+    jobs = [_unless_misnumbered(job, ending) for job in jobs]
+    return [_unless_among_images(job, folder) for job in jobs] if overwrite else jobs
+
+
+def _job_of_files(
+    files: Sequence[str | os.PathLike[str]],
+    output: str | None,
+    stage: str | None,
+    endings: Sequence[str],
+    made_with: str,
+) -> Job:
+    """Make a job of files; `endings` are those of what is written for a case, the label map first."""
+    images, recipe = [os.fspath(file) for file in files], None
+    if output is not None:
+        inputs = tuple(map(Path, images if stage is None else [*images, stage]))
+        recipe = Recipe(tuple(Path(output + ending) for ending in endings), inputs, made_with)
+    return Job(model_files.case_name(images, endings[0]), output, Files(images, stage), recipe)
+
+
+def _unless_misnumbered(job: Job, file_ending: str) -> Job:
+    """Let a case of a folder fail when its turn comes: a channel is missing, or there is no number at all.
+
+    A file without a number has no output that could have been made before.
+    """
+    assert job.files is not None, "a case of a folder has files"
+    try:
+        model_files.check_numbers(job.files.images, file_ending)
+    except UsageError as error:
+        is_stray = not model_files.is_numbered(job.files.images[0], file_ending)
+        return _refused(replace(job, recipe=None) if is_stray else job, error)
+    return job
+
+
+def _unless_among_images(job: Job, folder: str) -> Job:
+    """Let a case fail whose output would take the place of a file in the folder of images that nobody has recorded."""
+    output = None if job.recipe is None else job.recipe.outputs[0]
+    if output is None or not output.is_file() or not os.path.samefile(output.parent, folder):
+        return job
+    if job.recipe is None or job.recipe.is_recorded():
+        return job
+    told = f"{shown(str(output))} is among the images, and no record says that it is an output"
+    return _refused(job, UsageError(f"{told}: move it, or give another folder with -o"))
+
+
+def unless_unwritable(job: Job) -> Job:
+    """Let a case fail when its turn comes, before it is computed, if one of its outputs cannot be written."""
+    try:
+        for output in () if job.recipe is None else job.recipe.outputs:
+            place_of(output)
+    except WriteError as error:
+        return _refused(job, error)
+    return job
+
+
+def _refused(job: Job, error: LowMemError) -> Job:
+    return replace(job, source=Refused(type(error), str(error)))

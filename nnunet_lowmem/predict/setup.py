@@ -7,7 +7,7 @@ picture of them that is held for a case and by nobody longer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,9 @@ class Memo:
         return Memo, ()
 
 
-#: Attributes of the predictor that a `Setup` has under the same names.
-_NAMED_ALIKE = (
-    "plans_manager", "configuration_manager", "label_manager", "dataset_json", "trainer_name", "device",
-    "perform_everything_on_device", "tile_step_size", "use_gaussian", "network_threads", "verbose",
-    "verbose_preprocessing", "allow_tqdm",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Setup:
-    """A predictor with a model when a case begins; names are those of its attributes.
+    """A predictor with a model when a case begins; names are those of its attributes, but for these.
 
     Attributes
     ----------
@@ -118,14 +110,15 @@ class Setup:
         axes, options = predictor.allowed_mirroring_axes, values_of(predictor)
         # axes may be an array of numpy; what is no collection is the network's to refuse
         mirrored = map(int, axes) if predictor.use_mirroring and isinstance(axes, Iterable) else ()
-        return Setup(
-            **{name: getattr(predictor, name) for name in _NAMED_ALIKE},
-            mirrored_axes=tuple(mirrored),
-            weights=FoldWeights(predictor.list_of_parameters, checkpoints, spill_folder(options.tmp_dir)),
-            options=options,
-            steps=steps,
-            memo=memo,
-        )
+        own: dict[str, Any] = {
+            "mirrored_axes": tuple(mirrored),
+            "weights": FoldWeights(predictor.list_of_parameters, checkpoints, spill_folder(options.tmp_dir)),
+            "options": options,
+            "steps": steps,
+            "memo": memo,
+        }
+        alike = {field.name: getattr(predictor, field.name) for field in fields(Setup) if field.name not in own}
+        return Setup(**alike, **own)
 
     @property
     def heads(self) -> int:
