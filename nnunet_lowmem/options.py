@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
-_PREFIX = "nnUNet_lowmem_"
-
 
 def _option(default: Any, about: str, flag: str = "", *, for_models: bool = False, **words: Any) -> Any:
     """Tell of an option: what it does, for the docs and the help; its flag; whether a model may choose it in its plans.
@@ -120,7 +118,7 @@ NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metad
 
 def variable(name: str) -> str:
     """Return the environment variable that holds an option where no flag and no argument does."""
-    return _PREFIX + name
+    return f"nnUNet_lowmem_{name}"
 
 
 def values_of(holder: Options) -> Options:

@@ -17,7 +17,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -98,7 +98,7 @@ class Recipe:
         try:
             _append(folder / f"{owned_name(_KIND, _UNIQUE)}{_ENDING}", {
                 "outputs": {path.name: _content(path) for path in self.outputs},
-                "inputs": _input_states(self.inputs),
+                "inputs": list(map(_state, self.inputs)),
                 "made_with": self.made_with,
                 "time_ns": time.time_ns(),
             })  # fmt: skip
@@ -112,7 +112,7 @@ class Recipe:
         record = self._record(records or Records())
         if record is None:
             return Standing.UNRECORDED if all(map(_is_whole, self.outputs)) else Standing.DAMAGED
-        if record.get("inputs") != _input_states(self.inputs):
+        if record.get("inputs") != list(map(_state, self.inputs)):
             return Standing.CHANGED_INPUT
         return Standing.DONE if record.get("made_with") == self.made_with else Standing.OTHER_MODEL
 
@@ -212,12 +212,8 @@ def _tidy(folder: Path, own: Path) -> None:
 # -- states of files ---------------------------------------------------------------------------------------------------
 
 
-def _input_states(paths: Sequence[Path]) -> list[list[str | int]]:
-    """Name, size and time of change in the order of the inputs; a name alone where a file is missing."""
-    return [_state(path) for path in paths]
-
-
 def _state(path: Path) -> list[str | int]:
+    """Name, size and time of change of an input; its name alone where it is missing."""
     try:
         status = path.stat()
     except FileNotFoundError:
