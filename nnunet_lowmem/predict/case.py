@@ -25,6 +25,7 @@ from nnunet_lowmem.labels.labeller import Labelling
 from nnunet_lowmem.labels.probabilities import label_and_export, npz_sink
 from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.nnunet import adapter, model_keys, stock_calls
+from nnunet_lowmem.nnunet.rehearsing import rehearse
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
@@ -36,7 +37,7 @@ from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.predict.warming import warm_up
-from nnunet_lowmem.predict.writing import Result, rehearse_writing
+from nnunet_lowmem.predict.writing import Result
 from nnunet_lowmem.preprocessing.case import check_headers
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.atomic_files import atomic_output
@@ -133,9 +134,7 @@ class CaseRun:
         geometry, rule = adapter.case_geometry(case.image.shape[1:], case.properties), self._label_rule()
         if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
             with clock.failing_in("writing"):
-                rehearse_writing(
-                    setup, self.job.output, case.properties, geometry.original_shape, rule, self.folder
-                )  # fmt: skip
+                self._rehearse_writing(self.job.output, case.properties, geometry, rule)
         logits = FoldLogits(setup, case, clock)
         plan, folds = self._planned(case, logits, planning)
         recovery = planning.recovery(plan)
@@ -150,6 +149,15 @@ class CaseRun:
                 slabs = nullcontext(iter([whole_slab(held.contiguous())]))
                 del held
             return self._labels(slabs, case, geometry, rule, logits, threads, recovery), plan
+
+    def _rehearse_writing(
+        self, output: str, properties: dict[str, Any], geometry: CaseGeometry, rule: LabelRule | None
+    ) -> None:
+        """Refuse the case before it is computed if its label map has no writer."""
+        plans = self.setup.plans_manager
+        in_file = [geometry.original_shape[axis] for axis in plans.transpose_backward]
+        writer = plans.image_reader_writer_class
+        rehearse(writer, output, self.setup.file_ending, properties, in_file, rule, self.folder)
 
     def _planned(
         self, case: PreprocessedCase, logits: FoldLogits, planning: CasePlanning
@@ -218,11 +226,10 @@ class CaseRun:
         passes = 1 if not (by_softmax and rule.ranked) else 3 if self.probabilities else 2
         heads = ResampledHeads(store, resampling, geometry.cropped_shape, threads, self.clock.advance)
         with self.clock.stage("export", heads.heads * passes):
-            if not by_softmax:
-                return self._to_file_axes(label_heads(heads, geometry, rule))
-            if not self.probabilities:
-                return self._to_file_axes(label_and_export(heads, geometry, rule, None))
-            return self._with_probabilities(heads, geometry, rule, properties)
+            if self.probabilities:
+                return self._with_probabilities(heads, geometry, rule, properties)
+            labels = label_and_export(heads, geometry, rule, None) if by_softmax else label_heads(heads, geometry, rule)
+            return self._to_file_axes(labels)
 
     def _with_probabilities(
         self, heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, properties: dict[str, Any]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -83,9 +82,7 @@ class Outcomes:
     def __enter__(self) -> Outcomes:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         with suppress(Exception):  # one is on its way
             self.settle(tells=False)
 
@@ -137,26 +134,22 @@ class Outcomes:
         """Note a failure, or raise it."""
         cause = clock.foreign_cause(error)
         clock.blame_others(None)
+        stage = clock.failed_stage or "start"
         try:
             if cause is not None and self._failing.foreign_ends_run:
                 raise cause
             if not self._failing.keep_going:
                 if isinstance(error, LowMemError):
-                    error = of_kinds(error, self._failing.kind(clock.failed_stage, error))
-                    _name_case(error, clock.case, clock.failed_stage or "start")
+                    error = of_kinds(error, self._failing.kind(stage, error))
+                if isinstance(error, UsageError):  # one that the user can mend
+                    error.args = (f"case {clock.case}, {stage}: {error}",)
                 raise error
         finally:
             del cause
-        failed = FailedCase.of(clock.case, clock.failed_stage or "start", error)
+        failed = FailedCase.of(clock.case, stage, error)
         self._report.failed.append(failed)
         logger.error("%s", failed.in_words())
         logger.debug("%s", failed.traceback_text)
-
-
-def _name_case(error: Exception, case: str, stage: str) -> None:
-    """Say case and stage in an error that the user can mend."""
-    if isinstance(error, UsageError):
-        error.args = (f"case {case}, {stage}: {error}",)
 
 
 def raise_failures(report: RunReport, results: list[Any] | None, failing: Failing) -> None:

@@ -52,9 +52,6 @@ class FoldLogits:
 
     def folds(self) -> Iterator[PredictedTiles]:
         """Yield the tiles of each fold; its weights are loaded when it is asked for."""
-        if self._setup.weights.parameters is None:
-            yield self.network.tiles(self._case, self.grid)
-            return
         for fold in range(self._setup.weights.folds):
             self.network.load(fold)
             yield self.network.tiles(self._case, self.grid)
@@ -72,10 +69,7 @@ class FoldLogits:
                 store = PlaneStore(setup.heads, self.grid.image_shape, self.grid.roll_axis, place)
                 stack.enter_context(store)
 
-            def make() -> RollingWindow:
-                return self.window(threads, recovery.plan.placement.window, folder, recovery.run)
-
-            window = recovery.run(make)
+            window = recovery.run(lambda: self.window(threads, recovery.plan.placement.window, folder, recovery.run))
             moves = recovery.followed_by(lambda plan: window.move_to(plan.placement.window, folder))
             stack.enter_context(moves)
             stack.enter_context(self.network.threads())

@@ -44,10 +44,10 @@ class TileNetwork:
         self._clock = clock
 
     def load(self, fold: int) -> None:
-        """Load the weights of a fold."""
+        """Load the weights of a fold, unless the network is used as it is."""
         weights = self._setup.weights
-        assert weights.parameters is not None, "a network that is used as it is has no folds"
-        load_into(self._setup.steps.network(), weights.parameters[fold], weights.name(fold), self._clock)
+        if weights.parameters is not None:
+            load_into(self._setup.steps.network(), weights.parameters[fold], weights.name(fold), self._clock)
 
     def tiles(self, case: PreprocessedCase, grid: TileGrid) -> PredictedTiles:
         """Return what the network, with its current weights, makes of the tiles of a case."""
