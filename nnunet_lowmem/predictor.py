@@ -26,7 +26,7 @@ from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, replaced, tell, unless_replaced
 from nnunet_lowmem.predict import cases, estimating, jobs, loading, runs, validation, weights
-from nnunet_lowmem.predict.cases import Failing
+from nnunet_lowmem.predict.cases import Failing, Outcomes
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import logging_prints
 from nnunet_lowmem.predict.listing import list_jobs, unless_unwritable
@@ -244,20 +244,20 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
             wanted = cases.without_those_done(wanted, self.run_report)
         if in_workers and wanted and replaced(self, *lookup.OF_FILES):
             return self._predict_iterated(wanted, arguments)
-        failing, results = self._failing(in_workers), None
+        results = None
         with following(self._setup(), self.run_report, target) as listeners:
+            outcomes = Outcomes(self.run_report, self._failing(in_workers), listeners)
             if wanted:
                 tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
                 wanted = wanted if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in wanted]
                 cases.require_space(wanted, self._setup(), probabilities)
-                run = (self._setup, probabilities, listeners, failing, self.run_report)
-                may_prefetch = arguments.get("num_processes_preprocessing", 0) > 0
+                ahead = arguments.get("num_processes_preprocessing", 0) > 0
                 try:
-                    results = runs.predict_cases(wanted, *run, may_prefetch=may_prefetch)
+                    results = runs.predict_cases(wanted, self._setup, probabilities, outcomes, may_prefetch=ahead)
                 finally:  # what failed is told in the output folder
                     if target is not None:
                         self.run_report.write_failures(adapter.output_folder(target))
-        cases.raise_failures(self.run_report, results, failing)
+        outcomes.raise_failures(results)
         return results
 
     def _predict_iterated(self, wanted: Sequence[Job], arguments: dict[str, Any]) -> list[Result] | None:
@@ -374,9 +374,9 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Predict what has no input files, or is not written: arrays and iterators."""
         self.run_report = RunReport()
         with following(self._setup(), self.run_report) as listeners:
-            run = (self._setup, probabilities, listeners, failing, self.run_report)
-            results = runs.predict_cases(wanted, *run, load=load)
-        cases.raise_failures(self.run_report, results, failing)
+            outcomes = Outcomes(self.run_report, failing, listeners)
+            results = runs.predict_cases(wanted, self._setup, probabilities, outcomes, load=load)
+        outcomes.raise_failures(results)
         return results
 
 

@@ -72,11 +72,12 @@ class Outcomes:
         Filled case by case.
     failing : Failing
     listeners : sequence of Listener
-        Told of each case once its files are there.
+        Of the run, in the order in which they are told; told of each case once its files are there.
     """
 
     def __init__(self, report: RunReport, failing: Failing, listeners: Sequence[Listener]) -> None:
-        self._report, self._failing, self._listeners = report, failing, listeners
+        self.listeners = listeners
+        self._report, self._failing = report, failing
         self._latest: tuple[StageClock, CaseReport, PendingWrite | None] | None = None
 
     def __enter__(self) -> Outcomes:
@@ -113,7 +114,7 @@ class Outcomes:
                 with clock.failing_in("writing"), clock.stage("writing") if tells else nullcontext():
                     pending.result()
             self._latest = None
-            for listener in self._listeners:
+            for listener in self.listeners:
                 with foreign(clock):
                     listener.done(case_report)
         except Exception as error:
@@ -151,23 +152,23 @@ class Outcomes:
         logger.error("%s", failed.in_words())
         logger.debug("%s", failed.traceback_text)
 
+    def raise_failures(self, results: list[Any] | None) -> None:
+        """Raise one error for all cases that failed, if any.
 
-def raise_failures(report: RunReport, results: list[Any] | None, failing: Failing) -> None:
-    """Raise one error for all cases that failed, if any.
-
-    Raises
-    ------
-    CasesFailedError
-        With the report and the results of the others; its cause is the first failure, at which stock stops, and it is
-        of the kind that stock raises there.
-    """
-    if not report.failed:
-        return
-    first = report.failed[0]
-    error = twin(CasesFailedError, failing.kind(first.stage, first.error))(report.failures_in_words())
-    error.__cause__ = first.error
-    error.exit_code, error.report, error.results = report.exit_code, report, results
-    raise error
+        Raises
+        ------
+        CasesFailedError
+            With the report and the results of the others; its cause is the first failure, at which stock stops, and it
+            is of the kind that stock raises there.
+        """
+        report = self._report
+        if not report.failed:
+            return
+        first = report.failed[0]
+        error = twin(CasesFailedError, self._failing.kind(first.stage, first.error))(report.failures_in_words())
+        error.__cause__ = first.error
+        error.exit_code, error.report, error.results = report.exit_code, report, results
+        raise error
 
 
 def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:

@@ -103,10 +103,10 @@ def _unless_misnumbered(job: Job, file_ending: str) -> Job:
 
 def _unless_among_images(job: Job, folder: str) -> Job:
     """Let a case fail whose output would take the place of a file in the folder of images that nobody has recorded."""
-    output = None if job.recipe is None else job.recipe.outputs[0]
-    if output is None or not output.is_file() or not os.path.samefile(output.parent, folder):
+    if job.recipe is None:
         return job
-    if job.recipe is None or job.recipe.is_recorded():
+    output = job.recipe.outputs[0]
+    if not output.is_file() or not os.path.samefile(output.parent, folder) or job.recipe.is_recorded():
         return job
     told = f"{shown(str(output))} is among the images, and no record says that it is an output"
     return _refused(job, UsageError(f"{told}: move it, or give another folder with -o"))

@@ -22,11 +22,11 @@ from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.labels import heads
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.predict.case import CaseRun
-from nnunet_lowmem.predict.cases import Failing, Outcomes
+from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import Load, facts_of_job, load
-from nnunet_lowmem.predict.outcomes import CaseReport, RunReport
+from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
 from nnunet_lowmem.predict.setup import Setup
@@ -44,9 +44,7 @@ def predict_cases(
     jobs: Iterable[Job],
     setup: Callable[[], Setup],
     probabilities: bool,
-    listeners: Sequence[Listener],
-    failing: Failing,
-    report: RunReport,
+    outcomes: Outcomes,
     *,
     may_prefetch: bool = False,
     load: Load = load,
@@ -60,11 +58,8 @@ def predict_cases(
         Returns the `Setup` of now; asked for each case.
     probabilities : bool
         Are wanted, too.
-    listeners : sequence of Listener
-        In the order in which they are told.
-    failing : Failing
-    report : RunReport
-        Filled case by case.
+    outcomes : Outcomes
+        Gets to know how each case went.
     may_prefetch : bool
         Preprocess the next case in a process meanwhile, if that is wished and there is room for it.
     load : Load
@@ -96,8 +91,7 @@ def predict_cases(
         if may_prefetch and is_wished and isinstance(jobs, Sequence) and len(jobs) > 1:
             prefetcher = stack.enter_context(closing(Prefetcher(jobs, first, folder)))
         del first
-        outcomes = Outcomes(report, failing, listeners)
-        return _Run(setup, folder, probabilities, listeners, outcomes, load, prefetcher).predict(jobs)
+        return _Run(setup, folder, probabilities, outcomes.listeners, outcomes, load, prefetcher).predict(jobs)
 
 
 def clock_of(case: str, listeners: Sequence[Listener], *first: Callable[[Any], object]) -> StageClock:
