@@ -33,9 +33,8 @@ from nnunet_lowmem.predict.listing import list_jobs, unless_unwritable
 from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.predict.outcomes import RunReport
 from nnunet_lowmem.predict.setup import Memo, Setup, Steps
-from nnunet_lowmem.predict.writing import Result
 from nnunet_lowmem.report.following import audience, following
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import PreprocessedCase, Result
 
 logger = logging.getLogger(__name__)
 

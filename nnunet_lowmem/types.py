@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape3 = tuple[int, int, int]
+#: What a case gives: its segmentation, with probabilities where they are returned; None where all is in files.
+Result = NDArray[Any] | tuple[NDArray[Any], NDArray[np.float32]] | None
 
 
 def shape3(sizes: Iterable[int]) -> Shape3:

@@ -32,18 +32,16 @@ from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
 from nnunet_lowmem.predict.jobs import Array, Files, Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import Load, facts_of_job
-from nnunet_lowmem.predict.logits import FoldLogits
+from nnunet_lowmem.predict.logits import FoldLogits, TileNetwork
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.predict.warming import warm_up
-from nnunet_lowmem.predict.writing import Result
 from nnunet_lowmem.preprocessing.case import check_headers
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import RowThreads, torch_threads
-from nnunet_lowmem.types import Place, PreprocessedCase
+from nnunet_lowmem.types import Place, PreprocessedCase, Result
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs, store_slabs, whole_slab
 from nnunet_lowmem.window.tiles import PredictedTiles

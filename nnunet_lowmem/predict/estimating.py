@@ -15,8 +15,8 @@ from nnunet_lowmem.network.tile_memory import TileBytes, copy_of_zeros
 from nnunet_lowmem.nnunet import model_files, model_keys
 from nnunet_lowmem.nnunet.model import uncompiled
 from nnunet_lowmem.predict.case import case_sizes, warm_up_kernels
+from nnunet_lowmem.predict.logits import TileNetwork, grid_of
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.tile_network import TileNetwork, grid_of
 from nnunet_lowmem.types import Place, PreprocessedCase, once
 
 logger = logging.getLogger(__name__)

@@ -1,25 +1,154 @@
-"""The final logits of a case, which come as slabs and never as a whole: folds, tiles, the rolling window."""
+"""The final logits of a case, which come as slabs and never as a whole: the network tile by tile, folds, the window."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from nnunetv2.utilities.helpers import empty_cache
 
+from nnunet_lowmem.budget.arrays import ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery, near_device_or_in_ram
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
+from nnunet_lowmem.network.fast_network import FastNetwork, Head, fast_network, parts_of
+from nnunet_lowmem.network.tile_memory import TileBytes, weight_bytes
 from nnunet_lowmem.nnunet import stock_calls
+from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.overrides.bypassed import Step
+from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.tile_network import TileNetwork, grid_of
+from nnunet_lowmem.predict.weights import load_into
 from nnunet_lowmem.system.clock import StageClock
-from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.system.threads import RowThreads, torch_threads, usable_cores
 from nnunet_lowmem.types import Attempt, Place, PreprocessedCase, once
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.rolling import RollingWindow, average_folds, roll
 from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs
-from nnunet_lowmem.window.tiles import PredictedTiles
+from nnunet_lowmem.window.tiles import PredictedTiles, TileSource, measure_ahead
+from nnunet_lowmem.window.tiling import TileGrid, tile_grid
+
+
+class TileNetwork:
+    """The network as it is when it is asked; what it is known to take is remembered with the predictor.
+
+    Parameters
+    ----------
+    setup : Setup
+    clock : StageClock or None
+        Of the case under way: told of what somebody else's code raises.
+    """
+
+    def __init__(self, setup: Setup, clock: StageClock | None = None) -> None:
+        self._setup = setup
+        self._clock = clock
+
+    def load(self, fold: int) -> None:
+        """Load the weights of a fold, unless the network is used as it is."""
+        weights = self._setup.weights
+        if weights.parameters is not None:
+            load_into(self._setup.steps.network(), weights.parameters[fold], weights.name(fold), self._clock)
+
+    def tiles(self, case: PreprocessedCase, grid: TileGrid) -> PredictedTiles:
+        """Return what the network, with its current weights, makes of the tiles of a case."""
+        setup = self._setup
+        with foreign(self._clock):
+            setup.steps.place_network()
+        empty_cache(setup.device)
+        source = TileSource(case, grid, setup.label_manager.foreground_labels)
+        return PredictedTiles(self.predict, source, grid, setup.device)
+
+    def predict(self, tile: torch.Tensor) -> torch.Tensor:
+        """Logits of one tile, or features where there is a `head`; autocast only on CUDA, as in stock."""
+        setup = self._setup
+        with foreign(self._clock), torch.autocast("cuda") if setup.device.type == "cuda" else nullcontext():
+            if (fast := self.fast()) is not None:
+                return fast.features(tile, setup.mirrored_axes)
+            return setup.steps.predict_tile(tile)
+
+    def head(self) -> Head | None:
+        """Return what makes logits of its output, if that is features."""
+        return None if (fast := self.fast()) is None else fast.head()
+
+    def fast(self) -> FastNetwork | None:
+        """Return how the network of now is run fast, if it is."""
+        setup = self._setup
+        if not setup.options.fast or setup.steps.replaced(Step.NETWORK):
+            return None
+        network = uncompiled(setup.steps.network())
+        if setup.memo.fast[0] != (parts := parts_of(network)):
+            setup.memo.fast = parts, fast_network(network, setup.tile_shape, setup.kernel_threads)
+        return setup.memo.fast[1]
+
+    def most_threads(self) -> int:
+        """Return how many threads the network may use: as many as in stock or, run fast, all."""
+        if self.fast() is not None:
+            return usable_cores()
+        most = self._setup.network_threads
+        return stock_calls.network_threads() if most is None else most
+
+    def fast_threads(self) -> AbstractContextManager[object]:
+        """Give the network that is run fast its own threads in the block."""
+        return nullcontext() if (fast := self.fast()) is None else fast.threads
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Give the network its threads in the block."""
+        with torch_threads(self.most_threads()), self.fast_threads():
+            yield
+
+    def facts(self, tile: TileBytes | None = None, worker_bytes: int = 0) -> ModelFacts:
+        """Tell the planner of the model; of a tile what is known by now, if it is not given."""
+        setup, weights = self._setup, self._setup.weights
+        tile = self.tile_bytes() if tile is None else tile
+        kept_bytes = weights.movable_bytes + weights.missing_bytes
+        return ModelFacts(
+            heads=setup.heads,
+            channels=setup.tile_shape[1],
+            folds=weights.folds,
+            weight_bytes=weight_bytes(setup.steps.network(), unless_on=setup.device),
+            activation_bytes=tile.certain,
+            unmeasured_bytes=tile.uncertain,
+            label_bytes=1 if len(setup.label_manager.foreground_labels) < 255 else 2,
+            threads=setup.kernel_threads,
+            worker_bytes=worker_bytes,
+            device=setup.device.type,
+            window_on_device=setup.perform_everything_on_device,
+            kept_bytes=kept_bytes,
+            kept_place=Place.DISK if not kept_bytes and weights.are_on_disk else None,
+        )
+
+    def tile_bytes(self) -> TileBytes:
+        """Tell what the network takes for a tile: what was measured, or what its tensors tell."""
+        setup, network = self._setup, self._setup.steps.network()
+        key = (setup.tile_shape, bool(setup.mirrored_axes), str(setup.device), setup.options.fast)
+        known = setup.memo.tile
+        if known is None or known[0] is not network or known[1] != key:
+            body, channels = uncompiled(network), setup.heads
+            if (fast := self.fast()) is not None:
+                body, channels = fast.body, fast.channels
+            copies = 2 * channels if setup.mirrored_axes else 0
+            known = setup.memo.tile = network, key, TileBytes.bounded(body, setup.tile_shape, copies)
+        return known[2]
+
+    def measure(self, tiles: PredictedTiles, attempt: Callable[[Callable[[], Any]], Any]) -> TileBytes:
+        """Predict the first tile ahead, and remember what the network took for it."""
+        setup = self._setup
+        with self.threads():
+            taken = measure_ahead(tiles, attempt, setup.device)
+        measured = self.tile_bytes().after(taken and taken + 4 * math.prod(setup.tile_shape))
+        assert setup.memo.tile is not None, "it has just been asked for"
+        setup.memo.tile = (*setup.memo.tile[:2], measured)
+        return measured
+
+
+def grid_of(setup: Setup, case: PreprocessedCase) -> TileGrid:
+    """Return the tiles of a preprocessed case."""
+    z, y, x = case.image.shape[1:]
+    return tile_grid((z, y, x), setup.patch_size, setup.tile_step_size)
 
 
 class FoldLogits:

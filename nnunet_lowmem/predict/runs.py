@@ -20,7 +20,7 @@ from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.budget.planner import closest_plan
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.labels import heads
-from nnunet_lowmem.nnunet import stock_calls
+from nnunet_lowmem.nnunet import adapter, stock_calls
 from nnunet_lowmem.predict.case import CaseRun
 from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Job
@@ -30,12 +30,11 @@ from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.writing import Result, write
 from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.atomic_files import temporary_folder
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.memory_held import PeakSampler
-from nnunet_lowmem.types import Place, PreprocessedCase
+from nnunet_lowmem.types import Place, PreprocessedCase, Result
 
 logger = logging.getLogger(__name__)
 
@@ -242,8 +241,14 @@ class _Run:
             writes()
 
     def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:
+        """Write what is not written yet through the model's own writer; each file appears when it is complete."""
         assert job.output is not None, "a case without an output is not written"
-        write(setup, result, job.output, properties)
+        assert result is not None
+        segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
+        if probabilities is not None:
+            adapter.write_probabilities(probabilities, job.output + ".npz")
+            adapter.write_properties(properties, job.output + ".pkl")
+        adapter.write_segmentation(segmentation, properties, job.output + setup.file_ending, setup.plans_manager)
         for listener in self._listeners:
             listener.written(job)
 

@@ -17,8 +17,8 @@ from oracle import make_predictor, outputs, read_voxels, recorded_names
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
+from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.predict.outcomes import FAILURES_FILE
-from nnunet_lowmem.predict.tile_network import TileNetwork
 from nnunet_lowmem.volumes.verifying import verify_whole
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network.fast_network import FastNetwork, FastNorm, fast_network
-from nnunet_lowmem.predict.tile_network import TileNetwork
+from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.system.threads import RowThreads
 
 pytestmark = pytest.mark.timeout(240)

@@ -49,7 +49,7 @@ MAY_IMPORT_NNUNET = {
     "nnunet.trust",
     "overrides.lookup",
     "predict.runs",
-    "predict.tile_network",
+    "predict.logits",
     "predict.validation",
     "predictor",
     "preprocessing.case",

@@ -22,7 +22,7 @@ from torch import nn
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError, NonFiniteLogitsError
 from nnunet_lowmem.network.tile_memory import LiveTensorBytes
-from nnunet_lowmem.predict.tile_network import TileNetwork
+from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.volumes.planes import PlaneStore
