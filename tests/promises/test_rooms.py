@@ -326,4 +326,4 @@ def test_no_private_member_is_used_in_another_file():
         if name in ours_too and name not in made
     }
     of_others = {"module._buffers", "module._parameters", "multiprocessing.process._children"}  # torch's and Python's
-    assert {how for _, how in found} == of_others
+    assert {how for _, how in found} <= of_others
