@@ -48,4 +48,4 @@ def run_demo(folder: Path, device_name: str | None) -> None:
     table.add_row("logits that stock would hold at once", format_gib(_HEADS * labels.size * 5))
     table.add_row("segmentation", str(folder / _SEGMENTATION))
     table.add_row("report, with slices", str(folder / REPORT_FILE))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
