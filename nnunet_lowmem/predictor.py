@@ -238,14 +238,14 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
         probabilities, is_listed = arguments["save_probabilities"], tell(self, Step.LISTING)
         wanted = list_jobs(arguments, self._setup(), self._manage_input_and_output_lists, is_listed)
-        self.run_report = RunReport()
+        report = self.run_report = RunReport()  # of this call, whatever other threads begin
         if not arguments["overwrite"] and target is not None and not is_listed:
-            wanted = cases.without_those_done(wanted, self.run_report)
+            wanted = cases.without_those_done(wanted, report)
         if in_workers and wanted and replaced(self, *lookup.OF_FILES):
             return self._predict_iterated(wanted, arguments)
         results = None
-        with following(self._setup(), self.run_report, target) as listeners:
-            outcomes = Outcomes(self.run_report, self._failing(in_workers), listeners)
+        with following(self._setup(), report, target) as listeners:
+            outcomes = Outcomes(report, self._failing(in_workers), listeners)
             if wanted:
                 tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
                 wanted = wanted if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in wanted]
@@ -255,7 +255,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
                     results = runs.predict_cases(wanted, self._setup, probabilities, outcomes, may_prefetch=ahead)
                 finally:  # what failed is told in the output folder
                     if target is not None:
-                        self.run_report.write_failures(adapter.output_folder(target))
+                        report.write_failures(adapter.output_folder(target))
         outcomes.raise_failures(results)
         return results
 
@@ -371,9 +371,9 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         self, wanted: Iterable[Job], probabilities: bool, failing: Failing, load: loading.Load = loading.load
     ) -> list[Result]:
         """Predict what has no input files, or is not written: arrays and iterators."""
-        self.run_report = RunReport()
-        with following(self._setup(), self.run_report) as listeners:
-            outcomes = Outcomes(self.run_report, failing, listeners)
+        report = self.run_report = RunReport()
+        with following(self._setup(), report) as listeners:
+            outcomes = Outcomes(report, failing, listeners)
             results = runs.predict_cases(wanted, self._setup, probabilities, outcomes, load=load)
         outcomes.raise_failures(results)
         return results
