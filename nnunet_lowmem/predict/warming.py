@@ -37,9 +37,11 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
             window.restart(Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32)))
             window.add(_voxels((1, *grid.tile_shape)), (0, 0, 0))
         tables = resampling_tables((4, 4, 4), (6, 6, 6), None)
-        labeller = SlabLabeller(tables, Labelling(rule, threads), labels[1:, 1:, 1:])
-        labeller.add(window.finish(4))
-        labeller.finish()
+        slab = window.finish(4)
+        for target in (labels[1:, 1:, 1:], np.zeros((6, 6, 6), label_type)):  # cropped, and not: other memory layouts
+            labeller = SlabLabeller(tables, Labelling(rule, threads), target)
+            labeller.add(slab)
+            labeller.finish()
 
 
 def _voxels(shape: tuple[int, ...]) -> torch.Tensor:
