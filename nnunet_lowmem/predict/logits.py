@@ -96,8 +96,13 @@ class TileNetwork:
 
     @contextmanager
     def threads(self) -> Iterator[None]:
-        """Give the network its threads in the block."""
-        with torch_threads(self.most_threads()), self.fast_threads():
+        """Give the network its threads in the block.
+
+        Beside a GPU its output does not depend on them, and stock's command leaves torch one: a window in RAM, which
+        torch adds to, has all that the kernels have.
+        """
+        least = self._setup.kernel_threads if self._setup.device.type == "cuda" else 1
+        with torch_threads(self.most_threads(), least), self.fast_threads():
             yield
 
     def facts(self, tile: TileBytes | None = None, worker_bytes: int = 0) -> ModelFacts:

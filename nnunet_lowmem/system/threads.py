@@ -59,10 +59,10 @@ class RowThreads:
 
 
 @contextmanager
-def torch_threads(most: int) -> Iterator[None]:
+def torch_threads(most: int, least: int = 1) -> Iterator[None]:
     """Run the network on stock's number of threads: its output on the CPU depends on it."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(most, threads))
+    torch.set_num_threads(max(least, min(most, threads)))
     try:
         yield
     finally:

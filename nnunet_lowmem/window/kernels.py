@@ -49,6 +49,44 @@ def accumulate(
 
 
 @jit
+def divide(
+    window: NDArray[np.uint16],
+    weight_sum: NDArray[np.uint16],
+    origin: tuple[int, int, int],
+    shape: tuple[int, int, int],
+    finite: NDArray[np.bool_],
+    row_start: int,
+    row_stop: int,
+) -> None:
+    """Divide a box of the half-precision `window` by the weights of its voxels, rounding as torch's ``half / half``.
+
+    Parameters
+    ----------
+    window : uint16 bits of halves, shape (heads, a, b, c)
+    weight_sum : uint16 bits of halves, shape (a, b, c)
+    origin, shape : int, 3
+        Of the box in the window.
+    finite : bool, shape (heads * shape[0],)
+        Of each plane: set to False where a quotient is infinite or NaN.
+    row_start, row_stop : int
+        Range of the flattened (head, plane) planes of the box to divide.
+    """
+    for flat in range(row_start, row_stop):
+        head, plane = divmod(flat, shape[0])
+        largest = np.uint16(0)
+        for row in range(shape[1]):
+            first, last = origin[2], origin[2] + shape[2]
+            target = window[head, origin[0] + plane, origin[1] + row, first:last]
+            weight = weight_sum[origin[0] + plane, origin[1] + row, first:last]
+            for column in range(shape[2]):
+                # no ZeroDivisionError as of Python's operator
+                quotient = single_to_half(np.divide(half_to_single(target[column]), half_to_single(weight[column])))
+                target[column] = quotient
+                largest = max(largest, np.uint16(quotient & 0x7FFF))
+        finite[flat] = largest < 0x7C00
+
+
+@jit
 def accumulate_head(
     window: NDArray[np.uint16],
     features: NDArray[np.float32],

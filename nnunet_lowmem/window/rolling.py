@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.network.fast_network import Head
@@ -179,15 +180,13 @@ class RollingWindow:
         inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
         if head is not None:
-            bits = self._buffer.numpy().view(np.uint16)
             features = logits.movedim(0, -1).contiguous().numpy()
-            arguments = (bits, features, head.weights, head.bias, self._importance_single, tuple(origin))
-            self._threads.run(kernels.accumulate_head, len(features), *arguments)
+            parts = features, head.weights, head.bias, self._importance_single
+            self._threads.run(kernels.accumulate_head, len(features), _bits(self._buffer), *parts, tuple(origin))
         elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous() and not is_held:
-            planes = logits.shape[0] * logits.shape[1]
-            bits = self._buffer.numpy().view(np.uint16)
-            self._threads.run(kernels.accumulate, planes, bits, logits.numpy(), self._importance_single, tuple(origin))
-        else:
+            planes, tile = logits.shape[0] * logits.shape[1], (logits.numpy(), self._importance_single)
+            self._threads.run(kernels.accumulate, planes, _bits(self._buffer), *tile, tuple(origin))
+        else:  # halves too: torch's two passes over them were measured to be faster than a kernel's one
             logits *= self._importance
             self._box(self._buffer, origin).add_(logits)
         self._box(self._weight_sum, origin).add_(self._importance)
@@ -208,16 +207,28 @@ class RollingWindow:
         """
         self._add_arrived()
         start = self._position
-        finite = []
-        for position in range(start, stop):
-            self._final_plane(position).div_(self._weight_sum.select(self._axis, position + 1 - start))
-            finite.append(self.attempt(partial(self._is_finite, position)))
-        # one answer for all planes: a device is waited for once
-        answers = torch.stack([answer.to(self.device) for answer in finite]).tolist()
-        if not all(answers):
-            position = start + answers.index(False)
+        if not (self._divide_on_cpu(stop) if self.device.type == "cpu" else self._divide_on_device(stop)):
+            position = next(position for position in range(start, stop) if not self._is_finite(position))
             raise NonFiniteLogitsError(_describe_non_finite(self._final_plane(position), self._grid, position))
         return self._slab(start, stop)
+
+    def _divide_on_cpu(self, stop: int) -> bool:
+        """Divide the planes before `stop`, and tell whether all their logits are finite."""
+        origin, shape = [0, 0, 0], list(self._weight_sum.shape)
+        origin[self._axis], shape[self._axis] = 1, stop - self._position
+        planes = self._buffer.shape[0] * shape[0]
+        finite = np.empty(planes, np.bool_)
+        arguments = (_bits(self._buffer), _bits(self._weight_sum), tuple(origin), tuple(shape), finite)
+        self._threads.run(kernels.divide, planes, *arguments)
+        return bool(finite.all())
+
+    def _divide_on_device(self, stop: int) -> bool:
+        finite = []
+        for position in range(self._position, stop):
+            self._final_plane(position).div_(self._weight_sum.select(self._axis, position + 1 - self._position))
+            finite.append(self.attempt(partial(self._is_finite, position)))
+        # one answer for all planes: a device is waited for once
+        return all(torch.stack([answer.to(self.device) for answer in finite]).tolist())
 
     def _final_plane(self, position: int) -> torch.Tensor:
         return self._buffer.select(self._axis + 1, position + 1 - self._position)
@@ -256,6 +267,11 @@ class RollingWindow:
                 tensor.select(axis, plane).copy_(tensor.select(axis, plane + shift))
             tensor.narrow(axis, planes - shift, shift).zero_()
         self._position = stop
+
+
+def _bits(halves: torch.Tensor) -> NDArray[np.uint16]:
+    bits: NDArray[np.uint16] = halves.numpy().view(np.uint16)
+    return bits
 
 
 def _kind(output: Any) -> str:

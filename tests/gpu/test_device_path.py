@@ -178,6 +178,29 @@ def test_what_torch_keeps_of_one_case_is_there_for_the_next(images, models):
     assert plans[2].projected_bytes(Place.VRAM) <= plans[1].projected_bytes(Place.VRAM)
 
 
+def test_a_window_in_ram_is_added_to_on_all_cores(images, models, monkeypatch):
+    """Stock's command leaves torch a single thread beside a GPU."""
+    files = images("head")
+    seen, add = set(), RollingWindow.add
+
+    def watched(self: RollingWindow, logits: torch.Tensor, start: Any) -> None:
+        seen.add(torch.get_num_threads())
+        add(self, logits, start)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with simulated_device():
+            options = {"perform_everything_on_device": False, "kernel_threads": 3}
+            predictor = make_predictor(LowMemPredictor, models(ONE, files), device=DEVICE, **options)
+            monkeypatch.setattr(RollingWindow, "add", watched)
+            labels_of(predictor, files)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert 3 in seen
+
+
 def test_limit_for_a_device_without_a_number():
     """Which is what nnU-Net's predictor has unless it is told otherwise."""
     with simulated_device(2**30) as device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,11 +125,20 @@ def test_torch_itself_rounds_doubles_twice():
 
 
 def compiled_accumulate(window: torch.Tensor, tile: torch.Tensor, importance: torch.Tensor, origin, parts: int):
-    planes = tile.shape[0] * tile.shape[1]
-    edges = np.linspace(0, planes, parts + 1).astype(int)
-    for start, stop in pairwise(edges):
-        bits = window.numpy().view(np.uint16)
-        kernels.accumulate(bits, tile.numpy(), importance.float().numpy(), tuple(origin), int(start), int(stop))
+    arguments = window.numpy().view(np.uint16), tile.numpy(), importance.float().numpy(), tuple(origin)
+    in_parts(kernels.accumulate, tile.shape[0] * tile.shape[1], parts, *arguments)
+
+
+def in_parts(kernel: Callable[..., None], rows: int, parts: int, *arguments: Any) -> None:
+    for start, stop in pairwise(np.linspace(0, rows, parts + 1).astype(int)):
+        kernel(*arguments, int(start), int(stop))
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal to the sign of a zero; what is no number in both is not looked at."""
+    number = ~expected.isnan()
+    numbers = actual[number].view(torch.int16), expected[number].view(torch.int16)
+    return torch.equal(actual.isnan(), ~number) and torch.equal(*numbers)
 
 
 @settings(deadline=None, max_examples=60)
@@ -151,9 +162,31 @@ def test_accumulate_has_torchs_bits(heads, shape, room, exponent, parts, seed):
         origin = [int(torch.randint(0, extra + 1, (), generator=rng)) for extra in room]
         compiled_accumulate(actual, tile, importance, origin, parts)
         accumulate(expected, tile, importance, origin)
-    number = ~expected.isnan()
-    assert torch.equal(actual.isnan(), ~number)
-    assert torch.equal(actual[number].view(torch.int16), expected[number].view(torch.int16))
+    assert same_bits(actual, expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    heads=st.integers(1, 3),
+    shape=st.tuples(*[st.integers(1, 7)] * 3),
+    box=st.tuples(*[st.tuples(st.floats(0, 1), st.floats(0, 1))] * 3),
+    parts=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_divide_has_torchs_bits_and_finds_what_is_not_finite(heads, shape, box, parts, seed):
+    """Any bits by any weights, zero among them, in a box; what lies around it stays."""
+    rng = np.random.default_rng(seed)
+    window = torch.from_numpy(rng.choice(ALL_HALVES if seed % 2 else FINITE, (heads, *shape)))
+    weights = torch.from_numpy(rng.choice(np.arange(0 if seed % 3 == 0 else 0.5, 90, 0.5).astype(np.float16), shape))
+    origin = tuple(int(low * (size - 1)) for size, (low, _) in zip(shape, box, strict=True))
+    sizes = tuple(1 + int(s * (size - 1 - o)) for size, o, (_, s) in zip(shape, origin, box, strict=True))
+    expected, finite = window.clone(), np.empty(heads * sizes[0], np.bool_)
+    inside = tuple(slice(first, first + size) for first, size in zip(origin, sizes, strict=True))
+    expected[(slice(None), *inside)] /= weights[inside]
+    arguments = window.numpy().view(np.uint16), weights.numpy().view(np.uint16), origin, sizes, finite
+    in_parts(kernels.divide, len(finite), parts, *arguments)
+    assert same_bits(window, expected)
+    assert finite.tolist() == expected[(slice(None), *inside)].isfinite().all(-1).all(-1).flatten().tolist()
 
 
 def test_accumulate_with_nnunets_gaussian_and_its_subnormal_corners():
