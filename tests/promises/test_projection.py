@@ -121,7 +121,6 @@ def predict(models, tmp_path_factory):
             capture_output=True,
             text=True,
             check=True,
-            env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"},  # as the command does
         )
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -11,6 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from nnunet_lowmem.system import allocator
+
+if __name__ == "__main__":
+    allocator.own_process()  # as a command does, before torch is there
+
 import torch
 
 from nnunet_lowmem import LowMemPredictor
