@@ -79,7 +79,7 @@ def divide(
             target = window[head, origin[0] + plane, origin[1] + row, first:last]
             weight = weight_sum[origin[0] + plane, origin[1] + row, first:last]
             for column in range(shape[2]):
-                # no ZeroDivisionError as of Python's operator
+                # of numpy, since Python's operator raises ZeroDivisionError
                 quotient = single_to_half(np.divide(half_to_single(target[column]), half_to_single(weight[column])))
                 target[column] = quotient
                 largest = max(largest, np.uint16(quotient & 0x7FFF))

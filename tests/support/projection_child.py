@@ -53,8 +53,8 @@ class WatchedPlanning(CasePlanning):
 
     def check(self) -> None:
         """Let no more be taken than the budget of the case leaves."""
-        super().check()
         WatchedPlanning.latest = self
+        super().check()
         if self.limit:
             left = self.budget.ram_bytes - self.budget.reserved_ram_bytes
             resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + left,) * 2)
