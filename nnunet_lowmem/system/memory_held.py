@@ -146,7 +146,11 @@ class PeakSampler:
 
     def _calibrate(self, pids: list[int], resident_bytes: int) -> None:
         start_s = time.thread_time()
-        self._counted_twice_bytes = resident_bytes - sum(map(_proportional_bytes, pids))
+        shares_bytes = sum(map(_proportional_bytes, pids))
+        if len(pids) > 1 and sum(map(_resident_bytes, pids)) < resident_bytes:
+            # each of those that end one after the other while they are read had a larger share of the same pages
+            shares_bytes, pids = min(shares_bytes, self.held_bytes), []
+        self._counted_twice_bytes = resident_bytes - shares_bytes
         self._calibrated_pids = pids
         self._next_exact_s = time.monotonic() + _PAUSE_PER_COST * (time.thread_time() - start_s)
 
