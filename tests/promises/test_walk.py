@@ -43,5 +43,6 @@ def test_one_case_from_files_to_its_label_map_passes_25_files(models, images, tm
     finally:
         sys.setprofile(None)
     assert done == WORK
-    assert {"predict/runs.py", "window/rolling.py", "labels/labeller.py"} <= set(passed)
+    assert {"predict/runs.py", "window/rolling.py"} <= set(passed)
+    assert any(file.startswith("labels/") for file in passed)  # which one depends on nnU-Net's version
     assert len(passed) <= 25, passed
