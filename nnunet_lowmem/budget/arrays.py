@@ -282,8 +282,9 @@ def _window_allocations(
     weights_bytes = depth * plane_voxels * HALF_BYTES + tile_voxels * _IMPORTANCE_BYTES
     yield Allocation("weights of voxels and tiles", near, weights_bytes, stages)
     planes = depth if placement.slab_planes is None else min(depth, placement.slab_planes)
+    # by torch on a device, and of a window that is moved from there; a window in RAM is checked as it is divided
+    check_bytes = model.heads * plane_voxels * _CHECK_BYTES
     if near is Place.VRAM:
-        check_bytes = model.heads * plane_voxels * _CHECK_BYTES
         outputs = -(-planes * math.prod(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
         slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
@@ -292,7 +293,8 @@ def _window_allocations(
         winners_bytes = 2 * page_locked_bytes(outputs * HALF_BYTES) + row * _LOOKUP_BYTES
         yield Allocation("winners of a slab", Place.RAM, winners_bytes, predict)
     else:
-        yield Allocation("labels of a slab", near, planes * plane_voxels * _SURVEY_BYTES, predict)
+        moved_bytes = check_bytes if compute is Place.VRAM else 0
+        yield Allocation("labels of a slab", near, max(moved_bytes, planes * plane_voxels * _SURVEY_BYTES), predict)
     if compute is Place.VRAM:
         tiles_bytes = 2 * page_locked_bytes(model.channels * tile_voxels * SINGLE_BYTES)
         if near is Place.RAM:
@@ -300,8 +302,8 @@ def _window_allocations(
         yield Allocation("tiles on their way", Place.RAM, tiles_bytes, predict)
     if model.folds > 1:
         yield Allocation("sum over folds", placement.planes, finished_bytes(model, case), predict)
-        checked_bytes = model.heads * plane_voxels * _CHECK_BYTES if near is Place.RAM else 0
-        yield Allocation("plane of the sum", Place.RAM, 2 * plane_bytes + checked_bytes, predict)
+        sum_bytes = 2 * plane_bytes + (check_bytes if near is Place.RAM else 0)
+        yield Allocation("plane of the sum", Place.RAM, sum_bytes, predict)
 
 
 def page_locked_bytes(size_bytes: int) -> int:

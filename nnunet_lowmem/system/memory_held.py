@@ -131,26 +131,27 @@ class PeakSampler:
         with self._lock:
             start_s = time.thread_time()
             pids = _tree_pids(self._pid)
-            resident_bytes = sum(map(_resident_bytes, pids))
+            resident = {pid: _resident_bytes(pid) for pid in pids}
+            resident_bytes = sum(resident.values())
             cost_s = time.thread_time() - start_s
             # kernels that count resident pages per CPU may show less than there is: then this is negative
             upper_bytes = resident_bytes - min(0, self._counted_twice_bytes)
             may_be_a_peak = upper_bytes > self._peaks[self._stage] and time.monotonic() >= self._next_exact_s
             if may_be_a_peak or pids != self._calibrated_pids:
-                self._calibrate(pids, resident_bytes)
+                self._calibrate(resident)
             self.held_bytes = resident_bytes - self._counted_twice_bytes
             self._peaks[self._stage] = max(self._peaks[self._stage], self.held_bytes)
             self._timeline.add(time.time(), self.held_bytes)
             self.cpu_s += time.thread_time() - start_s
             return cost_s
 
-    def _calibrate(self, pids: list[int], resident_bytes: int) -> None:
+    def _calibrate(self, resident: dict[int, int]) -> None:
         start_s = time.thread_time()
-        shares_bytes = sum(map(_proportional_bytes, pids))
-        if len(pids) > 1 and sum(map(_resident_bytes, pids)) < resident_bytes:
-            # each of those that end one after the other while they are read had a larger share of the same pages
-            shares_bytes, pids = min(shares_bytes, self.held_bytes), []
-        self._counted_twice_bytes = resident_bytes - shares_bytes
+        pids, shares_bytes = list(resident), sum(map(_proportional_bytes, resident))
+        if any(held_bytes and not _resident_bytes(pid) for pid, held_bytes in resident.items()):
+            # each of those that ended one after the other while they were read had a larger share of the same pages
+            pids, shares_bytes = [], min(shares_bytes, self.held_bytes)
+        self._counted_twice_bytes = sum(resident.values()) - shares_bytes
         self._calibrated_pids = pids
         self._next_exact_s = time.monotonic() + _PAUSE_PER_COST * (time.thread_time() - start_s)
 

@@ -60,7 +60,7 @@ class RowThreads:
 
 @contextmanager
 def torch_threads(most: int, least: int = 1) -> Iterator[None]:
-    """Run the network on stock's number of threads, or on `least`: its output on the CPU depends on it."""
+    """Run the network on stock's number of threads, or `least` if more: its output on the CPU depends on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(least, min(most, threads)))
     try:
