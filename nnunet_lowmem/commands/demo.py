@@ -37,7 +37,7 @@ def run_demo(folder: Path, device_name: str | None) -> None:
         predictor.initialize_from_trained_model_folder(str(data / "ct118"), (0,))
         predictor.predict_from_files(images, str(folder))
     (report,) = predictor.run_report.done
-    labels = SimpleITK.GetArrayViewFromImage(SimpleITK.ReadImage(str(folder / _SEGMENTATION)))
+    labels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / _SEGMENTATION)))
     table = Table(title="nnunet-lowmem demo", show_header=False)
     table.add_row("image", " x ".join(map(str, labels.shape)))
     table.add_row("classes", f"{_HEADS}, of which {len(np.unique(labels))} appear")
