@@ -29,7 +29,7 @@ from nnunet_lowmem.predict import cases, estimating, jobs, loading, runs, valida
 from nnunet_lowmem.predict.cases import Failing, Outcomes
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import logging_prints
-from nnunet_lowmem.predict.listing import list_jobs, unless_unwritable
+from nnunet_lowmem.predict.listing import list_jobs, refuse_unwritable
 from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.predict.outcomes import RunReport
 from nnunet_lowmem.predict.setup import Memo, Setup, Steps
@@ -248,7 +248,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
             outcomes = Outcomes(report, self._failing(in_workers), listeners)
             if wanted:
                 tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
-                wanted = wanted if replaced(self, Step.EXPORT) else [unless_unwritable(job) for job in wanted]
+                wanted = wanted if replaced(self, Step.EXPORT) else refuse_unwritable(wanted)
                 cases.require_space(wanted, self._setup(), probabilities)
                 ahead = arguments.get("num_processes_preprocessing", 0) > 0
                 try:

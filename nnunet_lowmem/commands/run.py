@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.system import platform
 
 #: Holds a ``sitecustomize``, which Python imports when it starts.
 ON_PATH = Path(__file__).parents[1] / "on_path"
@@ -41,6 +41,4 @@ def run(options: argparse.Namespace) -> int:
     if program is None:
         raise UsageError(f"run: the command {command[0]!r} is not found")
     environment = environment_for(options.predictor, os.environ)
-    if os.name == "nt":  # there, exec returns to the shell at once
-        return subprocess.call([program, *command[1:]], env=environment)
-    return os.execve(program, command, environment)
+    return platform.become(program, command, environment)

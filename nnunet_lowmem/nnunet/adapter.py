@@ -33,7 +33,8 @@ from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, RESAMPLINGS, Step
 from nnunet_lowmem.preprocessing.case import network_spacing
-from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale
+from nnunet_lowmem.system.atomic_files import atomic_output
+from nnunet_lowmem.system.owned_folders import remove_stale
 from nnunet_lowmem.types import PreprocessedCase, shape3
 from nnunet_lowmem.volumes.verifying import verify_label_file
 

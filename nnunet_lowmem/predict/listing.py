@@ -15,6 +15,7 @@ from nnunet_lowmem.predict.jobs import Files, Job, Refused
 from nnunet_lowmem.predict.listeners import logging_prints
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
+from nnunet_lowmem.system.atomic_files import try_output
 from nnunet_lowmem.system.placing import place_of
 
 
@@ -112,14 +113,34 @@ def _unless_among_images(job: Job, folder: str) -> Job:
     return _refused(job, UsageError(f"{told}: move it, or give another folder with -o"))
 
 
-def unless_unwritable(job: Job) -> Job:
+def refuse_unwritable(jobs: Sequence[Job]) -> list[Job]:
     """Let a case fail when its turn comes, before it is computed, if one of its outputs cannot be written."""
+    tried: dict[Path, WriteError | None] = {}
+    return [_unless_unwritable(job, tried) for job in jobs]
+
+
+def _unless_unwritable(job: Job, tried: dict[Path, WriteError | None]) -> Job:
     try:
         for output in () if job.recipe is None else job.recipe.outputs:
-            place_of(output)
+            place = place_of(output)
+            # a file that is there may be written to where no other can be made
+            if not place.exists():
+                _try_once(place.parent, tried)
     except WriteError as error:
         return _refused(job, error)
     return job
+
+
+def _try_once(folder: Path, tried: dict[Path, WriteError | None]) -> None:
+    if folder not in tried:
+        tried[folder] = None
+        try:
+            try_output(folder)
+        except WriteError as error:
+            tried[folder] = error
+    refusal = tried[folder]
+    if refusal is not None:
+        raise refusal
 
 
 def _refused(job: Job, error: LowMemError) -> Job:

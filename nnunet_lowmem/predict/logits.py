@@ -23,7 +23,8 @@ from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.weights import load_into
 from nnunet_lowmem.system.clock import StageClock
-from nnunet_lowmem.system.threads import RowThreads, torch_threads, usable_cores
+from nnunet_lowmem.system.platform import usable_cores
+from nnunet_lowmem.system.threads import RowThreads, torch_threads
 from nnunet_lowmem.types import Attempt, Place, PreprocessedCase, once
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.rolling import RollingWindow, average_folds, roll

@@ -24,7 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nnunet_lowmem.system.atomic_files import is_left_over, owned_name
+from nnunet_lowmem.system.owned_folders import is_left_over, owned_name
 from nnunet_lowmem.system.placing import flush
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
 

@@ -31,9 +31,9 @@ from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.system import signals
-from nnunet_lowmem.system.atomic_files import temporary_folder
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.memory_held import PeakSampler
+from nnunet_lowmem.system.owned_folders import temporary_folder
 from nnunet_lowmem.types import Place, PreprocessedCase, Result
 
 logger = logging.getLogger(__name__)

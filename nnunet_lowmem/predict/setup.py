@@ -22,7 +22,7 @@ from nnunet_lowmem.nnunet.model import uncompiled
 from nnunet_lowmem.options import Options, values_of
 from nnunet_lowmem.predict.records import fingerprint
 from nnunet_lowmem.predict.weights import FoldWeights, digests
-from nnunet_lowmem.system.threads import usable_cores
+from nnunet_lowmem.system.platform import usable_cores
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.report.label_differences import LabelDifference, compare_folders
 from nnunet_lowmem.report.measured_command import MeasuredCommand, machine_facts, run_measured
-from nnunet_lowmem.system.atomic_files import temporary_folder
 from nnunet_lowmem.system.memory_limits import available_ram, less_headroom
+from nnunet_lowmem.system.owned_folders import temporary_folder
 
 SIDES = ("stock", "ours")
 #: Flag of `commands.one_side`, which is started by its name.

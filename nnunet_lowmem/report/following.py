@@ -10,7 +10,7 @@ from nnunet_lowmem.predict.listeners import Callbacks, Listener, ProgressBars, R
 from nnunet_lowmem.predict.outcomes import RunReport
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.report.page import HtmlReport, facts_of
-from nnunet_lowmem.system.atomic_files import temporary_folder
+from nnunet_lowmem.system.owned_folders import temporary_folder
 from nnunet_lowmem.system.stalls import WorkerLimits
 
 #: Seconds between two plain lines where no terminal shows bars.

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
-import signal
 import subprocess
 import time
 from bisect import bisect_left, bisect_right
@@ -26,6 +24,7 @@ from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.clock import TRACE_VARIABLE
 from nnunet_lowmem.system.memory_held import PeakSampler
+from nnunet_lowmem.system.platform import end_session
 from nnunet_lowmem.system.process_tree import ProcessTree
 
 #: Name of the stage whose beginning is the first tile.
@@ -146,11 +145,7 @@ def _process_group(
 def _end(child: subprocess.Popen[bytes], tree: ProcessTree) -> None:
     """End the session that the command has begun, with what it left running, and the command itself."""
     tree.note_descendants()
-    if os.name == "nt":
-        child.kill()
-    else:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    end_session(child)
     tree.end_descendants(0.0)
     child.wait()
     # but not for ever, until the kernel has taken down what was killed: the next command needs the memory

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 
-# glibc's number for the size from which a block is mapped on its own, and the size
-_M_MMAP_THRESHOLD = -3
+from nnunet_lowmem.system import platform
+
 _MAPPED_BYTES = 8 * 2**20
-# on Windows, which has no library without a name, ctypes raises TypeError; other C libraries lack the functions
-_NO_GLIBC = (OSError, AttributeError, TypeError)
 
 
 def own_process() -> None:
@@ -23,11 +19,9 @@ def own_process() -> None:
     raises that size to 32 MiB as it sees such blocks freed, and keeps those below.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    with contextlib.suppress(*_NO_GLIBC):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    platform.map_large_blocks(_MAPPED_BYTES)
 
 
 def return_freed_memory() -> None:
     """Give the blocks that are free back to the system, where the C library can (glibc)."""
-    with contextlib.suppress(*_NO_GLIBC):
-        ctypes.CDLL(None).malloc_trim(0)
+    platform.trim_heap()

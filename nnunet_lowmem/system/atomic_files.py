@@ -1,51 +1,65 @@
-"""Files that appear whole or not at all, and folders that do not outlive their process.
+"""Files that appear whole or not at all.
 
 An output is written under its own name into a hidden folder beside its target, verified, flushed to the disk and only
 then renamed: whoever looks, at any moment, sees nothing, the old file, or the new one (`placing` has the exceptions).
 The folder keeps the name (and so every ending a writer may ask for) intact, and keeps the unfinished file out of
-listings of cases. Where the output is a symbolic link, the folder is beside the file that it leads to.
-
-The name of such a folder tells who owns it. Folders of processes that have ended are removed by the next run; where
-the owner is on another machine or in another container, which cannot be asked, once nothing in them changed for a day.
+listings of cases. Where the output is a symbolic link, the folder is beside the file that it leads to; where no folder
+can be made or listed there, it is the system's for temporary files, and the output a verified copy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import platform
-import re
+import logging
 import secrets
 import shutil
-import stat
 import tempfile
-import time
-import zlib
-from collections.abc import Callable, Collection, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
-import psutil
-
-from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError, because
+from nnunet_lowmem.errors import DamagedFileError, LowMemError, WriteError, because
 from nnunet_lowmem.sizes import format_gib
+from nnunet_lowmem.system import platform
+from nnunet_lowmem.system.owned_folders import (
+    PARTIAL,
+    SIGN_FILE,
+    TRIAL,
+    make_owned_folder,
+    owned_name,
+    remove_owned_folder,
+    remove_stale,
+)
 from nnunet_lowmem.system.placing import flush, place_of, put
 
-#: Age after which a folder is taken for abandoned although its owner cannot be asked.
-UNKNOWN_OWNER_S = 24 * 3600
+logger = logging.getLogger(__name__)
 
-# the second where names that begin with a dot are forbidden
-_PARTIAL = (".partial", "lowmem_partial")
-_TEMPORARY = "nnunet_lowmem"
-_OWNED = re.compile(r"(.+)-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
-_NO_FOLDER = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EINVAL)
+_NO_FOLDER = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _ALMOST_FULL_BYTES = 2**20
 
-# names of folders this process has made and not yet removed
-_live: set[str] = set()
+
+def try_output(folder: Path) -> None:
+    """Publish a small file in `folder` as every output will be, and remove it: what cannot be done shows before work.
+
+    Raises
+    ------
+    WriteError
+        If outputs could not be written there.
+    """
+    final = folder / owned_name(TRIAL, secrets.token_hex(4))
+    try:
+        with atomic_output(final) as path:
+            path.write_bytes(b"written to see whether it can be\n")
+    except WriteError as error:
+        error.args = (f"outputs cannot be written to {folder}, nothing was computed: {error}; choose another folder",)
+        raise
+    try:
+        final.unlink()
+    except OSError as error:
+        logger.warning(
+            "%s: what is written there cannot be removed (%s); unfinished files will stay", folder, error.strerror
+        )
 
 
 @contextlib.contextmanager
@@ -95,7 +109,7 @@ def atomic_output(
         except (OSError, DamagedFileError) as error:
             raise _write_error(final, error, folder, needed_bytes) from error
     finally:
-        _remove_owned_folder(folder)
+        remove_owned_folder(folder)
 
 
 def require_free_bytes(path: Path, needed_bytes: int) -> None:
@@ -115,143 +129,18 @@ def require_free_bytes(path: Path, needed_bytes: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def temporary_folder(tmp_dir: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Give an empty folder that is removed, with all it holds, however the block ends.
-
-    Those that earlier processes had to leave behind are removed first.
-
-    Parameters
-    ----------
-    tmp_dir : path, optional
-        Where to make it; the system's folder for temporary files if not given.
-
-    Yields
-    ------
-    Path
-        ``nnunet_lowmem-<host>-<pid>-<random>``, readable by this user only.
-
-    Raises
-    ------
-    UsageError
-        If `tmp_dir` is missing, not a folder, or cannot be written to.
-    """
-    try:
-        parent = Path(tempfile.gettempdir() if tmp_dir is None else tmp_dir)
-        folder = _make_owned_folder(parent, _TEMPORARY)
-    except OSError as error:
-        text = f"--tmp_dir {tmp_dir or ''}: cannot make a folder there: {error.strerror or error}"
-        raise because(UsageError, text, error) from error
-    try:
-        remove_stale(parent)
-        yield folder
-    finally:
-        _remove_owned_folder(folder)
-
-
-def remove_stale(folder: Path) -> list[Path]:
-    """Remove what `atomic_output` and `temporary_folder` of ended processes have left directly in `folder`.
-
-    Returns
-    -------
-    list of Path
-        What was removed. Folders of living processes, of other users, and links are left alone.
-    """
-    try:
-        folders = [path for path in sorted(folder.iterdir()) if path.name not in _live and path.is_dir()]
-    except OSError:
-        return []
-    paths = [path for path in folders if is_left_over(path, path.name, (*_PARTIAL, _TEMPORARY))]
-    for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
-    return [path for path in paths if not path.exists()]
-
-
-def _make_owned_folder(parent: Path, kind: str) -> Path:
-    folder = parent / owned_name(kind, secrets.token_hex(4))
-    # registered first: another thread may be removing stale folders right now
-    _live.add(folder.name)
-    try:
-        folder.mkdir(mode=0o700)
-    except BaseException:
-        _live.discard(folder.name)
-        raise
-    return folder
-
-
-def _remove_owned_folder(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        _live.discard(folder.name)
-
-
-@cache
-def _host() -> str:
-    """Return eight digits for the machine and the container, within which a process id means one process."""
-    try:
-        # Linux: containers on one machine may share its name, but not the space of process ids
-        space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        space = 0
-    return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
-
-
-def owned_name(kind: str, unique: str) -> str:
-    """Return a name that no other process has, and that tells which one it belongs to."""
-    return f"{kind}-{_host()}-{os.getpid()}-{unique}"
-
-
-def is_left_over(path: Path, name: str, kinds: Collection[str]) -> bool:
-    """Whether `path`, a file or folder of this user, has an `owned_name` of one of `kinds`, and its owner has ended."""
-    match = _OWNED.fullmatch(name)
-    if match is None or match[1] not in kinds or not _is_own(path):
-        return False
-    host, pid = match[2], int(match[3])
-    if host != _host():
-        return _age_s(path) > UNKNOWN_OWNER_S
-    # in a container that was started again the predecessor had the same process id
-    return pid == os.getpid() or not _is_running(pid)
-
-
-def _is_own(path: Path) -> bool:
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    return not stat.S_ISLNK(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
-
-
-def _age_s(owned: Path) -> float:
-    try:
-        newest: float = max(path.stat().st_mtime for path in (owned, *(owned.iterdir() if owned.is_dir() else ())))
-    except OSError:  # somebody works in it
-        return 0.0
-    return time.time() - newest
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-
-
 def _partial_folder(final: Path, place: Path) -> Path:
-    """Make a folder on the disk of `place`, or beside `final`: a file may be written to where no other may be made."""
-    parents = list(dict.fromkeys((place.parent, final.parent)))
-    for parent, kind in product(parents, _PARTIAL):
+    """Make a folder on the disk of `place`, or elsewhere: a file may be written to where no other may be made."""
+    for parent, kind in product(dict.fromkeys((place.parent, final.parent, None)), PARTIAL):
         try:
-            folder = _make_owned_folder(parent, kind)
+            folder = make_owned_folder(parent or Path(tempfile.gettempdir()), kind)
         except OSError as error:
             failed = error
             if error.errno in _NO_FOLDER:
                 continue
             break
         if parent != final.parent:  # which no run looks through when it begins
-            remove_stale(parent)
+            remove_stale(folder.parent)
         return folder
     raise _write_error(final, failed) from failed
 
@@ -263,7 +152,7 @@ def _publish(folder: Path, final: Path, place: Path, verify: Callable[[Path], ob
     if verify is not None:
         verify(partial)
     # the file itself last: who sees it finds what belongs to it
-    sidecars = sorted(path for path in folder.iterdir() if path != partial)
+    sidecars = sorted(path for path in folder.iterdir() if path not in (partial, folder / SIGN_FILE))
     places = {path: place_of(final.parent / path.name) for path in sidecars} | {partial: place}
     for path in places:
         flush(path)
@@ -277,7 +166,7 @@ def _publish(folder: Path, final: Path, place: Path, verify: Callable[[Path], ob
 
 
 def _is_about_writing(error: Exception, folder: Path) -> bool:
-    if getattr(error, "errno", None) in _DISK_FULL or str(folder) in str(error):
+    if getattr(error, "errno", None) in platform.DISK_FULL or str(folder) in str(error):
         return True
     if not isinstance(error, OSError) or error.errno is not None:
         return False

@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 
 from nnunet_lowmem.errors import DamagedFileError, WriteError
+from nnunet_lowmem.system import platform
 
 # what file systems without rename say, and others of a file that cannot be replaced: it is mounted there, only its
 # owner may, or it lies on another disk than what was written
@@ -74,7 +75,7 @@ def put(written: Path, place: Path) -> None:
     if older is not None:
         _keep_owner_and_mode(written, older)
     try:
-        os.replace(written, place)
+        platform.replace(written, place)
     except OSError as error:
         if error.errno not in _NO_RENAME:
             raise
@@ -83,11 +84,10 @@ def put(written: Path, place: Path) -> None:
 
 def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk, where it can."""
-    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
-        return
     try:
-        # Windows flushes only what is open for writing; some file systems open nothing for both
-        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        descriptor = platform.open_to_flush(path)
+        if descriptor is None:
+            return
         try:
             os.fsync(descriptor)
         finally:
@@ -100,12 +100,8 @@ def flush(path: Path) -> None:
 
 def _keep_owner_and_mode(written: Path, older: os.stat_result) -> None:
     mine = written.stat()
-    if hasattr(os, "chown") and (mine.st_uid, mine.st_gid) != (older.st_uid, older.st_gid):
-        try:
-            os.chown(written, older.st_uid, older.st_gid)
-        except OSError:  # only root gives files away
-            with contextlib.suppress(OSError):
-                os.chown(written, -1, older.st_gid)
+    if (mine.st_uid, mine.st_gid) != (older.st_uid, older.st_gid):
+        platform.give(written, older)
     with contextlib.suppress(OSError):  # a file system without modes
         written.chmod(stat.S_IMODE(older.st_mode))
 

@@ -6,19 +6,19 @@ Loaded in the worker before anything of the job is, so that the ties to the pare
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+
+from nnunet_lowmem.system import platform
 
 Report = Callable[[str], None]
 
@@ -28,7 +28,6 @@ RESULT_LIMIT_BYTES = 16 * 2**10 - 64
 PARENT_CHECK_S = 1.0
 
 _REPEAT_S = 0.2
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ def run_job(pipe: Connection, parent_pid: int, job: bytes) -> None:
 
 
 def _end_with_parent(parent_pid: int) -> None:
-    if sys.platform == "linux":
-        # works where no Python code runs: in a stopped process, in a long call into C
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    platform.end_with_parent()
     # covers other systems, and a parent that ended before the call above
     threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
 

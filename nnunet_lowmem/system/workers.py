@@ -21,7 +21,6 @@ import multiprocessing.process
 import multiprocessing.spawn
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from typing import Any, Generic, TypeVar
 
 from nnunet_lowmem.errors import WorkerError
 from nnunet_lowmem.sizes import format_gib
+from nnunet_lowmem.system import platform
 from nnunet_lowmem.system.process_tree import ProcessTree, exit_words, oom_kills
 from nnunet_lowmem.system.stalls import ProgressClock, WorkerLimits
 from nnunet_lowmem.system.worker_child import Raised, Report, run_job
@@ -243,7 +243,7 @@ class Worker(Generic[Argument, Result]):
 
     def _death(self) -> WorkerDiedError:
         code = self._process.exitcode
-        if code != -getattr(signal, "SIGKILL", 9):
+        if code != -platform.KILLED:
             return WorkerDiedError(f"ended without a result ({exit_words(code)})")
         before, now = self._oom_kills, oom_kills()
         if before is not None and now is not None and now > before:

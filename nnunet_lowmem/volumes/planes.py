@@ -7,7 +7,6 @@ belong to the system's cache and not to this process.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import WriteError
+from nnunet_lowmem.system import platform
 from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.types import Shape3
 
@@ -122,6 +122,5 @@ def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: P
         size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
         require_free_bytes(folder, size_bytes)
         with _told(folder):
-            if hasattr(os, "posix_fallocate"):  # a page of a sparse file that finds no room would end the process
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            platform.reserve(file.fileno(), size_bytes)
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)

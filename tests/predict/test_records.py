@@ -20,7 +20,7 @@ from skimage import io
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.predict.records import Recipe, Records, Standing, fingerprint
-from nnunet_lowmem.system import atomic_files
+from nnunet_lowmem.system import owned_folders
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
 
 
@@ -233,7 +233,7 @@ def test_processes_and_threads_that_record_at_once(done, tmp_path):
 def ended_name() -> str:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    return f"lowmem_run-{atomic_files._host()}-{process.pid}-0123abcd.jsonl"
+    return f"lowmem_run-{owned_folders._host()}-{process.pid}-0123abcd.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def ended_name() -> str:
         (ended_name, ["out.nii.gz", "gone.nii.gz"], 0, False),
         (ended_name, ["out.nii.gz", "in.nii.gz"], 0, True),
         (ended_name, [], 0, False),
-        (lambda: f"lowmem_run-{atomic_files._host()}-{os.getppid()}-0123abcd.jsonl", ["out.nii.gz"], 0, True),
+        (lambda: f"lowmem_run-{owned_folders._host()}-{os.getppid()}-0123abcd.jsonl", ["out.nii.gz"], 0, True),
         ("lowmem_run-00000000-1-0123abcd.jsonl", ["out.nii.gz"], 3600, True),
         ("lowmem_run-00000000-1-0123abcd.jsonl", ["out.nii.gz"], 25 * 3600, False),
         ("lowmem_run-kept.jsonl", ["out.nii.gz"], 0, True),

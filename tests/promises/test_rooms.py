@@ -177,6 +177,8 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
         "system.memory_held",
         "errors",
         "system.atomic_files",
+        "system.owned_folders",
+        "system.platform",
         "system.workers",
         "system.worker_child",
         "nnunet.predictors",

@@ -3,15 +3,12 @@ from __future__ import annotations
 import errno
 import gc
 import gzip
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from batchgenerators.utilities.file_and_folder_operations import subfiles
+from children import names, python
 from faulty_calls import NEW, OLD, Fault, is_new, write
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
@@ -28,9 +26,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from oracle import INSTALLED, own_lines
 
-from nnunet_lowmem.errors import UsageError, WriteError
+from nnunet_lowmem.errors import WriteError
 from nnunet_lowmem.system import atomic_files
-from nnunet_lowmem.system.atomic_files import atomic_output, remove_stale, require_free_bytes, temporary_folder
+from nnunet_lowmem.system.atomic_files import atomic_output, require_free_bytes
+from nnunet_lowmem.system.owned_folders import remove_stale
 from nnunet_lowmem.volumes.stored_parts import Encoding, Part
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_label_file
 
@@ -73,22 +72,6 @@ def state(final: Path) -> str:
     if not final.exists():
         return "nothing"
     return {OLD: "old", NEW: "new"}.get(final.read_bytes(), "broken")
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def python(text: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=50)
-
-
-def ended_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 @pytest.fixture
@@ -244,9 +227,9 @@ ACTS = {
     "input/output error": raises(OSError(errno.EIO, os.strerror(errno.EIO))),
     "Ctrl-C": raises(KeyboardInterrupt()),
 }
-# mkdir; open, write, write, write, close; open, fsync, close; then the rename, and open, fsync, close of the folder;
-# what comes later removes the private folder
-RENAME, LAST = 10, 13
+# mkdir, and open of the sign of life; open, write, write, write, close; open, fsync, close; then the rename, and open,
+# fsync, close of the folder; what comes later removes the private folder
+SIGN, RENAME, LAST = 2, 11, 14
 
 
 def write_with_fault(final: Path, fault: Fault) -> str:
@@ -280,7 +263,8 @@ class TestFaultAtEachCall:
                 final.write_bytes(old)
             fault = Fault(at, ACTS[kind])
             outcome = write_with_fault(final, fault)
-            assert state(final) == (before if at <= RENAME else "new")
+            is_left_out = at == SIGN and kind != "Ctrl-C"
+            assert state(final) == (before if at <= RENAME and not is_left_out else "new")
             assert at > LAST or outcome == ("KeyboardInterrupt" if kind == "Ctrl-C" else outcome_of(kind, at))
             if at > LAST:
                 remove_stale(final.parent)
@@ -307,8 +291,10 @@ class TestFaultAtEachCall:
 
 
 def outcome_of(kind: str, at: int) -> str:
+    if at == SIGN:
+        return "done"
     # an input/output error while data is written is the business of the writer
-    return "OSError" if kind == "input/output error" and 1 < at < 7 else "WriteError"
+    return "OSError" if kind == "input/output error" and SIGN < at < 8 else "WriteError"
 
 
 KILLED_WRITER = """
@@ -623,180 +609,3 @@ class TestVerifyLabelFile:
     def test_pictures_pass(self, tmp_path):
         NaturalImage2DIO().write_seg(labels((1, 40, 50)), str(tmp_path / "a.png"), {})
         verify_label_file(tmp_path / "a.png", (1, 40, 50), np.uint8)
-
-
-class TestRemoveStale:
-    def leftover(self, folder: Path, name: str, age_s: float = 0) -> Path:
-        path = folder / name
-        path.mkdir()
-        (path / "case.nii.gz").write_bytes(NEW)
-        for each in (path / "case.nii.gz", path):
-            os.utime(each, (time.time() - age_s,) * 2)
-        return path
-
-    @pytest.mark.parametrize("kind", [".partial", "lowmem_partial", "nnunet_lowmem"])
-    def test_of_an_ended_process_is_removed(self, tmp_path, kind):
-        path = self.leftover(tmp_path, f"{kind}-{atomic_files._host()}-{ended_pid()}-0123abcd")
-        assert remove_stale(tmp_path) == [path]
-        assert names(tmp_path) == []
-
-    def test_of_a_living_process_is_kept(self, tmp_path):
-        self.leftover(tmp_path, f".partial-{atomic_files._host()}-{os.getppid()}-0123abcd")
-        assert remove_stale(tmp_path) == []
-        assert len(names(tmp_path)) == 1
-
-    def test_of_this_very_process_is_kept_while_it_is_in_use(self, final):
-        with atomic_output(final, is_new) as partial:
-            write(partial)
-            assert remove_stale(final.parent) == []
-        assert state(final) == "new"
-
-    def test_of_a_predecessor_with_this_process_id_is_removed(self, tmp_path):
-        self.leftover(tmp_path, f".partial-{atomic_files._host()}-{os.getpid()}-0123abcd")
-        assert len(remove_stale(tmp_path)) == 1
-
-    @pytest.mark.skipif(sys.platform == "win32", reason="needs a zombie")
-    def test_of_a_zombie_is_removed(self, tmp_path):
-        with subprocess.Popen([sys.executable, "-c", ""]) as process:
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            self.leftover(tmp_path, f".partial-{atomic_files._host()}-{process.pid}-0123abcd")
-            assert len(remove_stale(tmp_path)) == 1
-
-    @pytest.mark.parametrize("age_s, removed", [(3600, 0), (25 * 3600, 1)])
-    def test_of_another_machine_is_removed_after_a_day(self, tmp_path, age_s, removed):
-        self.leftover(tmp_path, f".partial-{'0' * 8}-{ended_pid()}-0123abcd", age_s)
-        assert len(remove_stale(tmp_path)) == removed
-
-    def test_of_another_machine_is_kept_while_its_file_grows(self, tmp_path):
-        path = self.leftover(tmp_path, f".partial-{'0' * 8}-1-0123abcd", 25 * 3600)
-        os.utime(path / "case.nii.gz")
-        assert remove_stale(tmp_path) == []
-
-    @pytest.mark.parametrize(
-        "name", ["case.nii.gz", ".partial", ".partial-1", "nnunet_lowmem-backup", ".partial-1-2-3.old"]
-    )
-    def test_anything_else_is_kept(self, tmp_path, name):
-        self.leftover(tmp_path, name, 100 * 24 * 3600)
-        assert remove_stale(tmp_path) == []
-
-    def test_links_are_kept(self, tmp_path):
-        target = tmp_path / "precious"
-        target.mkdir()
-        link = tmp_path / f".partial-{atomic_files._host()}-{ended_pid()}-0123abcd"
-        link.symlink_to(target)
-        assert remove_stale(tmp_path) == []
-        assert target.exists()
-
-    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
-    def test_of_another_user_is_kept(self, tmp_path):
-        path = self.leftover(tmp_path, f".partial-{atomic_files._host()}-{ended_pid()}-0123abcd")
-        os.chown(path, 12345, 12345)
-        assert remove_stale(tmp_path) == []
-
-    def test_missing_folder_holds_nothing(self, tmp_path):
-        assert remove_stale(tmp_path / "gone") == []
-
-    def test_host_differs_between_containers(self, monkeypatch):
-        here = atomic_files._host()
-        monkeypatch.setattr(atomic_files.platform, "node", lambda: "another")
-        assert atomic_files._host.__wrapped__() != here
-
-
-class TestTemporaryFolder:
-    def test_is_private_and_removed(self, tmp_path):
-        with temporary_folder(tmp_path) as folder:
-            assert folder.parent == tmp_path
-            assert folder.name.startswith("nnunet_lowmem-")
-            assert f"-{os.getpid()}-" in folder.name
-            assert os.name == "nt" or folder.stat().st_mode & 0o777 == 0o700
-            (folder / "sub").mkdir()
-            (folder / "sub" / "file").write_bytes(NEW)
-        assert names(tmp_path) == []
-
-    def test_is_in_the_systems_folder_by_default(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(atomic_files.tempfile, "tempdir", str(tmp_path))
-        with temporary_folder() as folder:
-            assert folder.parent == tmp_path
-
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-    def test_is_removed_after_an_error(self, tmp_path, error):
-        with pytest.raises(error), temporary_folder(tmp_path):
-            raise error
-        assert names(tmp_path) == []
-
-    def test_leaves_the_error_of_the_block_alone(self, tmp_path):
-        with pytest.raises(OSError, match="mine"), temporary_folder(tmp_path):
-            raise OSError("mine")
-
-    @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
-    def test_left_by_a_killed_process_is_removed_at_the_next_start(self, tmp_path):
-        done = python(
-            """
-            import os, signal, sys
-            from pathlib import Path
-            from nnunet_lowmem.system.atomic_files import temporary_folder
-            with temporary_folder(Path(sys.argv[1])) as folder:
-                (folder / "spill").write_bytes(bytes(1000))
-                os.kill(os.getpid(), signal.SIGKILL)
-            """,
-            tmp_path,
-        )
-        assert done.returncode == -signal.SIGKILL
-        (left,) = names(tmp_path)
-        with temporary_folder(tmp_path) as folder:
-            assert names(tmp_path) == [folder.name] != [left]
-
-    def test_of_others_that_run_at_the_same_time_is_kept(self, tmp_path):
-        with temporary_folder(tmp_path) as first:
-            with temporary_folder(tmp_path) as second:
-                assert names(tmp_path) == sorted([first.name, second.name])
-            assert first.exists()
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    def test_is_not_removed_by_a_forked_child(self, tmp_path):
-        with temporary_folder(tmp_path) as folder:
-            child = multiprocessing.get_context("fork").Process(target=remove_stale, args=(tmp_path,))
-            child.start()
-            child.join()
-            assert folder.exists()
-
-    def test_missing(self, tmp_path):
-        told = r"--tmp_dir .*gone: .*No such file"
-        with pytest.raises(UsageError, match=told), temporary_folder(tmp_path / "gone"):
-            pass
-
-    def test_that_is_a_file(self, tmp_path):
-        (tmp_path / "file").touch()
-        told = r"--tmp_dir .*file: .*[Nn]ot a directory"
-        with pytest.raises(UsageError, match=told), temporary_folder(tmp_path / "file"):
-            pass
-
-    @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-    def test_that_cannot_be_written_to(self, tmp_path, monkeypatch, number):
-        def refuse(*args, **kwargs):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(os, "mkdir", refuse)
-        with pytest.raises(UsageError) as caught, temporary_folder(tmp_path):
-            pass
-        assert os.strerror(number) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert atomic_files._live == set()
-
-    def test_of_a_system_without_one(self, monkeypatch):
-        def none():
-            raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-
-        monkeypatch.setattr(atomic_files.tempfile, "gettempdir", none)
-        with pytest.raises(UsageError, match="No usable temporary directory"), temporary_folder():
-            pass
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="mounts a file system")
-    def test_on_a_file_system_mounted_read_only(self, tmp_path):
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]).returncode:
-            pytest.skip("may not mount a file system here")
-        try:
-            with pytest.raises(UsageError, match="Read-only file system"), temporary_folder(tmp_path):
-                pass
-        finally:
-            subprocess.run(["umount", str(tmp_path)], check=True)

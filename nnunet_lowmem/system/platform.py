@@ -1,0 +1,211 @@
+"""What differs between Linux, macOS and Windows: the one module that asks which of them this is.
+
+Here are every call into the C library and every name that only POSIX has. Each function has an answer everywhere: the
+next best thing, nothing, or None for what cannot be known; no other module asks for the platform.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_LINUX = sys.platform == "linux"
+_WINDOWS = sys.platform == "win32"
+
+#: What a full disk, an exhausted quota and the size limit of a file system or of ``ulimit -f`` say.
+DISK_FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+#: What `multiprocessing` gives, negative, for a process that was ended at once.
+KILLED = getattr(signal, "SIGKILL", 9)
+
+# glibc's number for the size from which a block is mapped on its own, and Linux' for the signal of a parent's death
+_M_MMAP_THRESHOLD = -3
+_PR_SET_PDEATHSIG = 1
+# Windows' words for a file that somebody else has open: access denied, sharing violation, lock violation
+_OPEN_ELSEWHERE = (5, 32, 33)
+_SCANNER_S = 5.0
+_SCANNER_LOOK_S = 0.05
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def map_large_blocks(least_bytes: int) -> None:
+    """Have the allocator map every block from this size on by itself, and give it back when freed (glibc)."""
+    _call_c("mallopt", _M_MMAP_THRESHOLD, least_bytes)
+
+
+def trim_heap() -> None:
+    """Give the blocks of the heap that are free back to the system (glibc)."""
+    _call_c("malloc_trim", 0)
+
+
+def _call_c(name: str, *arguments: int) -> None:
+    # Windows has no library without a name: ctypes raises TypeError; other C libraries lack the functions
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), name)(*arguments)
+
+
+def process_limits() -> dict[str, int]:
+    """Return the soft limits of ``setrlimit`` on memory in bytes, by name, where there are any."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    names = [name for name in ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_RSS") if hasattr(resource, name)]
+    soft_bytes = {name: resource.getrlimit(getattr(resource, name))[0] for name in names}
+    return {name: limit for name, limit in soft_bytes.items() if limit != resource.RLIM_INFINITY}
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the thread that started it ends; Linux alone can.
+
+    It works where no Python code runs: in a stopped process, in a long call into C.
+    """
+    if _LINUX:
+        _call_c("prctl", _PR_SET_PDEATHSIG, KILLED, 0, 0, 0)
+
+
+def end_session(child: subprocess.Popen[Any]) -> None:
+    """End at once the session that `child` has begun (``start_new_session``), or itself where there are none."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, KILLED)
+    else:
+        child.kill()
+
+
+def become(program: str, arguments: list[str], environment: dict[str, str]) -> int:
+    """Let `program` take the place of this process; where the shell would not wait for it, return its exit code."""
+    if not _WINDOWS:
+        os.execve(program, arguments, environment)
+    return subprocess.call([program, *arguments[1:]], env=environment)
+
+
+def process_space() -> str:
+    """Return what tells the place within which a process id means one process, besides the machine's name.
+
+    On Linux the boot of its kernel and the space of process ids: containers on one machine share the former and may
+    share a name, machines made from one image may share theirs.
+    """
+    told = []
+    with contextlib.suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with contextlib.suppress(OSError):
+        told.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return " ".join(told)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def is_of_this_user(status: os.stat_result) -> bool:
+    """Whether a file belongs to the user of this process; true where files have no such owner."""
+    return not hasattr(os, "getuid") or status.st_uid == os.getuid()
+
+
+def give(path: Path, owner: os.stat_result) -> None:
+    """Give a file the owner and the group of another, as far as this user may."""
+    if hasattr(os, "chown"):
+        try:
+            os.chown(path, owner.st_uid, owner.st_gid)
+        except OSError:  # only root gives files away
+            with contextlib.suppress(OSError):
+                os.chown(path, -1, owner.st_gid)
+
+
+def reserve(descriptor: int, size_bytes: int) -> None:
+    """Give an open file its room on the disk, where the system can.
+
+    Raises
+    ------
+    OSError
+        If there is too little; a page of a sparse file that finds no room would end the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size_bytes)
+
+
+def open_to_flush(path: Path) -> int | None:
+    """Open a file or folder such that `os.fsync` takes it; None for a folder where folders cannot be opened."""
+    if not _WINDOWS:
+        # some file systems open nothing for both reading and writing
+        return os.open(path, os.O_RDONLY)
+    # flushed is only what is open for writing
+    return None if path.is_dir() else os.open(path, os.O_RDWR)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file over another; on Windows patiently, since scanners and indexers open what has just been written.
+
+    Raises
+    ------
+    OSError
+        As `os.replace`.
+    """
+    deadline_s = time.monotonic() + _SCANNER_S
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if not _is_open_elsewhere(error) or time.monotonic() >= deadline_s:
+                raise
+        time.sleep(_SCANNER_LOOK_S)
+
+
+def _is_open_elsewhere(error: OSError) -> bool:
+    return _WINDOWS and getattr(error, "winerror", None) in _OPEN_ELSEWHERE
+
+
+def lock(descriptor: int) -> bool | None:
+    """Lock an open file for this process, until it is closed or the process ends, however it does.
+
+    Returns
+    -------
+    bool or None
+        False if another has locked it; None where the file system has no locks.
+    """
+    try:
+        _lock(descriptor)
+    except _LOCKED_BY_ANOTHER:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _LOCKED_BY_ANOTHER = PermissionError
+
+    def _lock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    _LOCKED_BY_ANOTHER = BlockingIOError
+
+    def _lock(descriptor: int) -> None:
+        # one of the open file, not of the process: it survives that somebody else in here opens and closes the file
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
