@@ -12,10 +12,10 @@ VARIABLE = "nnUNet_predictor"
 
 
 class _LastResort(logging.StreamHandler):  # type: ignore[type-arg]
-    """Shows the lines of this package on stderr where the program has not set up logging."""
+    """Shows the lines of this package on stderr where nobody else does: neither the program nor our command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
+        if logging.getLogger("nnunet_lowmem").handlers == [self] and not logging.getLogger().handlers:
             super().emit(record)
 
 

@@ -61,6 +61,7 @@ class Prefetcher:
         }
         self._library = counted_by(setup.plans_manager.image_reader_writer_class)
         self._stall_s = setup.options.worker_timeout_s
+        self._read_files: list[Path] = []
         self._is_released = False
         self._following: Job | None = None
         self._job: Job | None = None
@@ -125,7 +126,7 @@ class Prefetcher:
         if self._worker is None or self._job is not job:
             return here()
         try:
-            return _read_case(self._worker.result())
+            return self._read(self._worker.result())
         except JobError as error:
             if error.original is not None:
                 raise error.original from error
@@ -133,7 +134,15 @@ class Prefetcher:
                 raise
             logger.warning("%s; trying once more in a fresh worker", error)
         self._start(job)
-        return here() if self._worker is None else _read_case(self._worker.result())
+        return here() if self._worker is None else self._read(self._worker.result())
+
+    def _read(self, paths: dict[str, str]) -> PreprocessedCase:
+        """Map the image; its file goes with the mapping, on Windows when the next one is read."""
+        image = np.load(paths["image"], mmap_mode="r")
+        previous_stage, properties = pickle.loads(Path(paths["properties"]).read_bytes())
+        self._read_files += map(Path, paths.values())
+        self._read_files = [path for path in self._read_files if not _is_removed(path)]
+        return PreprocessedCase(image, previous_stage, properties)
 
 
 def preprocess_to_files(argument: dict[str, Any], report: Report) -> dict[str, str]:
@@ -164,11 +173,7 @@ def preprocess_to_files(argument: dict[str, Any], report: Report) -> dict[str, s
     return {"image": str(image_path), "properties": str(properties_path)}
 
 
-def _read_case(paths: dict[str, str]) -> PreprocessedCase:
-    """Map the image; its file goes with the mapping."""
-    image = np.load(paths["image"], mmap_mode="r")
-    previous_stage, properties = pickle.loads(Path(paths["properties"]).read_bytes())
-    for path in paths.values():
-        with contextlib.suppress(OSError):  # Windows keeps a mapped file; the folder goes at the end
-            Path(path).unlink()
-    return PreprocessedCase(image, previous_stage, properties)
+def _is_removed(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return not path.exists()

@@ -30,6 +30,7 @@ _M_MMAP_THRESHOLD = -3
 _PR_SET_PDEATHSIG = 1
 # Windows' words for a file that somebody else has open: access denied, sharing violation, lock violation
 _OPEN_ELSEWHERE = (5, 32, 33)
+_NO_RESERVING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 _SCANNER_S = 5.0
 _SCANNER_LOOK_S = 0.05
 
@@ -133,15 +134,24 @@ def give(path: Path, owner: os.stat_result) -> None:
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:
-    """Give an open file its room on the disk, where the system can.
+    """Give an empty open file its room on the disk: by asking for it, or else by writing zeros.
 
     Raises
     ------
     OSError
         If there is too little; a page of a sparse file that finds no room would end the process.
     """
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(descriptor, 0, size_bytes)
+        return
+    except AttributeError:  # macOS and Windows
+        pass
+    except OSError as error:
+        if error.errno not in _NO_RESERVING:
+            raise
+    zeros = memoryview(bytes(2**20))
+    while size_bytes > 0:
+        size_bytes -= os.write(descriptor, zeros[:size_bytes])
 
 
 def open_to_flush(path: Path) -> int | None:
