@@ -26,6 +26,7 @@ from nnunet_lowmem.budget.arrays import (
     allocations,
     finished_bytes,
 )
+from nnunet_lowmem.budget.refusals import Ways, refusal, too_small
 from nnunet_lowmem.errors import BudgetError
 from nnunet_lowmem.types import Place
 
@@ -87,10 +88,15 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
     """
     plan = closest_plan(model, case, budget)
     if not plan.fits_everywhere():
-        error = BudgetError(refusal(plan))
-        error.place = _too_small(plan)
+        error = BudgetError(refused(model, case, plan))
+        error.place = too_small(plan)
         raise error
     return plan
+
+
+def refused(model: ModelFacts, case: CaseFacts, plan: Plan) -> str:
+    """Say why the plan that comes closest does not fit, and what would let another one fit."""
+    return refusal(plan, Ways.of(all_plans(certain(model), case, plan.budget)))
 
 
 def closest_plan(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
@@ -185,31 +191,3 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
         key=lambda chosen: sum(cost for _, cost in chosen),
     )
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
-
-
-def _too_small(plan: Plan) -> Place:
-    return next(place for place in Place if not plan.fits(place))
-
-
-def refusal(plan: Plan) -> str:
-    """Say why a plan does not fit: the numbers, the stage, the largest allocation, and which flag to turn."""
-    place = _too_small(plan)
-    stage = plan.fullest_stage(place)
-    largest = max(
-        (a for a in plan.allocations if a.place is place and stage in a.stages), key=lambda a: a.size_bytes
-    )  # fmt: skip
-    turn = {
-        Place.RAM: "Raise --max_ram, or run on a machine that has more.",
-        Place.VRAM: "Raise --max_vram, or use a larger device or -device cpu.",
-        Place.DISK: "Make room there, name another folder with --tmp_dir, or raise --max_ram.",
-    }
-    return (
-        f"case {plan.case} does not fit: {place.value} projected {_gib(plan.projected_bytes(place))} in stage "
-        f"{stage.value}, budget {_gib(plan.budget.limit(place) or 0)}, of which reserved "
-        f"{_gib(plan.budget.reserved(place))}; the largest allocation is {largest.name} with "
-        f"{_gib(largest.size_bytes)}. {turn[place]}"
-    )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"

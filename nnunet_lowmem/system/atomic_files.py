@@ -32,6 +32,7 @@ import psutil
 from nnunet_lowmem.errors import DamagedFileError, LowMemError, UsageError, WriteError, because
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.placing import flush, place_of, put
+from nnunet_lowmem.system.told import process_exists
 
 #: Age after which a folder is taken for abandoned although its owner cannot be asked.
 UNKNOWN_OWNER_S = 24 * 3600
@@ -98,7 +99,7 @@ def atomic_output(
         _remove_owned_folder(folder)
 
 
-def require_free_bytes(path: Path, needed_bytes: int) -> None:
+def require_free_bytes(path: Path, needed_bytes: int, remedy: str = "make room or choose another folder") -> None:
     """Refuse where the disk of `path`, a file to be or its folder, has less than `needed_bytes` free.
 
     Raises
@@ -110,8 +111,7 @@ def require_free_bytes(path: Path, needed_bytes: int) -> None:
     free_bytes = _free_bytes(folder)
     if free_bytes is not None and free_bytes < needed_bytes:
         raise WriteError(
-            f"{path}: needs {format_gib(needed_bytes)}, but {folder} has only {format_gib(free_bytes)} free; "
-            "make room or choose another folder"
+            f"{path}: needs {format_gib(needed_bytes)}, but {folder} has only {format_gib(free_bytes)} free; {remedy}"
         )
 
 
@@ -233,8 +233,8 @@ def _age_s(owned: Path) -> float:
 def _is_running(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    except psutil.NoSuchProcess:  # or there is no /proc
+        return process_exists(pid)
     except psutil.Error:
         return True
 

@@ -120,7 +120,7 @@ def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: P
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-        require_free_bytes(folder, size_bytes)
+        require_free_bytes(folder, size_bytes, "make room there or choose another folder with --tmp_dir")
         with _told(folder):
             if hasattr(os, "posix_fallocate"):  # a page of a sparse file that finds no room would end the process
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
