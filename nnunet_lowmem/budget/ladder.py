@@ -15,7 +15,8 @@ from typing import TypeVar
 import torch
 
 from nnunet_lowmem.budget.arrays import Stage
-from nnunet_lowmem.budget.planner import Plan, next_plan
+from nnunet_lowmem.budget.plan import Plan
+from nnunet_lowmem.budget.planner import next_plan
 from nnunet_lowmem.budget.refusals import ran_out
 from nnunet_lowmem.errors import MemoryExhaustedError, because, without_frames
 from nnunet_lowmem.sizes import format_gib

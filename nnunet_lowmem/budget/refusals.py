@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.sizes import format_gib, format_gib_up
-from nnunet_lowmem.system.memory_limits import available_ram, with_headroom
+from nnunet_lowmem.system.memory_limits import binding_now, with_headroom
 from nnunet_lowmem.types import Place
-
-if TYPE_CHECKING:
-    from nnunet_lowmem.budget.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,8 @@ def ran_out(budget: Budget, place: Place) -> str:
     """Say what may help where memory is gone although the plan fits: who binds is asked now."""
     if place is Place.VRAM:
         return f"end what else takes memory of the device; the limit is {_binding(budget, place)}"
-    limit = available_ram()
-    if limit is None:
-        return "end what else takes memory"
-    left, size = format_gib(limit.free_bytes), limit.in_words()
-    return f"end what else takes memory, or raise the limit: least is left by {size}, {left} now"
+    binding = binding_now()
+    return f"end what else takes memory{f', or raise the limit: {binding}' if binding else ''}"
 
 
 def _binding(budget: Budget, place: Place) -> str:

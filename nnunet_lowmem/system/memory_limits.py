@@ -124,6 +124,12 @@ def available_ram(root: Path = Path("/"), environ: Mapping[str, str] = os.enviro
     return min(ram_limits(root, environ), key=lambda limit: limit.free_bytes, default=None)
 
 
+def binding_now() -> str:
+    """Say which bound leaves least, and how much at this moment; nothing where none is told."""
+    limit = available_ram()
+    return "" if limit is None else f"least is left by {limit.in_words()}, {format_gib(limit.free_bytes)} now"
+
+
 def less_headroom(free_bytes: int) -> int:
     """Return what may be taken of the bytes that are free where no limit was asked for."""
     return max(0, free_bytes - max(_LEAST_HEADROOM_BYTES, int(_HEADROOM_SHARE * free_bytes)))
