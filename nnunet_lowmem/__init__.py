@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nnunet_lowmem.budget.planner import Plan
+    from nnunet_lowmem.budget.plan import Plan
     from nnunet_lowmem.errors import (
         BudgetError,
         CasesFailedError,
@@ -56,7 +56,7 @@ __all__ = [
 _ROOMS = {
     "CaseReport": "predict.outcomes",
     "LowMemPredictor": "predictor",
-    "Plan": "budget.planner",
+    "Plan": "budget.plan",
     "Progress": "system.clock",
     "disable": "nnunet.switching",
     "enable": "nnunet.switching",

@@ -119,7 +119,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
             If a file is missing or unreadable, or the weights do not fit the network of the plans.
         """
         limit, in_use = machine.ram_limit(self.max_ram)
-        free_bytes = max(0, limit - in_use)
+        free_bytes = 2**62 if limit is None else max(0, limit - in_use)
         self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu", free_bytes, trainer_class)
         weights.load_into(self.network, self.list_of_parameters[0], str(self._checkpoints[0]), None)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling

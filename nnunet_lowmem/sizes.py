@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from fractions import Fraction
@@ -13,7 +14,7 @@ _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%|[kmgt](?:ib|b)?|b)?", 
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def parse_size(text: str, total_bytes: int) -> int:
+def parse_size(text: str, total_bytes: int | None) -> int:
     """Turn the text of a memory size into bytes.
 
     Parameters
@@ -22,8 +23,8 @@ def parse_size(text: str, total_bytes: int) -> int:
         A number with a unit: ``6G`` and ``6GiB`` are 6 x 2^30, ``6GB`` is 6 x 10^9, the same for K, M and T; ``80%`` is
         a share of `total_bytes`; a whole number alone, or with ``B``, is bytes. Case does not matter, decimals may be
         used with a unit. More than `total_bytes` is accepted.
-    total_bytes : int
-        What 100 % means.
+    total_bytes : int or None
+        What 100 % means; None where that is not known.
 
     Returns
     -------
@@ -33,7 +34,7 @@ def parse_size(text: str, total_bytes: int) -> int:
     Raises
     ------
     UsageError
-        If the text is no such size, or comes to less than one byte.
+        If the text is no such size, comes to less than one byte, or is a share of what is not known.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
@@ -47,7 +48,7 @@ def parse_size(text: str, total_bytes: int) -> int:
     return size_bytes
 
 
-def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | None:
+def asked_bytes(flag: str, size: int | str | None, total_bytes: int | None) -> int | None:
     """Return the size that a flag asks for, or without it the environment variable of its name; None if neither does.
 
     Parameters
@@ -56,8 +57,8 @@ def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | No
         Of an option.
     size : int or str, optional
         What was given with it.
-    total_bytes : int
-        What 100 % means.
+    total_bytes : int or None
+        What 100 % means; None where that is not known.
 
     Raises
     ------
@@ -76,8 +77,11 @@ def asked_bytes(flag: str, size: int | str | None, total_bytes: int) -> int | No
         raise twin(UsageError, ValueError)(f"{source}: {error}") from None
 
 
-def _unit_bytes(unit: str, total_bytes: int) -> Fraction:
+def _unit_bytes(unit: str, total_bytes: int | None) -> Fraction:
     if unit == "%":
+        if total_bytes is None:
+            message = "of how much memory this is a share is not told here; write a size instead, for example 6G"
+            raise twin(UsageError, ValueError)(message)
         return Fraction(total_bytes, 100)
     if unit == "b":
         return Fraction(1)
@@ -96,3 +100,8 @@ def format_gib(size_bytes: int) -> str:
     """Return bytes as text in GiB, with more digits below 0.1 GiB: ``7.80 GiB``, ``0.0039 GiB``."""
     size_gib = size_bytes / 2**30
     return f"{size_gib:.2f} GiB" if size_bytes == 0 or abs(size_gib) >= 0.1 else f"{size_gib:.4f} GiB"
+
+
+def format_gib_up(size_bytes: int) -> str:
+    """Return bytes as text in GiB, rounded up to 0.01 GiB: whoever gives as much has enough."""
+    return f"{math.ceil(100 * size_bytes / 2**30) / 100:.2f} GiB"

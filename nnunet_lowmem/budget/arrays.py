@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from nnunet_lowmem.system.memory_limits import RamLimit
 from nnunet_lowmem.types import Place, Shape3, SlabLimits
 from nnunet_lowmem.window.tiling import TileGrid
 
@@ -49,6 +50,32 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True)
+class Origins:
+    """Where the limits of a budget come from, for whoever has to be told.
+
+    Attributes
+    ----------
+    ram_asked, vram_asked : bool
+        A flag, or the variable of its name, sets the limit; else what is free.
+    machine : RamLimit or None
+        The tightest bound of the machine as it was then; None where none is known.
+    in_use_bytes : int
+        What this process held then.
+    folder : str
+        For temporary files.
+    nothing_spilled_because : str
+        What the folder is or does that rules it out; empty if arrays can be spilled there.
+    """
+
+    ram_asked: bool = True
+    vram_asked: bool = True
+    machine: RamLimit | None = None
+    in_use_bytes: int = 0
+    folder: str = ""
+    nothing_spilled_because: str = ""
+
+
+@dataclass(frozen=True)
 class Budget:
     """Limits in bytes, and what is already in use; None means no limit is known (no such device).
 
@@ -57,6 +84,8 @@ class Budget:
     ram_bytes, vram_bytes, disk_bytes : int or None
         Disk: what is free in the folder for temporary files; 0 where that folder is itself kept in RAM.
     reserved_ram_bytes, reserved_vram_bytes : int
+    origins : Origins
+        Of these; no plan depends on it.
     """
 
     ram_bytes: int | None = None
@@ -64,6 +93,7 @@ class Budget:
     reserved_ram_bytes: int = 0
     reserved_vram_bytes: int = 0
     disk_bytes: int | None = None
+    origins: Origins = field(default=Origins(), compare=False)
 
     def limit(self, place: Place) -> int | None:
         """Return the limit of a place."""

@@ -9,7 +9,12 @@ from typing import Any
 
 from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
 from nnunet_lowmem.budget.case_facts import CaseSizes
-from nnunet_lowmem.budget.planner import Plan, closest_plan, refusal, smallest_ram_bytes
+from nnunet_lowmem.budget.plan import Plan
+from nnunet_lowmem.budget.planner import (
+    closest_plan,
+    refused,
+    smallest_ram_bytes,
+)
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.nnunet.model_files import check_numbers
 from nnunet_lowmem.types import Place
@@ -89,7 +94,7 @@ def estimates(
             continue
         plan = closest_plan(model, facts, budget)
         least = [smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False)]
-        problem = None if plan.fits_everywhere() else refusal(plan)
+        problem = None if plan.fits_everywhere() else refused(model, facts, plan)
         yield Estimate(name, facts, plan, problem, stock_bytes(model, facts), *least)
 
 

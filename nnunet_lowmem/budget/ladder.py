@@ -15,7 +15,9 @@ from typing import TypeVar
 import torch
 
 from nnunet_lowmem.budget.arrays import Stage
-from nnunet_lowmem.budget.planner import Plan, next_plan
+from nnunet_lowmem.budget.plan import Plan
+from nnunet_lowmem.budget.planner import next_plan
+from nnunet_lowmem.budget.refusals import ran_out
 from nnunet_lowmem.errors import MemoryExhaustedError, because, without_frames
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.allocator import return_freed_memory
@@ -98,7 +100,7 @@ class Recovery:
             raise because(
                 MemoryExhaustedError,
                 f"case {self.plan.case}: {place.value} ran out, and nothing is left to be made smaller: {story}. "
-                f"Projected were {format_gib(self._projected(self.plan, place))}; end what else takes memory",
+                f"Projected were {format_gib(self._projected(self.plan, place))}; {ran_out(self.plan.budget, place)}",
                 failure,
             )
         step = (

@@ -7,19 +7,30 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 
-from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.arrays import Budget, Origins
 from nnunet_lowmem.sizes import asked_bytes, format_gib
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.memory_held import process_bytes, process_tree_bytes
-from nnunet_lowmem.system.memory_limits import available_ram, free_disk_bytes, less_headroom, total_ram_bytes
+from nnunet_lowmem.system.memory_limits import (
+    RamLimit,
+    available_ram,
+    free_disk_bytes,
+    less_headroom,
+    total_ram_bytes,
+)
+from nnunet_lowmem.system.platform import by_psutil, file_system_number
+from nnunet_lowmem.volumes.planes import why_unspillable
 
 _IN_MEMORY = ("tmpfs", "ramfs")
+# linux/magic.h
+_MAGIC = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 
 _logger = logging.getLogger(__name__)
 
@@ -50,30 +61,57 @@ def machine_budget(
     UsageError
         If a wish is no size above zero.
     """
-    ram, reserved_ram = ram_limit(max_ram, with_children)
+    ram = _ram(max_ram, with_children)
     vram, reserved_vram = _vram(max_vram, device)
-    return Budget(ram, vram, reserved_ram, reserved_vram, spill_bytes(tmp_dir))
+    folder = spill_folder(tmp_dir)
+    origins = Origins(
+        ram_asked=ram.asked,
+        vram_asked=_asked_vram(max_vram, device) is not None,
+        machine=ram.machine,
+        in_use_bytes=ram.in_use_bytes,
+        folder=str(folder),
+        nothing_spilled_because=_why_nothing_is_spilled(folder),
+    )
+    return Budget(ram.limit_bytes, vram, ram.in_use_bytes, reserved_vram, spill_bytes(tmp_dir), origins)
 
 
-def ram_limit(max_ram: int | str | None, with_children: bool = True) -> tuple[int, int]:
-    """Return the limit of RAM and what is in use, both as in `machine_budget`.
+@dataclass(frozen=True)
+class _Ram:
+    limit_bytes: int | None
+    in_use_bytes: int
+    asked: bool
+    machine: RamLimit | None
+
+
+def _ram(max_ram: int | str | None, with_children: bool) -> _Ram:
+    return_freed_memory()
+    in_use = process_tree_bytes() if with_children else process_bytes()
+    machine = available_ram()
+    asked = asked_bytes("--max_ram", max_ram, total_ram_bytes())
+    if machine is None:
+        known = "nobody knows whether --max_ram is there" if asked else "plans have no limit; name one with --max_ram"
+        _warn_once(f"how much memory the machine has is not told here (by /proc, psutil or sysconf): {known}")
+        return _Ram(asked, in_use, asked is not None, None)
+    limit = _within("--max_ram", asked, machine.free_bytes, in_use, machine.in_words())
+    return _Ram(limit, in_use, asked is not None, machine)
+
+
+def ram_limit(max_ram: int | str | None) -> tuple[int | None, int]:
+    """Return the limit of RAM, None where none is known, and what is in use, both as in `machine_budget`.
 
     Raises
     ------
     UsageError
         If the wish is no size above zero.
     """
-    return_freed_memory()
-    in_use = process_tree_bytes() if with_children else process_bytes()
-    machine = available_ram()
-    limit = asked_bytes("--max_ram", max_ram, total_ram_bytes())
-    return _within("--max_ram", limit, machine.free_bytes, in_use, machine.source), in_use
+    ram = _ram(max_ram, with_children=True)
+    return ram.limit_bytes, ram.in_use_bytes
 
 
 def spill_bytes(tmp_dir: str | os.PathLike[str] | None) -> int:
-    """Return what can be spilled: the free space of the folder, or nothing where the folder is itself kept in RAM."""
+    """Return what can be spilled: the free space of the folder, or nothing where it is in RAM or maps no files."""
     folder = spill_folder(tmp_dir)
-    return 0 if _file_system(folder) in _IN_MEMORY else free_disk_bytes(folder)
+    return 0 if _why_nothing_is_spilled(folder) else free_disk_bytes(folder)
 
 
 def spill_folder(tmp_dir: str | os.PathLike[str] | None) -> Path:
@@ -81,24 +119,32 @@ def spill_folder(tmp_dir: str | os.PathLike[str] | None) -> Path:
     return Path(tmp_dir or tempfile.gettempdir())
 
 
+def _why_nothing_is_spilled(folder: Path) -> str:
+    return "is kept in RAM" if _file_system(folder) in _IN_MEMORY else why_unspillable(folder)
+
+
 def _file_system(folder: Path) -> str:
     """Type of the file system that holds a folder; empty where the system does not tell."""
     path = folder.resolve()
-    try:
-        mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    except OSError:
-        return ""
-    return next((str(mounts[parent]) for parent in (path, *path.parents) if parent in mounts), "")
+    parts = by_psutil(lambda: psutil.disk_partitions(all=True))
+    mounts = {Path(part.mountpoint): part.fstype for part in parts or ()}
+    found = next((str(mounts[parent]) for parent in (path, *path.parents) if parent in mounts), "")
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return found or _MAGIC.get(file_system_number(there), "")
 
 
 def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None, int]:
     if device.type != "cuda":
         return None, 0
     torch.cuda.empty_cache()  # what torch keeps for the next tensors is not in use
-    free, total = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    asked = asked_bytes("--max_vram", max_vram, total)
-    return _within("--max_vram", asked, free, reserved, "the device"), reserved
+    return _within("--max_vram", _asked_vram(max_vram, device), free, reserved, "the device"), reserved
+
+
+def _asked_vram(max_vram: int | str | None, device: torch.device) -> int | None:
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    return asked_bytes("--max_vram", max_vram, total) if total else None
 
 
 @contextmanager
@@ -107,11 +153,11 @@ def vram_limit(max_vram: int | str | None, device: torch.device) -> Iterator[Non
 
     The plan adds up tensors; the allocator takes whole blocks, and keeps what has been freed until it meets its limit.
     """
-    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-    asked = asked_bytes("--max_vram", max_vram, total) if total else None
+    asked = _asked_vram(max_vram, device)
     if asked is None:
         yield
         return
+    total = torch.cuda.mem_get_info(device)[1]
     # torch before 2.6 does not tell its limit; it is the whole device unless somebody has set one
     tell = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     number = torch.cuda.current_device() if device.index is None else device.index

@@ -12,12 +12,11 @@ allocations of the fullest stage; *budget* is the limit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 from nnunet_lowmem.budget.arrays import (
     MIB,
-    Allocation,
     Budget,
     CaseFacts,
     ModelFacts,
@@ -26,55 +25,13 @@ from nnunet_lowmem.budget.arrays import (
     allocations,
     finished_bytes,
 )
+from nnunet_lowmem.budget.plan import Plan
+from nnunet_lowmem.budget.refusals import Ways, refusal, too_small
 from nnunet_lowmem.errors import BudgetError
 from nnunet_lowmem.types import Place
 
 # a sum over folds below this stays in RAM: a file would save nothing that matters
 _SMALL_BYTES = 64 * MIB
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Placement of one case, what it adds up to, and the limits.
-
-    Attributes
-    ----------
-    case : str
-    placement : Placement
-    allocations : tuple of Allocation
-    budget : Budget
-    """
-
-    case: str
-    placement: Placement
-    allocations: tuple[Allocation, ...]
-    budget: Budget
-
-    def planned_bytes(self, place: Place, stage: Stage) -> int:
-        """Sum of the allocations of a stage in a place."""
-        return sum(a.size_bytes for a in self.allocations if a.place is place and stage in a.stages)
-
-    def fullest_stage(self, place: Place) -> Stage:
-        """Stage with the largest sum in a place."""
-        return max(Stage, key=lambda stage: self.planned_bytes(place, stage))
-
-    def projected_bytes(self, place: Place) -> int:
-        """Peak of a place: reserved plus the fullest stage."""
-        return self.budget.reserved(place) + self.planned_bytes(place, self.fullest_stage(place))
-
-    def excess_bytes(self) -> int:
-        """How far the projected peaks are beyond their limits, added up."""
-        limits = [(place, self.budget.limit(place)) for place in Place]
-        return sum(max(0, self.projected_bytes(place) - limit) for place, limit in limits if limit is not None)
-
-    def fits(self, place: Place) -> bool:
-        """Whether the projected peak of a place is within its limit."""
-        limit = self.budget.limit(place)
-        return limit is None or self.projected_bytes(place) <= limit
-
-    def fits_everywhere(self) -> bool:
-        """Whether the projected peaks are within all limits."""
-        return all(map(self.fits, Place))
 
 
 def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
@@ -87,10 +44,15 @@ def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
     """
     plan = closest_plan(model, case, budget)
     if not plan.fits_everywhere():
-        error = BudgetError(refusal(plan))
-        error.place = _too_small(plan)
+        error = BudgetError(refused(model, case, plan))
+        error.place = too_small(plan)
         raise error
     return plan
+
+
+def refused(model: ModelFacts, case: CaseFacts, plan: Plan) -> str:
+    """Say why the plan that comes closest does not fit, and what would let another one fit."""
+    return refusal(plan, Ways.of(all_plans(certain(model), case, plan.budget)))
 
 
 def closest_plan(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
@@ -185,31 +147,3 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
         key=lambda chosen: sum(cost for _, cost in chosen),
     )
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
-
-
-def _too_small(plan: Plan) -> Place:
-    return next(place for place in Place if not plan.fits(place))
-
-
-def refusal(plan: Plan) -> str:
-    """Say why a plan does not fit: the numbers, the stage, the largest allocation, and which flag to turn."""
-    place = _too_small(plan)
-    stage = plan.fullest_stage(place)
-    largest = max(
-        (a for a in plan.allocations if a.place is place and stage in a.stages), key=lambda a: a.size_bytes
-    )  # fmt: skip
-    turn = {
-        Place.RAM: "Raise --max_ram, or run on a machine that has more.",
-        Place.VRAM: "Raise --max_vram, or use a larger device or -device cpu.",
-        Place.DISK: "Make room there, name another folder with --tmp_dir, or raise --max_ram.",
-    }
-    return (
-        f"case {plan.case} does not fit: {place.value} projected {_gib(plan.projected_bytes(place))} in stage "
-        f"{stage.value}, budget {_gib(plan.budget.limit(place) or 0)}, of which reserved "
-        f"{_gib(plan.budget.reserved(place))}; the largest allocation is {largest.name} with "
-        f"{_gib(largest.size_bytes)}. {turn[place]}"
-    )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"

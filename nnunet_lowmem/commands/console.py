@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from nnunet_lowmem.budget.arrays import Stage
 from nnunet_lowmem.budget.estimates import Estimate
-from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import BudgetError, UsageError
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.predict.outcomes import FAILURES_FILE, CaseReport, RunReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -15,6 +16,9 @@ from typing import Any, TextIO
 from nnunet_lowmem.errors import LowMemError
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.system import signals
+
+# of the dynamic linker, of the C library, of torch's allocator
+_NO_MEMORY = ("failed to map segment", "annot allocate memory", "DefaultCPUAllocator")
 
 
 def guarded(command: Callable[[], int], verbose: bool) -> int:
@@ -42,8 +46,18 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
             known = isinstance(error, LowMemError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             hint = "" if known or verbose else " (--verbose shows where)"
-            tell(f"error: {shown(text)}{hint}")
+            tell(f"error: {shown(text)}{'' if known else _limit_of_memory(error)}{hint}")
             return error.exit_code if isinstance(error, LowMemError) else 1
+
+
+def _limit_of_memory(error: Exception) -> str:
+    """Say which limit binds where memory could not be had, or address space for a library."""
+    out = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if not out and not any(words in str(error) for words in _NO_MEMORY):
+        return ""
+    from nnunet_lowmem.system.memory_limits import binding_now
+
+    return f"; memory could not be had: {binding_now()}"
 
 
 def tell(line: str) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_lowmem.system.allocator import return_freed_memory
+from nnunet_lowmem.system.memory_held import PeakSampler, status_bytes
 
 # oneDNN keeps a reordered copy of the input or output of a convolution beside the tensors
 _SCRATCH_FACTOR = 2.0
@@ -32,12 +33,35 @@ _SCRATCH_FACTOR = 2.0
 _MARGIN_BYTES = 8 * 2**20
 # more than any machine has
 _ANYTHING = 2**50
+# the kernel's name of the largest resident size
+_PEAK = b"VmHWM:"
+# between two samples where there is no such record
+_SAMPLE_S = 0.002
 # whose layers do nothing but compute
 _KNOWN_CODE = ("torch.nn.", "dynamic_network_architectures.", "nnunet_lowmem.")
 
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken beside what was in use.
+
+    Attributes
+    ----------
+    size_bytes : int
+    is_peak : bool
+        False where the highest of samples had to stand in: what came and went between two of them was missed.
+    """
+
+    size_bytes: int
+    is_peak: bool = True
+
+    def with_more(self, size_bytes: int) -> Taken:
+        """Return it with so much more, unless nothing was seen."""
+        return replace(self, size_bytes=self.size_bytes and self.size_bytes + size_bytes)
 
 
 @dataclass(frozen=True)
@@ -64,11 +88,12 @@ class TileBytes:
         tensors += copied_channels * math.prod(tile_shape[2:]) * 4
         return cls(tensors, int((_SCRATCH_FACTOR - 1) * tensors))
 
-    def after(self, measured_bytes: int) -> TileBytes:
-        """After a tile has been measured; 0 where the system does not tell: what was expected holds then."""
-        if measured_bytes:
-            return TileBytes(max(self.certain, measured_bytes))
-        return TileBytes(self.certain if self.uncertain == _ANYTHING else self.certain + self.uncertain)
+    def after(self, taken: Taken | None) -> TileBytes:
+        """After a tile has been measured, or where none can be; then, and beside samples, what was expected holds."""
+        expected = self.certain if self.uncertain == _ANYTHING else self.certain + self.uncertain
+        if taken is None or not taken.size_bytes:
+            return TileBytes(expected)
+        return TileBytes(max(self.certain if taken.is_peak else expected, taken.size_bytes))
 
     def with_margin(self) -> TileBytes:
         """For a number that is told and has to hold in another process, with other voxels: runs differ by a few MiB."""
@@ -156,11 +181,10 @@ def _is_known(network: Any) -> bool:
     )
 
 
-def measured(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
+def measured(run: Callable[[], T], device: torch.device) -> tuple[T, Taken]:
     """Return ``run()`` and the peak of the memory that it took beside what was in use, on the CPU as resident memory.
 
-    oneDNN's scratch and reordered copies are in it, which tensors do not show. 0 where the system keeps no resettable
-    peak: the caller's estimate holds then.
+    oneDNN's scratch and reordered copies are in it, which tensors do not show.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -168,11 +192,21 @@ def measured(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
         torch.cuda.reset_peak_memory_stats(device)
         result = run()
         torch.cuda.synchronize(device)
-        return result, max(0, torch.cuda.max_memory_reserved(device) - before)
+        return result, Taken(max(0, torch.cuda.max_memory_reserved(device) - before))
     return_freed_memory()
     start = _reset_peak()
+    if start is None:
+        return _sampled(run)
     result = run()
-    return result, 0 if start is None else max(0, _resident("VmHWM:") - start)
+    return result, Taken(max(0, (status_bytes(_PEAK) or start) - start))
+
+
+def _sampled(run: Callable[[], T]) -> tuple[T, Taken]:
+    """As `measured` where the system keeps no peak that can be set back."""
+    with PeakSampler(_SAMPLE_S, descendants=False) as sampler:
+        before = sampler.held_bytes
+        result = run()
+    return result, Taken(sampler.peak_bytes() - before, is_peak=False)
 
 
 def warm_up(dimensions: int) -> None:
@@ -186,17 +220,14 @@ def warm_up(dimensions: int) -> None:
 
 
 def _reset_peak() -> int | None:
-    """Set the kernel's record of the largest resident size back; return the present size."""
+    """Set the kernel's record of the largest resident size back; return the present size, None where it keeps none."""
+    if status_bytes(_PEAK) is None:
+        return None
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS:")
-    except (OSError, StopIteration):
+    except OSError:
         return None
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    return status_bytes(b"VmRSS:")
 
 
 def meta_copy(network: nn.Module, with_hooks: bool = False) -> nn.Module:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.budget.ladder import Recovery
-from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
 from nnunet_lowmem.labels.heads import ResampledHeads, label_heads, label_slabs

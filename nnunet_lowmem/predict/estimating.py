@@ -44,10 +44,11 @@ def bytes_of_zeros(setup: Setup, budget: Budget, with_network: WithNetwork) -> T
     """Measure a tile of zeros in a copy of the network that nobody else sees, if it fits, or tell what is expected."""
     known = TileNetwork(setup).tile_bytes()
     place = Place.VRAM if setup.device.type == "cuda" else Place.RAM
-    room = (budget.limit(place) or 0) - budget.reserved(place) - known.certain
+    limit = budget.limit(place)
+    room = 2**62 if limit is None else limit - budget.reserved(place) - known.certain
     sample = copy_of_zeros(uncompiled(setup.steps.network()), setup.device, room) if known.uncertain else None
     if sample is None:
-        return known.after(0)
+        return known.after(None)
     patch = setup.patch_size
     two_tiles = (2, *patch) if len(patch) == 2 else (2 * patch[0], *patch[1:])
     case = PreprocessedCase(np.zeros((setup.tile_shape[1], *two_tiles), np.float32), None, {})
@@ -57,4 +58,4 @@ def bytes_of_zeros(setup: Setup, budget: Budget, with_network: WithNetwork) -> T
         return network.measure(network.tiles(case, grid_of(setup, case)), once)
     except (MemoryError, RuntimeError) as error:
         logger.info("no tile could be run to measure the network: %s", error)
-        return known.after(0)
+        return known.after(None)

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.options import Options
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.outcomes import CaseReport

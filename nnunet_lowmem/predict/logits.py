@@ -145,7 +145,7 @@ class TileNetwork:
         setup = self._setup
         with self.threads():
             taken = measure_ahead(tiles, attempt, setup.device)
-        measured = self.tile_bytes().after(taken and taken + 4 * math.prod(setup.tile_shape))
+        measured = self.tile_bytes().after(taken and taken.with_more(4 * math.prod(setup.tile_shape)))
         assert setup.memo.tile is not None, "it has just been asked for"
         setup.memo.tile = (*setup.memo.tile[:2], measured)
         return measured

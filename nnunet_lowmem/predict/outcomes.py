@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import BudgetError, LowMemError, without_frames
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.system.atomic_files import atomic_output

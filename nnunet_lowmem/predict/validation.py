@@ -118,9 +118,11 @@ def _metric_processes(trainer: Any, options: Options) -> int:
     files = list(_folder(trainer).glob(f"*{trainer.dataset_json['file_ending']}"))
     largest = max(map(_voxels, files), default=0)
     budget = machine_budget(options.max_ram, None, torch.device("cpu"), options.tmp_dir)
-    assert budget.ram_bytes is not None, "the machine has a limit"
-    room = (budget.ram_bytes - budget.reserved_ram_bytes) // (WORKER_BYTES + _METRIC_VOXEL_BYTES * largest)
-    return max(1, min(int(default_num_processes), len(files), room))
+    most = min(int(default_num_processes), len(files))
+    if budget.ram_bytes is not None:
+        room = (budget.ram_bytes - budget.reserved_ram_bytes) // (WORKER_BYTES + _METRIC_VOXEL_BYTES * largest)
+        most = min(most, room)
+    return max(1, most)
 
 
 def _voxels(file: Path) -> int:

@@ -166,7 +166,8 @@ def compare(request: Request, tell: Callable[[str], None]) -> Comparison:
 def _run(request: Request, side: str, root: Path, folder: Path) -> MeasuredCommand:
     limit_bytes = None
     if side == "stock":
-        limit_bytes = request.stock_limit_bytes or less_headroom(available_ram().free_bytes)
+        machine = available_ram()
+        limit_bytes = request.stock_limit_bytes or (None if machine is None else less_headroom(machine.free_bytes))
     return run_measured(
         side_command(request, side, root / side),
         side_environment(request.device, folder, os.environ),

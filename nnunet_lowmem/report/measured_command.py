@@ -24,6 +24,7 @@ from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.clock import TRACE_VARIABLE
 from nnunet_lowmem.system.memory_held import PeakSampler
+from nnunet_lowmem.system.memory_limits import physical_ram
 from nnunet_lowmem.system.platform import end_session
 from nnunet_lowmem.system.process_tree import ProcessTree
 
@@ -190,11 +191,12 @@ def stages_of(spans: Sequence[Mapping[str, Any]], timeline: Sequence[tuple[float
 
 def machine_facts() -> dict[str, Any]:
     """Return what a measurement depends on: processor, memory, versions."""
+    ram = physical_ram()
     return {
         "cpu": platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "free_ram_bytes": psutil.virtual_memory().available,
+        "ram_bytes": ram and ram.total_bytes,
+        "free_ram_bytes": ram and ram.free_bytes,
         "python": platform.python_version(),
         **{name: version_of(name) for name in _PACKAGES},
     }

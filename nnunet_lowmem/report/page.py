@@ -24,7 +24,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.nnunet.model_files import label_names
 from nnunet_lowmem.predict.jobs import Job

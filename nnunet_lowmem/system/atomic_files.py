@@ -112,7 +112,7 @@ def atomic_output(
         remove_owned_folder(folder)
 
 
-def require_free_bytes(path: Path, needed_bytes: int) -> None:
+def require_free_bytes(path: Path, needed_bytes: int, remedy: str = "make room or choose another folder") -> None:
     """Refuse where the disk of `path`, a file to be or its folder, has less than `needed_bytes` free.
 
     Raises
@@ -124,8 +124,7 @@ def require_free_bytes(path: Path, needed_bytes: int) -> None:
     free_bytes = _free_bytes(folder)
     if free_bytes is not None and free_bytes < needed_bytes:
         raise WriteError(
-            f"{path}: needs {format_gib(needed_bytes)}, but {folder} has only {format_gib(free_bytes)} free; "
-            "make room or choose another folder"
+            f"{path}: needs {format_gib(needed_bytes)}, but {folder} has only {format_gib(free_bytes)} free; {remedy}"
         )
 
 

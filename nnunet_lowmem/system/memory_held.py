@@ -2,7 +2,9 @@
 
 Counted is what no one can take away and no one else pays for: anonymous pages and shared memory, each page divided by
 the number of processes that map it (the kernel's PSS). Files that are mapped or cached are not counted, and libraries
-are only with what they wrote. Without Linux' ``/proc`` the closest that psutil offers is taken (USS, else RSS).
+are only with what they wrote. Where that is not told, the nearest that is more stands in: anonymous and shared pages in
+full (Linux before 4.14), resident size with files (before 4.5, gVisor), what psutil offers (USS, else RSS), and without
+``/proc`` the most that this process has held so far. What nobody tells is left out, and a warning says so once.
 
 A `PeakSampler` samples: what comes and goes between two samples is missed, as is what happens while another thread
 keeps the interpreter's lock. Children that outlive their parent leave the tree. Swapped-out pages are not counted.
@@ -11,18 +13,22 @@ keeps the interpreter's lock. Children that outlive their parent leave the tree.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import psutil
 
+from nnunet_lowmem.system.platform import by_psutil, most_resident_bytes, process_exists
+
 # the pause after a round, and after an exact reading, is so many times what it cost: below 1 % of a core for each
 _PAUSE_PER_COST = 132
 _TIMELINE_POINTS = 2048
+
+_logger = logging.getLogger(__name__)
 
 
 def process_tree_bytes(pid: int | None = None) -> int:
@@ -36,14 +42,20 @@ def process_tree_bytes(pid: int | None = None) -> int:
     Returns
     -------
     int
-        0 where the process does not exist (any more).
+        0 where the process does not exist (any more). Processes whose memory nobody tells are left out, with a
+        warning.
     """
-    return sum(map(_proportional_bytes, _tree_pids(os.getpid() if pid is None else pid)))
+    return sum(_known(_proportional_bytes, _tree_pids(os.getpid() if pid is None else pid)).values())
 
 
 def process_bytes() -> int:
     """Return the bytes of anonymous and shared memory of this process without its descendants."""
-    return _proportional_bytes(os.getpid())
+    return sum(_known(_proportional_bytes, [os.getpid()]).values())
+
+
+def status_bytes(*names: bytes) -> int | None:
+    """Return the sum of fields that the kernel tells of this process, such as ``VmData:``; None where it does not."""
+    return _sum_of_fields(_read("/proc/self/status"), names)
 
 
 class PeakSampler:
@@ -63,6 +75,8 @@ class PeakSampler:
         Root of the tree; this process if not given.
     stage : str
         Name of the first stage.
+    descendants : bool
+        False watches the root alone.
 
     Attributes
     ----------
@@ -72,11 +86,14 @@ class PeakSampler:
         The latest sample.
     """
 
-    def __init__(self, interval_s: float = 0.05, *, pid: int | None = None, stage: str = "start") -> None:
+    def __init__(
+        self, interval_s: float = 0.05, *, pid: int | None = None, stage: str = "start", descendants: bool = True
+    ) -> None:
         self.cpu_s = 0.0
         self.held_bytes = 0
         self._interval_s = interval_s
         self._pid = os.getpid() if pid is None else pid
+        self._descendants = descendants
         self._stage = stage
         self._peaks: dict[str, int] = {stage: 0}
         self._timeline = Timeline()
@@ -130,8 +147,8 @@ class PeakSampler:
         """Take one sample; return the CPU seconds of its cheap part."""
         with self._lock:
             start_s = time.thread_time()
-            pids = _tree_pids(self._pid)
-            resident = {pid: _resident_bytes(pid) for pid in pids}
+            pids = _tree_pids(self._pid) if self._descendants else [self._pid]
+            resident = _known(_resident_bytes, pids)
             resident_bytes = sum(resident.values())
             cost_s = time.thread_time() - start_s
             # kernels that count resident pages per CPU may show less than there is: then this is negative
@@ -147,7 +164,7 @@ class PeakSampler:
 
     def _calibrate(self, resident: dict[int, int]) -> None:
         start_s = time.thread_time()
-        pids, shares_bytes = list(resident), sum(map(_proportional_bytes, resident))
+        pids, shares_bytes = list(resident), sum(_known(_proportional_bytes, resident).values())
         if any(held_bytes and not _resident_bytes(pid) for pid, held_bytes in resident.items()):
             # each of those that ended one after the other while they were read had a larger share of the same pages
             pids, shares_bytes = [], min(shares_bytes, self.held_bytes)
@@ -170,13 +187,23 @@ class Timeline:
             self.points = [max(pair, key=lambda point: point[1]) for pair in pairs]
 
 
+def _known(ask: Callable[[int], int | None], pids: Iterable[int]) -> dict[int, int]:
+    """Ask for every process; 0 for one that nobody tells of, with a warning: what is left to plan by is arithmetic."""
+    told = {pid: ask(pid) for pid in pids}
+    if None in told.values():
+        _warn_once(
+            "how much memory this process, or one that it started, holds is not told here (by /proc, psutil or "
+            "getrusage): --max_ram cannot be kept for it; plans count what they allocate, and nothing else as in use"
+        )
+    return {pid: held_bytes or 0 for pid, held_bytes in told.items()}
+
+
 def _tree_pids(pid: int) -> list[int]:
     """Return the process and its descendants, as far as they can be seen."""
     pids = [pid]
     if not _kernel_lists_children():
-        with contextlib.suppress(psutil.Error):
-            pids += [child.pid for child in psutil.Process(pid).children(recursive=True)]
-        return pids
+        children = by_psutil(lambda: psutil.Process(pid).children(recursive=True))
+        return pids + [child.pid for child in children or ()]
     for parent in pids:  # grows while it is walked
         pids.extend(child for child in _children(parent) if not _borrows_memory(child, parent))
     return pids
@@ -200,44 +227,80 @@ def _borrows_memory(child: int, parent: int) -> bool:
     """
     before = _read(f"/proc/{child}/statm")
     of_parent = _read(f"/proc/{parent}/statm")
-    return of_parent in (before, _read(f"/proc/{child}/statm"))
+    return bool(of_parent) and of_parent in (before, _read(f"/proc/{child}/statm"))
 
 
-def _proportional_bytes(pid: int) -> int:
-    """Return the process's share of its anonymous and shared pages; resident size where that may not be read."""
-    if sys.platform != "linux":
-        return _psutil_bytes(pid, exact=True)
-    proportional_bytes = _sum_of_fields(f"/proc/{pid}/smaps_rollup", (b"Pss_Anon:", b"Pss_Shmem:"))
-    return _resident_bytes(pid) if proportional_bytes is None else proportional_bytes
+# -- of one process: bytes, 0 for one that has ended, None where it is not told ----------------------------------------
 
 
-def _resident_bytes(pid: int) -> int:
+def _proportional_bytes(pid: int) -> int | None:
+    """Return the process's share of its anonymous and shared pages; what is nearest above it where that is not told."""
+    if _way() is _by_psutil:
+        unshared = by_psutil(lambda: int(psutil.Process(pid).memory_full_info().uss))
+        return _resident_bytes(pid) if unshared is None else unshared
+    rollup = _read(f"/proc/{pid}/smaps_rollup")
+    exact = _sum_of_fields(rollup, (b"Pss_Anon:", b"Pss_Shmem:"))
+    if exact is not None:
+        return exact
+    with_files, resident = _sum_of_fields(rollup, (b"Pss:",)), _resident_bytes(pid)  # Linux before 5.4: both are more
+    return resident if with_files is None or resident is None else min(with_files, resident)
+
+
+def _resident_bytes(pid: int) -> int | None:
     """Return the process's anonymous and shared pages, each counted in full."""
-    if sys.platform != "linux":
-        return _psutil_bytes(pid, exact=False)
-    return _sum_of_fields(f"/proc/{pid}/status", (b"RssAnon:", b"RssShmem:")) or 0
+    held_bytes = _way()(pid)
+    return 0 if held_bytes is None and not process_exists(pid) else held_bytes
 
 
-def _sum_of_fields(path: str, names: tuple[bytes, ...]) -> int | None:
-    """Add up lines like ``RssAnon:  1234 kB``; None where there are none: a dead process or an old kernel."""
-    fields = [int(line.split()[1]) for line in _read(path).splitlines() if line.startswith(names)]
+@cache
+def _way() -> Callable[[int], int | None]:
+    """Choose, once, the nearest of what is told here: of this process, which is there and holds memory."""
+    way = next((way for way in (_by_status, _by_psutil, _by_its_peak) if way(os.getpid())), _by_nobody)
+    if way is _by_its_peak:
+        _warn_once(
+            "how much memory is in use is not told here (no /proc), only the most that was (getrusage): after the "
+            "first case more counts as in use than is, and other processes are not seen; mount /proc to keep --max_ram"
+        )
+    return way
+
+
+def _by_status(pid: int) -> int | None:
+    text = _read(f"/proc/{pid}/status")
+    if not text:
+        return None
+    held_bytes = _sum_of_fields(text, (b"RssAnon:", b"RssShmem:"))
+    if held_bytes is None:  # Linux before 4.5, gVisor: mapped files are counted, too
+        held_bytes = _sum_of_fields(text, (b"VmRSS:",))
+    return held_bytes or 0  # one that nobody has waited for has no memory
+
+
+def _by_psutil(pid: int) -> int | None:
+    return by_psutil(lambda: int(psutil.Process(pid).memory_info().rss))
+
+
+def _by_its_peak(pid: int) -> int | None:
+    return most_resident_bytes() if pid == os.getpid() else None
+
+
+def _by_nobody(_: int) -> int | None:
+    return None
+
+
+def _sum_of_fields(text: bytes, names: tuple[bytes, ...]) -> int | None:
+    """Add up lines like ``RssAnon:  1234 kB``; None where there are none."""
+    fields = [int(line.split()[1]) for line in text.splitlines() if line.startswith(names)]
     return 1024 * sum(fields) if fields else None
 
 
 def _read(path: str) -> bytes:
+    """Return what a file of ``/proc`` holds; nothing where its process ended, or is not ours to look into."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
-    except OSError:  # it ended, or is not ours to look into
+    except OSError:
         return b""
 
 
-def _psutil_bytes(pid: int, *, exact: bool) -> int:
-    try:
-        process = psutil.Process(pid)
-        if exact:
-            with contextlib.suppress(psutil.AccessDenied, AttributeError):
-                return int(process.memory_full_info().uss)
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
+@cache
+def _warn_once(text: str) -> None:
+    _logger.warning(text)

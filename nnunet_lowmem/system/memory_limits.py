@@ -2,13 +2,15 @@
 
 Every limit that can end a process or make it swap is read and the tightest one counts: physical RAM, the memory cgroup
 of this very process and of each of its ancestors, SLURM's allocation, and the limits of ``setrlimit``. A limit is
-compared by what it leaves free, not by its size, because each counts what is in use in its own way.
+compared by what it leaves free, not by its size, because each counts what is in use in its own way. Where that count is
+not told, what this process and its children hold stands in for it: there is at least that.
 
 Not covered: VRAM (the driver is asked where torch is loaded), Windows job objects, disk quotas.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,9 @@ from pathlib import Path
 import psutil
 
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.system.memory_held import process_tree_bytes
+from nnunet_lowmem.sizes import format_gib, format_gib_up
+from nnunet_lowmem.system.memory_held import process_bytes, process_tree_bytes, status_bytes
+from nnunet_lowmem.system.platform import by_psutil, process_limits, sysconf_bytes
 
 # cgroup v1 writes "no limit" as the largest multiple of the page size that fits 63 bits
 _NO_LIMIT_BYTES = 2**60
@@ -26,6 +30,24 @@ _MIB = 2**20
 # left to the rest of the machine where no limit was asked for
 _HEADROOM_SHARE = 0.05
 _LEAST_HEADROOM_BYTES = 128 * 2**20
+
+
+PHYSICAL = "physical RAM"
+_CGROUP = "cgroup "
+_NAMES = {
+    "RLIMIT_DATA": "ulimit -d (RLIMIT_DATA)",
+    "RLIMIT_AS": "ulimit -v (RLIMIT_AS)",
+    "RLIMIT_RSS": "ulimit -m (RLIMIT_RSS)",
+}
+_RAISED_WITH = {
+    "SLURM_MEM_PER_NODE": "sbatch --mem={mib}M",
+    "SLURM_MEM_PER_CPU": "sbatch --mem={mib}M, or more CPUs",
+    "SLURM_MEM_PER_GPU": "sbatch --mem={mib}M",
+    "RLIMIT_DATA": "ulimit -d {kib}",
+    "RLIMIT_AS": "ulimit -v {kib}",
+    "RLIMIT_RSS": "ulimit -m {kib}",
+    _CGROUP: "the memory limit of the job or the container, {mib} MiB",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,23 @@ class RamLimit:
         """What this process may still take before it meets the bound; never negative."""
         return max(0, self.total_bytes - self.used_bytes)
 
+    def in_words(self) -> str:
+        """Return name and size, as whoever has set it knows them."""
+        name, size = _NAMES.get(self.source, self.source), format_gib(self.total_bytes)
+        if name.startswith(_CGROUP):
+            file = Path(name.removeprefix(_CGROUP))
+            return f"the cgroup's {file.name} {size} ({file.parent})"
+        return f"{name} {size}"
+
+    def raised_by(self, more_bytes: int) -> str:
+        """Return what to do to have so much more; shown sizes are rounded up."""
+        total_bytes = self.total_bytes + more_bytes
+        if self.source == PHYSICAL:
+            return f"end what else takes it ({format_gib_up(more_bytes)} more must be free), or run on a larger machine"
+        how = next((how for name, how in _RAISED_WITH.items() if self.source.startswith(name)), "")
+        words = how.format(mib=-(-total_bytes // _MIB), kib=-(-total_bytes // 1024))
+        return f"raise it to {format_gib_up(total_bytes)} or more ({words})"
+
 
 def ram_limits(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> list[RamLimit]:
     """Return every bound on the RAM of this process that could be read; physical RAM comes first.
@@ -62,17 +101,33 @@ def ram_limits(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) 
     environ : mapping of str to str
         Environment in which SLURM's variables are looked up.
     """
-    memory = psutil.virtual_memory()
-    physical = RamLimit("physical RAM", memory.total, memory.total - memory.available)
-    return [physical, *_cgroup_limits(root), *_slurm_limits(environ), *_process_limits()]
+    physical = physical_ram()
+    others = [*_cgroup_limits(root), *_slurm_limits(environ), *_process_limits()]
+    return others if physical is None else [physical, *others]
 
 
-def available_ram(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> RamLimit:
+def physical_ram() -> RamLimit | None:
+    """Return the machine's RAM; None where nothing tells of it."""
+    memory = by_psutil(psutil.virtual_memory)
+    if memory is not None and memory.total:
+        return RamLimit(PHYSICAL, memory.total, memory.total - memory.available)
+    # what caches hold counts as used there
+    total_bytes, free_bytes = sysconf_bytes("SC_PHYS_PAGES"), sysconf_bytes("SC_AVPHYS_PAGES")
+    return None if total_bytes is None else RamLimit(PHYSICAL, total_bytes, total_bytes - (free_bytes or 0))
+
+
+def available_ram(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> RamLimit | None:
     """Return the bound that leaves this process the least; its ``free_bytes`` come on top of what is in use now.
 
-    Parameters are those of `ram_limits`.
+    None where no bound is told. Parameters are those of `ram_limits`.
     """
-    return min(ram_limits(root, environ), key=lambda limit: limit.free_bytes)
+    return min(ram_limits(root, environ), key=lambda limit: limit.free_bytes, default=None)
+
+
+def binding_now() -> str:
+    """Say which bound leaves least, and how much at this moment; nothing where none is told."""
+    limit = available_ram()
+    return "" if limit is None else f"least is left by {limit.in_words()}, {format_gib(limit.free_bytes)} now"
 
 
 def less_headroom(free_bytes: int) -> int:
@@ -80,9 +135,14 @@ def less_headroom(free_bytes: int) -> int:
     return max(0, free_bytes - max(_LEAST_HEADROOM_BYTES, int(_HEADROOM_SHARE * free_bytes)))
 
 
-def total_ram_bytes(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> int:
-    """Return the smallest bound itself, whatever is in use: what ``80%`` of the machine refers to."""
-    return min(limit.total_bytes for limit in ram_limits(root, environ))
+def with_headroom(needed_bytes: int) -> int:
+    """Return how much must be free for `less_headroom` to leave `needed_bytes`."""
+    return max(needed_bytes + _LEAST_HEADROOM_BYTES, math.ceil(needed_bytes / (1 - _HEADROOM_SHARE)))
+
+
+def total_ram_bytes(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> int | None:
+    """Return the smallest bound itself, whatever is in use: what ``80%`` of the machine refers to; None without any."""
+    return min((limit.total_bytes for limit in ram_limits(root, environ)), default=None)
 
 
 def free_disk_bytes(path: Path) -> int:
@@ -134,7 +194,10 @@ def cgroup_folders(root: Path) -> Iterator[tuple[Path, CgroupFiles]]:
     passed over, and the walk ends at the mount itself, which then is the container's own cgroup.
     """
     mount = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    told = _text(root / "proc/self/cgroup")
+    if told is None:  # in a container the mounts are its own
+        yield from ((mount, _CGROUP_V2), (mount / "memory", _CGROUP_V1))
+    for line in (told or "").splitlines():
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if hierarchy == "0" and path:
@@ -152,8 +215,11 @@ def _ancestors(mount: Path, path: str) -> Iterator[Path]:
 
 
 def _cgroup_used_bytes(folder: Path, files: CgroupFiles) -> int:
+    usage_bytes = _whole_number(_read(folder / files.usage))
+    if usage_bytes is None:
+        return process_tree_bytes()
     cache_bytes = counter(folder / "memory.stat", files.inactive_file)
-    return max(0, (_whole_number(_read(folder / files.usage)) or 0) - (cache_bytes or 0))
+    return max(0, usage_bytes - (cache_bytes or 0))
 
 
 def _slurm_limits(environ: Mapping[str, str]) -> Iterator[RamLimit]:
@@ -177,20 +243,26 @@ def _slurm_limits(environ: Mapping[str, str]) -> Iterator[RamLimit]:
 
 def _process_limits() -> Iterator[RamLimit]:
     """Yield the soft limits of ``setrlimit`` with what the kernel counts against each."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    used = psutil.Process().memory_info()
-    in_use_bytes = {
-        "RLIMIT_DATA": getattr(used, "data", used.rss),
-        "RLIMIT_AS": used.vms,
-        "RLIMIT_RSS": used.rss,
-    }
-    for name, used_bytes in in_use_bytes.items():
-        soft_bytes, _ = resource.getrlimit(getattr(resource, name))
-        if soft_bytes != resource.RLIM_INFINITY:
-            yield RamLimit(name, soft_bytes, used_bytes)
+    in_use = {"RLIMIT_DATA": _data_bytes, "RLIMIT_AS": _address_bytes, "RLIMIT_RSS": _resident_bytes}
+    for name, soft_bytes in process_limits().items():
+        yield RamLimit(name, soft_bytes, in_use[name]())
+
+
+def _data_bytes() -> int:
+    # psutil's number is that of /proc/self/statm, which has 0 in gVisor
+    return status_bytes(b"VmData:") or _of_this_process("data") or _resident_bytes()
+
+
+def _address_bytes() -> int:
+    return status_bytes(b"VmSize:") or _of_this_process("vms") or _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    return _of_this_process("rss") or process_bytes()
+
+
+def _of_this_process(name: str) -> int | None:
+    return by_psutil(lambda: int(getattr(psutil.Process().memory_info(), name)))
 
 
 def counter(path: Path, name: str) -> int | None:
@@ -200,10 +272,14 @@ def counter(path: Path, name: str) -> int | None:
 
 
 def _read(path: Path) -> str:
+    return _text(path) or ""
+
+
+def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
-        return ""
+        return None
 
 
 def _whole_number(text: str) -> int | None:

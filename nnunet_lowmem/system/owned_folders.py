@@ -234,8 +234,8 @@ def _is_own(path: Path) -> bool:
 def _is_running(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    except psutil.NoSuchProcess:  # or there is no /proc
+        return platform.process_exists(pid)
     except psutil.Error:
         return True
 

@@ -1,7 +1,9 @@
 """What differs between Linux, macOS and Windows: the one module that asks which of them this is.
 
 Here are every call into the C library and every name that only POSIX has. Each function has an answer everywhere: the
-next best thing, nothing, or None for what cannot be known; no other module asks for the platform.
+next best thing, nothing, or None for what cannot be known, which is never the same as 0. All of ``/proc`` may be missing
+(a chroot), single files and fields of it (gVisor, old kernels), the processes of others (``hidepid``). No other module
+asks for the platform.
 """
 
 from __future__ import annotations
@@ -14,8 +16,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import psutil
+
+T = TypeVar("T")
 
 _LINUX = sys.platform == "linux"
 _WINDOWS = sys.platform == "win32"
@@ -31,6 +38,8 @@ _PR_SET_PDEATHSIG = 1
 # Windows' words for a file that somebody else has open: access denied, sharing violation, lock violation
 _OPEN_ELSEWHERE = (5, 32, 33)
 _NO_RESERVING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+# psutil reads /proc, too, and then raises whatever it stumbles on
+_NOT_TOLD = (psutil.Error, OSError, LookupError, ValueError, AttributeError, NotImplementedError)
 _SCANNER_S = 5.0
 _SCANNER_LOOK_S = 0.05
 
@@ -54,6 +63,36 @@ def _call_c(name: str, *arguments: int) -> None:
         getattr(ctypes.CDLL(None), name)(*arguments)
 
 
+def by_psutil(ask: Callable[[], T]) -> T | None:
+    """Return what psutil answers, None where it has no answer; a process that has ended is no answer either."""
+    try:
+        return ask()
+    except _NOT_TOLD:
+        return None
+
+
+def sysconf_bytes(pages: str) -> int | None:
+    """Return a number of pages that ``sysconf`` tells, in bytes; it asks the kernel where ``/proc`` is missing."""
+    try:
+        count = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, a name that is not known here
+        return None
+    return count if count > 0 else None
+
+
+def most_resident_bytes() -> int | None:
+    """Return the most that this process has held so far; never less than what it holds.
+
+    Linux hands it on when a process starts another, so that it may be what the parent held.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes or None
+
+
 def process_limits() -> dict[str, int]:
     """Return the soft limits of ``setrlimit`` on memory in bytes, by name, where there are any."""
     try:
@@ -74,6 +113,19 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         return os.cpu_count() or 1
+
+
+def process_exists(pid: int) -> bool:
+    """Whether there is a process of that number, be it one that has ended and that nobody has waited for."""
+    if _WINDOWS:  # where signal 0 is Ctrl+C
+        return bool(psutil.pid_exists(pid))
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def end_with_parent() -> None:
@@ -131,6 +183,15 @@ def give(path: Path, owner: os.stat_result) -> None:
         except OSError:  # only root gives files away
             with contextlib.suppress(OSError):
                 os.chown(path, -1, owner.st_gid)
+
+
+def file_system_number(path: Path) -> int:
+    """Return Linux' number of the type of the file system that holds `path`, which must exist; 0 elsewhere."""
+    if not _LINUX:
+        return 0
+    told = (ctypes.c_long * 64)()  # more than struct statfs, whose first word is the number
+    failed = ctypes.CDLL(None).statfs(os.fsencode(path), ctypes.byref(told))
+    return 0 if failed else int(told[0]) & 0xFFFFFFFF
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:

@@ -6,15 +6,19 @@ hold it: hence resident size and not PSS.
 
 from __future__ import annotations
 
-import contextlib
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.memory_limits import cgroup_folders, counter
+from nnunet_lowmem.system.platform import by_psutil, process_exists
 
 _STATE_WORDS = {
     psutil.STATUS_RUNNING: "running",
@@ -36,46 +40,52 @@ class ProcessTree:
     """
 
     def __init__(self, pid: int) -> None:
+        self._pid = pid
         self._descendants: list[psutil.Process] = []
-        try:
-            self._root: psutil.Process | None = psutil.Process(pid)
-        except psutil.NoSuchProcess:
-            self._root = None
+        self._root = by_psutil(lambda: psutil.Process(pid))
+        # without /proc there may be one of which nothing is told
+        self._untold = self._root is None and process_exists(pid)
 
     def alive(self) -> bool:
         """Return whether the root still exists, be it as a process that nobody has waited for."""
-        return self._root is not None and bool(self._root.is_running())
+        if self._root is None:
+            return self._untold and process_exists(self._pid)
+        return bool(by_psutil(self._root.is_running))
 
     def state(self) -> str:
         """Return the state of the root in words."""
-        try:
-            status = "" if self._root is None else self._root.status()
-        except psutil.Error:
-            status = ""
-        return _STATE_WORDS.get(status, status or "gone")
+        status = None if self._root is None else by_psutil(self._root.status)
+        if status is None:
+            return "in a state that is not told" if self.alive() else "gone"
+        return _STATE_WORDS.get(status, str(status))
 
-    def cpu_s(self) -> float:
-        """Return the CPU seconds of all; it shrinks when a descendant ends that nobody waits for."""
+    def cpu_s(self) -> float | None:
+        """Return the CPU seconds of all; it shrinks when a descendant ends that nobody waits for.
+
+        None where they are not told: then nobody can tell work from waiting.
+        """
+        if self._untold:
+            return time.process_time() if self._pid == os.getpid() else None
         self.note_descendants()
         # user and system, then the same of children that were waited for
         return float(sum(sum(times[:4]) for times in self._each(psutil.Process.cpu_times)))
 
-    def resident_bytes(self) -> int:
-        """Return the resident size of all, shared pages counted by each."""
-        return sum(memory.rss for memory in self._each(psutil.Process.memory_info))
+    def holds(self) -> str:
+        """Return the resident size of all in words, shared pages counted by each."""
+        sizes = [memory.rss for memory in self._each(psutil.Process.memory_info)]
+        return format_gib(sum(sizes)) if sizes or not self.alive() else "memory that is not told"
 
     def note_descendants(self) -> None:
         """Remember the descendants there are now: they can no longer be found once the root has ended."""
         if self._root is not None:
-            with contextlib.suppress(psutil.Error):
-                self._descendants = self._root.children(recursive=True) or self._descendants
+            root = self._root
+            self._descendants = by_psutil(lambda: root.children(recursive=True)) or self._descendants
 
     def end_descendants(self, grace_s: float) -> None:
         """Send SIGKILL to the remembered descendants that have not ended within `grace_s` seconds."""
         _, alive = psutil.wait_procs(self._descendants, timeout=grace_s)
         for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+            by_psutil(process.kill)
 
     def ended(self) -> bool:
         """Return whether nothing of the tree runs any more, be it that nobody has waited for it."""
@@ -83,8 +93,9 @@ class ProcessTree:
 
     def _each(self, ask: Callable[[psutil.Process], Any]) -> Iterator[Any]:
         for process in filter(None, (self._root, *self._descendants)):
-            with contextlib.suppress(psutil.Error):
-                yield ask(process)
+            told = by_psutil(partial(ask, process))
+            if told is not None:
+                yield told
 
 
 def exit_words(code: int | None) -> str:

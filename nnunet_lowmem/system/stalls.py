@@ -59,12 +59,18 @@ class ProgressClock:
         self._cpu_step_s = max(0.02, limits.stall_s / 1000)
         self.look_s = min([LOOK_S, *(limit_s / 10 for limit_s in (limits.stall_s, limits.stage_s) if limit_s)])
 
-    def look(self, now: float, cpu_s: float) -> None:
-        """Take the time, and the CPU seconds spent so far, for progress if they have grown enough."""
+    def look(self, now: float, cpu_s: float | None) -> None:
+        """Take the time, and the CPU seconds spent so far, for progress if they have grown enough.
+
+        None counts as progress: where it is not told, what works cannot be told from what waits, and is not ended.
+        """
         gap_s = now - self._looked
         self._looked = now
         self._progress = min(now, self._progress + max(0.0, gap_s - self._limits.stall_s / 5))
         self._stage_began = min(now, self._stage_began + max(0.0, gap_s - self._limits.stage_s / 5))
+        if cpu_s is None:
+            self._progress = now
+            return
         if cpu_s >= self._cpu_s + self._cpu_step_s:
             self._progress = now
             self._cpu_s = cpu_s

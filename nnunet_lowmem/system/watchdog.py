@@ -74,7 +74,8 @@ class StallWatch:
             with self._lock:
                 now = time.monotonic()
                 # looking takes CPU time, too, and more of it the longer nothing else happens
-                self._clock.look(now, self._tree.cpu_s() - time.thread_time() - self._observed_s())
+                cpu_s = self._tree.cpu_s()
+                self._clock.look(now, None if cpu_s is None else cpu_s - time.thread_time() - self._observed_s())
                 overdue = self._clock.overdue()
                 if overdue:
                     self._clock.report(now, new_stage=True)  # say it once per limit
@@ -92,7 +93,7 @@ class StallWatch:
             self._progress.stage,
             overdue,
             self._tree.state(),
-            format_gib(self._tree.resident_bytes()),
+            self._tree.holds(),
             self._device,
             _stacks(),
         )

@@ -30,7 +30,6 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from nnunet_lowmem.errors import WorkerError
-from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system import platform
 from nnunet_lowmem.system.process_tree import ProcessTree, exit_words, oom_kills
 from nnunet_lowmem.system.stalls import ProgressClock, WorkerLimits
@@ -260,9 +259,8 @@ class Worker(Generic[Argument, Result]):
         return WorkerDiedError(told)
 
     def _stall(self) -> WorkerStalledError:
-        held = format_gib(self._tree.resident_bytes())
         return WorkerStalledError(
-            f"{self._clock.overdue()}; its process was {self._tree.state()}, held {held}, and was ended. "
+            f"{self._clock.overdue()}; its process was {self._tree.state()}, held {self._tree.holds()}, and was ended. "
             "If the job is only slow, raise the limit with --worker_timeout SECONDS (0 turns it off)"
         )
 

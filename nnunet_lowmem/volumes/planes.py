@@ -120,7 +120,19 @@ def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: P
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-        require_free_bytes(folder, size_bytes)
+        require_free_bytes(folder, size_bytes, "make room there or choose another folder with --tmp_dir")
         with _told(folder):
             platform.reserve(file.fileno(), size_bytes)
-        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+            return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def why_unspillable(folder: Path) -> str:
+    """Return what a folder does not do that `spilled_array` needs; empty if it does, or is not there or full."""
+    try:
+        if folder.is_dir():
+            spilled_array((1,), np.dtype(np.uint8), folder)[:] = 1
+    except WriteError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno not in platform.DISK_FULL:
+            return f"does not hold mapped files ({cause.strerror or cause})"
+    return ""

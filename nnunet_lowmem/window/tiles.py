@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from nnunet_lowmem.network.tile_memory import measured
+from nnunet_lowmem.network.tile_memory import Taken, measured
 from nnunet_lowmem.types import Attempt, PreprocessedCase, Shape3, once
 from nnunet_lowmem.window.host_buffer import HostBuffer
 from nnunet_lowmem.window.tiling import TileGrid
@@ -130,12 +130,12 @@ class PredictedTiles:
         return buffer.send(self._source.tile(start, buffer))
 
 
-def measure_ahead(tiles: PredictedTiles, attempt: Attempt, device: torch.device) -> int:
+def measure_ahead(tiles: PredictedTiles, attempt: Attempt, device: torch.device) -> Taken | None:
     """Predict the first tile ahead and return what `measured` tells of it.
 
     Where cuDNN looks for its fastest algorithms the first tile takes more than any other, and the second tells.
     """
-    taken = 0
+    taken: Taken | None = None
 
     def watch(run: Callable[[], T]) -> T:
         nonlocal taken

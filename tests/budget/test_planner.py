@@ -18,7 +18,7 @@ from nnunet_lowmem.budget.planner import (
     next_plan,
     placements,
     plan_case,
-    refusal,
+    refused,
     smallest_ram_bytes,
 )
 from nnunet_lowmem.errors import BudgetError
@@ -229,7 +229,7 @@ def test_refusal_names_what_where_and_how_much(budget, device, place, flag):
     for word in ("ct_001", place.value, f"stage {plan.fullest_stage(place).value}", largest.name, flag):
         assert word in text
     assert {"--max_ram", "--max_vram"} & set(re.findall(r"--\w+", text)) == {flag}
-    assert text == refusal(plan)
+    assert text == refused(on(facts, device), case(), plan)
     assert "\n" not in text
 
 

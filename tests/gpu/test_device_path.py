@@ -22,7 +22,7 @@ from simulated_device import simulated_device
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget.machine import vram_limit
-from nnunet_lowmem.budget.planner import Plan
+from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.types import Place

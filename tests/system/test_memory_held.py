@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing import shared_memory
 
 import numpy as np
+import psutil
 import pytest
 
 from nnunet_lowmem.system import memory_held
@@ -128,18 +130,141 @@ def test_a_process_that_does_not_exist_has_nothing() -> None:
     assert process_tree_bytes(child.pid) == 0
 
 
-@linux_only
-def test_where_smaps_may_not_be_read_the_resident_size_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def proc(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Leaves of /proc the files of these endings, of ``status`` the lines of these names, of psutil what is told."""
     real = memory_held._read
-    monkeypatch.setattr(memory_held, "_read", lambda path: b"" if path.endswith("smaps_rollup") else real(path))
+
+    def leave(files: tuple[str, ...] = (), fields: tuple[bytes, ...] = (), psutil_tells: bool = True) -> None:
+        def read(path: str) -> bytes:
+            if not path.endswith(files):
+                return b""
+            lines = real(path).splitlines(keepends=True)
+            return b"".join(line for line in lines if not fields or line.startswith(fields))
+
+        monkeypatch.setattr(memory_held, "_read", read)
+        if "/children" not in files:
+            monkeypatch.setattr(memory_held, "_kernel_lists_children", lambda: False)
+        if not psutil_tells:
+            monkeypatch.setattr(memory_held, "by_psutil", lambda ask: None)
+        forget()
+
+    def forget() -> None:
+        memory_held._way.cache_clear()
+        memory_held._warn_once.cache_clear()
+
+    yield leave
+    monkeypatch.undo()
+    forget()
+
+
+@linux_only
+def test_where_smaps_may_not_be_read_the_resident_size_stands_in(proc: Callable[..., None]) -> None:
+    proc(("/status", "/statm", "/children"))
     held = np.ones(100 * MIB, np.uint8)
     assert process_tree_bytes() > 100 * MIB
     del held
 
 
-def test_without_proc_psutil_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_held.sys, "platform", "darwin")
-    monkeypatch.setattr(memory_held, "_kernel_lists_children", lambda: False)
+#: what is left of /proc, and the way that is taken then
+LACKING = {
+    "gVisor": (
+        {"files": ("/status",), "fields": (b"Name:", b"State:", b"VmSize:", b"VmRSS:", b"VmData:")},
+        "_by_status",
+    ),
+    "Linux before 4.5": ({"files": ("/status", "/statm"), "fields": (b"VmHWM:", b"VmRSS:")}, "_by_status"),
+    "Linux before 4.14": ({"files": ("/status", "/statm", "/children")}, "_by_status"),
+    "Linux before 5.4": ({"files": ("/smaps_rollup", "/status"), "fields": (b"Pss:", b"RssAnon:")}, "_by_status"),
+    "no fields": ({"files": ("/status",), "fields": (b"Name:",)}, "_by_psutil"),
+    "no /proc for us": ({}, "_by_psutil"),
+    "no /proc": ({"psutil_tells": False}, "_by_its_peak"),
+}
+
+
+@linux_only
+@pytest.mark.parametrize("name", LACKING)
+def test_what_is_not_told_is_asked_for_in_another_way(name: str, proc: Callable[..., None]) -> None:
+    left, way = LACKING[name]
+    held = np.ones(256 * MIB, np.uint8)
+    exact_bytes = process_tree_bytes()
+    proc(**left)
+    told_bytes = process_tree_bytes()
+    assert memory_held._way().__name__ == way
+    # a process that has imported numpy and scipy maps libraries, which most ways count
+    library_bytes = psutil.Process().memory_info().shared
+    assert 0.98 * exact_bytes < told_bytes
+    if way != "_by_its_peak":
+        assert told_bytes < 1.2 * exact_bytes + library_bytes
+    assert memory_held.process_bytes() > 256 * MIB
+    with PeakSampler(0.01) as sampler:
+        time.sleep(0.02)
+    assert sampler.peak_bytes() > 256 * MIB
+    del held
+
+
+@linux_only
+def test_as_in_gvisor_a_plain_process_is_told_within_a_fifth() -> None:
+    code = (
+        "import numpy as np\n"
+        "from nnunet_lowmem.system import memory_held\n"
+        "real, kept = memory_held._read, (b'State:', b'VmSize:', b'VmRSS:', b'VmData:')\n"
+        "def read(path):\n"
+        "    lines = real(path).splitlines(keepends=True) if path.endswith('/status') else []\n"
+        "    return b''.join(line for line in lines if line.startswith(kept))\n"
+        "memory_held._read, memory_held._kernel_lists_children = read, lambda: False\n"
+        "held = np.ones(2**28, np.uint8)\n"
+        "print(memory_held.process_tree_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**28 < int(done.stdout) < 1.2 * 2**28
+    assert done.stderr == ""
+
+
+@linux_only
+def test_without_proc_a_warning_says_what_the_numbers_are(
+    proc: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    proc(psutil_tells=False)
+    for _ in range(3):
+        assert process_tree_bytes() > 0
+    assert [record.message[:54] for record in caplog.records] == [
+        "how much memory is in use is not told here (no /proc),"
+    ]
+
+
+def test_where_nobody_tells_one_warning_says_that_no_budget_can_be_kept(
+    proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proc(psutil_tells=False)
+    monkeypatch.setattr(memory_held, "most_resident_bytes", lambda: None)
+    for _ in range(3):
+        assert process_tree_bytes() == 0
+    with PeakSampler(0.01) as sampler:
+        time.sleep(0.03)
+    assert sampler.peak_bytes() == 0
+    assert len(caplog.records) == 1
+    assert "--max_ram cannot be kept" in caplog.text
+
+
+@linux_only
+def test_a_child_that_may_not_be_looked_into_is_told_of_and_one_that_has_ended_is_not(
+    proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with hidepid and a child of another user."""
+    proc(("/status", "/smaps_rollup", "/statm", "/children"))
+    read = memory_held._read
+    with python_child(CHILD.format(mib=10)) as child:
+        monkeypatch.setattr(memory_held, "_read", lambda path: b"" if f"/{child.pid}/" in path else read(path))
+        assert process_tree_bytes(child.pid) == 0
+        assert "--max_ram cannot be kept" in caplog.text
+    memory_held._warn_once.cache_clear()
+    caplog.clear()
+    assert process_tree_bytes(child.pid) == 0
+    assert caplog.text == ""
+
+
+def test_without_proc_psutil_stands_in(proc: Callable[..., None]) -> None:
+    proc()
     before_bytes = process_tree_bytes()
     held = np.ones(100 * MIB, np.uint8)
     with python_child(CHILD.format(mib=100)), PeakSampler() as sampler:
@@ -243,6 +368,12 @@ def test_children_that_come_and_go_do_not_disturb_the_sampler() -> None:
             subprocess.run([sys.executable, "-c", ""], check=True)
         assert sampler._thread.is_alive()
     assert sampler.peak_bytes() > 0
+
+
+def test_the_sampler_may_leave_children_out() -> None:
+    with PeakSampler(0.01, descendants=False) as sampler, python_child(CHILD.format(mib=300)):
+        time.sleep(0.05)
+    assert 0 < sampler.peak_bytes() < process_tree_bytes() + 100 * MIB
 
 
 def test_the_thread_is_gone_after_the_block_even_after_an_error() -> None:

@@ -9,8 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.sizes import parse_size
+from nnunet_lowmem.system import memory_held, memory_limits
 from nnunet_lowmem.system.memory_held import process_tree_bytes
-from nnunet_lowmem.system.memory_limits import RamLimit, available_ram, free_disk_bytes, ram_limits, total_ram_bytes
+from nnunet_lowmem.system.memory_limits import (
+    RamLimit,
+    available_ram,
+    free_disk_bytes,
+    physical_ram,
+    ram_limits,
+    total_ram_bytes,
+)
 
 MIB = 2**20
 GIB = 2**30
@@ -79,7 +89,7 @@ CGROUPS = {
     ),
     "v2, outside its namespace's root": (
         "0::/../job\n",
-        {"memory.max": 2 * GIB, "memory.current": 10, "job/memory.max": GIB},
+        {"memory.max": 2 * GIB, "memory.current": 10, "job/memory.max": GIB, "job/memory.current": 0},
         ("job/memory.max", GIB, 0),
     ),
     "v2, more used than allowed": (
@@ -138,6 +148,83 @@ def test_the_cgroup_that_leaves_least_is_found(name: str, tmp_path: Path) -> Non
 def test_without_a_readable_limit_no_cgroup_binds(own: str, files: dict[str, object], tmp_path: Path) -> None:
     root = fake_root(tmp_path, own, files)
     assert [limit for limit in ram_limits(root, environ={}) if limit.source.startswith("cgroup")] == []
+
+
+@pytest.mark.parametrize(
+    ("own", "file"),
+    [
+        ("0::/job\n", "job/memory.max"),
+        ("4:memory:/job\n", "memory/job/memory.limit_in_bytes"),
+        (None, "memory.max"),  # in a container without /proc its own group is what is mounted
+        (None, "memory/memory.limit_in_bytes"),
+    ],
+)
+def test_cgroup_whose_usage_is_not_told_holds_at_least_this_process(own, file, tmp_path: Path) -> None:
+    root = fake_root(tmp_path, own or "", {file: GIB})
+    if own is None:
+        (root / "proc/self/cgroup").unlink()
+    limit = available_ram(root, environ={})
+    assert limit is not None
+    assert (limit.source, limit.total_bytes) == (f"cgroup {root / 'sys/fs/cgroup' / file}", GIB)
+    assert abs(limit.used_bytes - process_tree_bytes()) < 20 * MIB
+
+
+NOBODY = {"by_psutil": lambda ask: None, "sysconf_bytes": lambda name: None}
+
+
+def test_physical_ram_is_asked_for_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_limits, "by_psutil", NOBODY["by_psutil"])
+    limit = physical_ram()
+    assert limit is not None
+    assert abs(limit.total_bytes - PHYSICAL_BYTES) < 64 * MIB
+    assert 0 < limit.free_bytes < PHYSICAL_BYTES
+
+
+def test_where_nobody_tells_of_memory_there_is_no_bound_and_no_share_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, answer in NOBODY.items():
+        monkeypatch.setattr(memory_limits, name, answer)
+    assert physical_ram() is None
+    assert available_ram(tmp_path, {}) is None
+    assert total_ram_bytes(tmp_path, {}) is None
+    assert parse_size("6G", None) == 6 * GIB
+    with pytest.raises(UsageError, match="write a size instead"):
+        parse_size("80%", None)
+
+
+@linux_only
+@pytest.mark.parametrize("status", ["VmData:\t  2048 kB\nVmSize:\t 4096 kB\n", ""], ids=["status", "psutil"])
+def test_what_counts_against_process_limits_is_never_taken_for_nothing(status: str, monkeypatch) -> None:
+    """In gVisor ``statm``, and so psutil, has 0 for data."""
+    memory = psutil.Process().memory_info()._replace(data=0)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: memory)
+    monkeypatch.setattr(memory_held, "_read", lambda path: status.encode())
+    used = {name: getattr(memory_limits, name)() for name in ("_data_bytes", "_address_bytes", "_resident_bytes")}
+    told = (2 * MIB, 4 * MIB, memory.rss) if status else (memory.rss, memory.vms, memory.rss)
+    assert tuple(used.values()) == told
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "remedy"),
+    [
+        ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_NODE 1.00 GiB", "raise it to 1.50 GiB or more (sbatch --mem=1536M)"),
+        ("RLIMIT_DATA", "ulimit -d (RLIMIT_DATA) 1.00 GiB", "raise it to 1.50 GiB or more (ulimit -d 1572864)"),
+        ("RLIMIT_AS", "ulimit -v (RLIMIT_AS) 1.00 GiB", "raise it to 1.50 GiB or more (ulimit -v 1572864)"),
+        ("cgroup /sys/fs/cgroup/job/memory.max", "the cgroup's memory.max 1.00 GiB (/sys/fs/cgroup/job)", "1536 MiB"),
+        ("physical RAM", "physical RAM 1.00 GiB", "0.50 GiB more must be free"),
+    ],
+)
+def test_limit_is_named_as_whoever_set_it_knows_it(source: str, name: str, remedy: str) -> None:
+    limit = RamLimit(source, GIB, 5)
+    assert limit.in_words() == name
+    assert remedy in limit.raised_by(GIB // 2)
+
+
+@pytest.mark.parametrize("needed_bytes", [0, 1, 100 * MIB, 3 * GIB, 400 * GIB])
+def test_what_must_be_free_leaves_what_is_needed_and_not_much_more(needed_bytes: int) -> None:
+    free_bytes = memory_limits.with_headroom(needed_bytes)
+    assert needed_bytes <= memory_limits.less_headroom(free_bytes) <= needed_bytes + 1
 
 
 def test_without_proc_physical_ram_is_left(tmp_path: Path) -> None:
