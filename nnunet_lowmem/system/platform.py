@@ -1,9 +1,9 @@
 """What differs between Linux, macOS and Windows: the one module that asks which of them this is.
 
 Here are every call into the C library and every name that only POSIX has. Each function has an answer everywhere: the
-next best thing, nothing, or None for what cannot be known, which is never the same as 0. All of ``/proc`` may be missing
-(a chroot), single files and fields of it (gVisor, old kernels), the processes of others (``hidepid``). No other module
-asks for the platform.
+next best thing, nothing, or None for what cannot be known, which is never the same as 0. What is usually there may be
+missing: all of ``/proc`` in a chroot, single files and fields of it in gVisor and in old kernels, the processes of
+others under ``hidepid``. No other module asks for the platform.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-
-import psutil
 
 T = TypeVar("T")
 
@@ -38,8 +36,6 @@ _PR_SET_PDEATHSIG = 1
 # Windows' words for a file that somebody else has open: access denied, sharing violation, lock violation
 _OPEN_ELSEWHERE = (5, 32, 33)
 _NO_RESERVING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-# psutil reads /proc, too, and then raises whatever it stumbles on
-_NOT_TOLD = (psutil.Error, OSError, LookupError, ValueError, AttributeError, NotImplementedError)
 _SCANNER_S = 5.0
 _SCANNER_LOOK_S = 0.05
 
@@ -65,10 +61,12 @@ def _call_c(name: str, *arguments: int) -> None:
 
 def by_psutil(ask: Callable[[], T]) -> T | None:
     """Return what psutil answers, None where it has no answer; a process that has ended is no answer either."""
+    import psutil  # not for commands that only say how they are called
+
     try:
         return ask()
-    except _NOT_TOLD:
-        return None
+    except (psutil.Error, OSError, LookupError, ValueError, AttributeError, NotImplementedError):
+        return None  # it reads /proc, too, and raises whatever it stumbles on
 
 
 def sysconf_bytes(pages: str) -> int | None:
@@ -118,6 +116,8 @@ def usable_cores() -> int:
 def process_exists(pid: int) -> bool:
     """Whether there is a process of that number, be it one that has ended and that nobody has waited for."""
     if _WINDOWS:  # where signal 0 is Ctrl+C
+        import psutil
+
         return bool(psutil.pid_exists(pid))
     try:
         os.kill(pid, 0)

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from nnunet_lowmem.system.atomic_files import _is_running
+from nnunet_lowmem.system.owned_folders import _is_running
 from nnunet_lowmem.system.process_tree import ProcessTree
 from nnunet_lowmem.system.stalls import ProgressClock, WorkerLimits
 
