@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import pwd
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,15 @@ from pathlib import Path
 import numba
 import pytest
 
+from nnunet_lowmem.labels import cells_cpu
+from nnunet_lowmem.network import kernels as network_kernels
+from nnunet_lowmem.preprocessing import spline
 from nnunet_lowmem.system import compiler
 from nnunet_lowmem.system.compiler import jit
+from nnunet_lowmem.window import halves
+from nnunet_lowmem.window import kernels as window_kernels
+
+needs_users = pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX users")
 
 
 def triple(value):
@@ -127,6 +133,7 @@ def _bound_by_permissions() -> Iterator[None]:
         os.seteuid(0)
 
 
+@needs_users
 def test_a_cache_that_cannot_be_written_is_read(monkeypatch):
     with tempfile.TemporaryDirectory() as name:  # beside pytest's folders, which are for their owner only
         monkeypatch.setattr(numba.config, "CACHE_DIR", name)
@@ -148,12 +155,13 @@ def _no_entry(uid):
     raise KeyError(uid)
 
 
+@needs_users
 @pytest.mark.parametrize("asked", ["", "~/kernels"])
 def test_no_folder_is_made_where_the_home_folder_is_unknown(tmp_path, monkeypatch, no_asked_folder, asked):
     """``docker run -u 1234`` with an image that knows no such user."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", asked)
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", _no_entry)
+    monkeypatch.setattr("pwd.getpwuid", _no_entry)
     monkeypatch.chdir(tmp_path)
     assert run(triple) == (42, False)
     assert run(triple) == (42, False)
@@ -210,6 +218,15 @@ def test_a_kernel_is_compiled_again_where_one_that_it_calls_or_a_constant_was_ed
     assert edited("", 3, "+ 1") == (43, False)
     assert edited("", 2, "+ 1") == (29, False)
     assert edited("# a line that moves the others", 2, "+ 1") == (29, True)
+
+
+def test_what_a_kernel_is_named_by_holds_in_every_process():
+    """An address in it would make every run compile, and fill the folder."""
+    modules = (cells_cpu, halves, network_kernels, window_kernels, spline)
+    kernels = {value for module in modules for value in vars(module).values() if isinstance(value, compiler._Kernel)}
+    assert len(kernels) > 20
+    for kernel in kernels:
+        assert " at 0x" not in " ".join(compiler._content(kernel.py_func, set())), kernel
 
 
 def test_who_reads_while_others_write_sees_whole_files(tmp_path):
