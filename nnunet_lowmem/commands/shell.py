@@ -16,6 +16,8 @@ from nnunet_lowmem.errors import LowMemError
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.system import signals
 
+_ENDED_BY = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}
+
 
 def guarded(command: Callable[[], int], verbose: bool) -> int:
     """Run a command; turn exceptions into one line and an exit code.
@@ -34,7 +36,7 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
             return command()
         except (signals.InterruptedBySignal, KeyboardInterrupt) as interrupt:
             number = int(getattr(interrupt, "number", signal.SIGINT))
-            tell("interrupted" if number == signal.SIGINT else "terminated")
+            tell(_ENDED_BY.get(number, f"terminated ({signal.Signals(number).name})"))
             return 128 + number
         except Exception as error:
             if verbose:

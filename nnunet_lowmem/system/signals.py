@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions that cannot get lost.
+"""Signals that ask a process to end, as exceptions that cannot get lost.
 
 Python raises the exception of a signal wherever it happens to be, and swallows it where that is a finaliser or a
 callback from C. So the signal is remembered, too, and `check`, called between tiles and stages, raises it again.
@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
+
+# a terminal, a shell or a scheduler sends these to all processes of a group or of a job
+_TO_GROUPS = ("SIGINT", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2")
+# the others that end a process which does not say otherwise, among them limits and timers of its own
+_TO_ONE = ("SIGTERM", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPROF")
 
 _pending: list[int] = []
 
@@ -31,20 +38,57 @@ class InterruptedBySignal(SystemExit):
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Raise `InterruptedBySignal` in the block on SIGINT and SIGTERM; the former handlers come back afterwards.
+    """Raise `InterruptedBySignal` in the block on every signal that would end this process.
 
-    Does nothing in a thread other than the main one, which is the only one that may handle signals.
+    A signal that is ignored when the block begins stays so: ``nohup`` and ``command &`` in a script mean it. So does a
+    handler that somebody else has set, but for SIGINT and SIGTERM. The former handlers come back afterwards. Does
+    nothing in a thread other than the main one, which is the only one that may handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {number: signal.signal(number, _raise) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = _caught_signals()
+    numbers = [number for number in _existing(_TO_GROUPS + _TO_ONE) if _would_end(number, caught)]
+    former = {number: signal.signal(number, _raise) for number in numbers}
     try:
         yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
         _pending.clear()
+
+
+def _would_end(number: signal.Signals, caught: Container[int]) -> bool:
+    handler = signal.getsignal(number)
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return handler not in (signal.SIG_IGN, None)
+    return handler is signal.SIG_DFL and number not in caught
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Start a process in the block that gets no signal which is sent to a group until it calls `left_to_parent`."""
+    if not _can_block():
+        yield
+        return
+    numbers = _existing(_TO_GROUPS)
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        # spawn starts it before the first process, and lets SIGINT through again
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def left_to_parent() -> None:
+    """Ignore, in a worker, the signals that its parent is sent, too: the parent alone decides what they mean."""
+    numbers = _existing(_TO_GROUPS)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    if _can_block():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def check() -> None:
@@ -58,3 +102,24 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if not _pending:
         _pending.append(number)
         raise InterruptedBySignal(number)
+
+
+# -> platform.py
+def _existing(names: Sequence[str]) -> list[signal.Signals]:
+    """Return those of the signals that this system has."""
+    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+
+
+# -> platform.py
+def _can_block() -> bool:
+    return hasattr(signal, "pthread_sigmask")
+
+
+# -> platform.py
+def _caught_signals() -> set[int]:
+    """Return the signals that have a handler, where the system tells: Python knows none that was set in C."""
+    mask = 0
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        mask = int(next(line for line in lines if line.startswith("SigCgt:")).split()[1], 16)
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}

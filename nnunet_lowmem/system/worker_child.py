@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
+from nnunet_lowmem.system import signals
+
 Report = Callable[[str], None]
 
 #: `Connection` sends up to 16 KiB in one write, so a child that is stopped cannot leave half a message behind.
@@ -63,8 +65,7 @@ def run_job(pipe: Connection, parent_pid: int, job: bytes) -> None:
         Pickled ``(target, argument)``.
     """
     _end_with_parent(parent_pid)
-    # Ctrl-C reaches the whole process group: the parent alone decides what it means
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.left_to_parent()
     message = _answer(job, _reporter(pipe))
     with contextlib.suppress(OSError):
         pipe.send_bytes(message)
