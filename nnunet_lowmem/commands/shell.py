@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from nnunet_lowmem.errors import LowMemError
@@ -99,6 +99,10 @@ class _Lasting:
         except OSError:
             self._silence()
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write them all."""
+        self.write("".join(lines))
 
     def flush(self) -> None:
         """Flush as far as somebody reads."""
