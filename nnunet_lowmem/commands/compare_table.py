@@ -36,12 +36,12 @@ def print_comparison(comparison: Comparison, label_names: Mapping[int, str], as_
 
 
 def _measured_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
-    at_least = "≥ " if comparison.stopped else ""
+    at_least = ">= " if comparison.stopped else ""
     for name, value, text in _rows():
         stock, ours = (comparison.median_of(side, value) for side in ("stock", "ours"))
         if stock is None and ours is None:
             continue
-        ratio = f"{'≤ ' if at_least else ''}{ours / stock:.2f}" if stock and ours is not None else "-"
+        ratio = f"{'<= ' if at_least else ''}{ours / stock:.2f}" if stock and ours is not None else "-"
         yield (
             name,
             "-" if stock is None else at_least + text(stock),

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from nnunet_lowmem.errors import LowMemError
@@ -19,6 +19,7 @@ from nnunet_lowmem.system import signals
 
 # of the dynamic linker, of the C library, of torch's allocator
 _NO_MEMORY = ("failed to map segment", "annot allocate memory", "DefaultCPUAllocator")
+_ENDED_BY = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}
 
 
 def guarded(command: Callable[[], int], verbose: bool) -> int:
@@ -38,7 +39,7 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
             return command()
         except (signals.InterruptedBySignal, KeyboardInterrupt) as interrupt:
             number = int(getattr(interrupt, "number", signal.SIGINT))
-            tell("interrupted" if number == signal.SIGINT else "terminated")
+            tell(_ENDED_BY.get(number, f"terminated ({signal.Signals(number).name})"))
             return 128 + number
         except Exception as error:
             if verbose:
@@ -111,6 +112,10 @@ class _Lasting:
         except OSError:
             self._silence()
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write them all."""
+        self.write("".join(lines))
 
     def flush(self) -> None:
         """Flush as far as somebody reads."""

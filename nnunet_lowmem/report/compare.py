@@ -186,8 +186,11 @@ def side_command(request: Request, side: str, output: Path) -> list[str]:
 
 
 def side_environment(device: str, folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of both sides: temporary files in `folder`, and the one GPU, if its number was given."""
-    changed = dict(environment)
+    """Return the environment of both sides: temporary files in `folder`, and the one GPU, if its number was given.
+
+    What they print goes into a log of ours, so it need not be what this process's terminal can show.
+    """
+    changed = {**environment, "PYTHONIOENCODING": "utf-8:backslashreplace"}
     if len(str(folder) + _SOCKET_NAME) <= _SOCKET_PATH_LIMIT:
         changed["TMPDIR"] = str(folder)
     kind, _, number = device.partition(":")
@@ -202,7 +205,7 @@ def _badness(labels: Sequence[LabelDifference]) -> tuple[int, int]:
 
 
 def _last_lines(log: Path) -> str:
-    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.rstrip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-_LOG_LINES:])
 
 

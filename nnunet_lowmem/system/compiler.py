@@ -29,6 +29,7 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
 from nnunet_lowmem import __version__
+from nnunet_lowmem.system import platform
 
 _logger = logging.getLogger(__name__)
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -155,19 +156,8 @@ def _write(file: Path, key: bytes, payload: bytes) -> None:
 def _folder() -> Path | None:
     """Return the folder of this version and interpreter; None where the home folder is unknown."""
     try:
-        root = Path(_config.CACHE_DIR or _users_cache()).expanduser()
+        root = Path(_config.CACHE_DIR or platform.users_cache()).expanduser()
     except RuntimeError:  # no home: as it stands, the path would make a folder named `~` in the current one
         return None
     interpreter = f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
     return root / "nnunet_lowmem" / f"{__version__}-{interpreter}"
-
-
-# -> platform.py
-def _users_cache() -> str:
-    """Return where this platform keeps what programs can make again; it may begin with ``~``."""
-    if sys.platform == "win32":
-        return os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    if sys.platform == "darwin":
-        return "~/Library/Caches"
-    stated = os.environ.get("XDG_CACHE_HOME", "")
-    return stated if os.path.isabs(stated) else "~/.cache"  # relative ones are not valid, says the standard

@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,6 +168,45 @@ def process_space() -> str:
     return " ".join(told)
 
 
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def signals_named(names: Sequence[str]) -> list[signal.Signals]:
+    """Return those of the signals that this system has."""
+    return [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+
+
+@contextlib.contextmanager
+def blocked_signals(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Put signals off in this thread, and in processes that it starts in the block, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        # spawn starts it before the first process, and lets SIGINT through again
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def unblock_signals(numbers: Sequence[signal.Signals]) -> None:
+    """Let signals through again that the process which started this one has put off."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def caught_signals() -> set[int]:
+    """Return the signals that have a handler, where the system tells: Python knows none that was set in C."""
+    mask = 0
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        mask = int(next(line for line in lines if line.startswith("SigCgt:")).split()[1], 16)
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +285,16 @@ def replace(source: Path, target: Path) -> None:
 
 def _is_open_elsewhere(error: OSError) -> bool:
     return _WINDOWS and getattr(error, "winerror", None) in _OPEN_ELSEWHERE
+
+
+def users_cache() -> str:
+    """Return the folder for what programs can make again; it may begin with ``~``."""
+    if sys.platform == "win32":
+        return os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    if sys.platform == "darwin":
+        return "~/Library/Caches"
+    stated = os.environ.get("XDG_CACHE_HOME", "")
+    return stated if os.path.isabs(stated) else "~/.cache"  # relative ones are not valid, says the standard
 
 
 def lock(descriptor: int) -> bool | None:

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
 import threading
 import time
 import traceback
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from nnunet_lowmem.system import platform
+from nnunet_lowmem.system import platform, signals
 
 Report = Callable[[str], None]
 
@@ -62,8 +61,7 @@ def run_job(pipe: Connection, parent_pid: int, job: bytes) -> None:
         Pickled ``(target, argument)``.
     """
     _end_with_parent(parent_pid)
-    # Ctrl-C reaches the whole process group: the parent alone decides what it means
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.left_to_parent()
     message = _answer(job, _reporter(pipe))
     with contextlib.suppress(OSError):
         pipe.send_bytes(message)

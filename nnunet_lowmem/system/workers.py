@@ -30,7 +30,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from nnunet_lowmem.errors import WorkerError
-from nnunet_lowmem.system import platform
+from nnunet_lowmem.system import platform, signals
 from nnunet_lowmem.system.process_tree import ProcessTree, exit_words, oom_kills
 from nnunet_lowmem.system.stalls import ProgressClock, WorkerLimits
 from nnunet_lowmem.system.worker_child import Raised, Report, run_job
@@ -319,7 +319,7 @@ def _spawn(job: bytes, case: str) -> tuple[SpawnProcess, Connection]:
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=run_job, args=(writer, os.getpid(), job), name=f"worker {case}", daemon=True)
     try:
-        with _main_left_out():
+        with _main_left_out(), signals.held_back():
             process.start()
     except (OSError, RuntimeError) as error:
         reader.close()

@@ -98,14 +98,15 @@ def test_stock_is_ended_at_its_limit_and_the_table_says_so(start, short_tmp):
     assert "Stock was ended, since it took more than 0.59 GiB (--stock-limit)" in stdout
     assert "no label maps of stock to compare with" in stdout
     whole = next(line for line in stdout.splitlines() if "peak RAM  " in line)
-    assert "≥ " in whole
+    assert ">= " in whole
     assert "voxels that differ" not in stdout
     assert processes_that_name(short_tmp) == []
     assert list(short_tmp.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_both_trees(start, short_tmp):
+@pytest.mark.parametrize("number, told", [(signal.SIGINT, "interrupted"), (signal.SIGHUP, "terminated (SIGHUP)")])
+def test_a_signal_ends_both_trees(number, told, start, short_tmp):
     process = start()
     deadline = time.monotonic() + 120
     # stock's workers are there
@@ -114,10 +115,10 @@ def test_ctrl_c_ends_both_trees(start, short_tmp):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     tree = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.splitlines()[-1] == "interrupted"
+    assert process.returncode == 128 + number
+    assert stderr.splitlines()[-1] == told
     assert all(has_ended(process.pid) for process in tree)
     assert list(short_tmp.iterdir()) == []
 
@@ -330,6 +331,13 @@ def test_both_sides_see_the_same_gpu(device, visible, expected):
 def test_temporary_files_lie_elsewhere_where_the_path_leaves_no_room_for_a_socket():
     assert compare.side_environment("cpu", Path("/t"), {})["TMPDIR"] == "/t"
     assert "TMPDIR" not in compare.side_environment("cpu", Path("/" + "t" * 80), {})
+
+
+def test_no_side_fails_for_what_the_terminal_cannot_show(tmp_path):
+    environment = compare.side_environment("cpu", tmp_path, {**os.environ, "PYTHONIOENCODING": "ascii"})
+    command = [sys.executable, "-c", "print('l\\xe4ber \\u2265 \\udcff')"]
+    assert run_measured(command, environment, tmp_path / "trace", log=tmp_path / "log").exit_code == 0
+    assert compare._last_lines(tmp_path / "log") == "läber ≥ \\udcff"
 
 
 def test_deterministic_mode_outlives_a_predictor_that_switches_trials_on():

@@ -70,11 +70,21 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    "number, told", [(signal.SIGTERM, "terminated"), pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.slow)]
+    "number, told",
+    [
+        (signal.SIGHUP, "terminated (SIGHUP)"),
+        pytest.param(signal.SIGTERM, "terminated", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.slow),
+        pytest.param(signal.SIGXCPU, "terminated (SIGXCPU)", marks=pytest.mark.slow),
+    ],
 )
 def test_signal_ends_the_run_and_keeps_finished_cases(number, told, inputs, images, models, tmp_path):
-    process = start(inputs, tmp_path / "out", models(ModelSpec(), images("head")))
+    terminal, its_end = os.openpty()
+    process = start(inputs, tmp_path / "out", models(ModelSpec(), images("head")), stdout=its_end)
+    os.close(its_end)
     wait_for((tmp_path / "out/0.nii.gz").exists, process)
+    if number == signal.SIGHUP:
+        os.close(terminal)  # so what is printed from now on fails
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 128 + number
@@ -82,6 +92,8 @@ def test_signal_ends_the_run_and_keeps_finished_cases(number, told, inputs, imag
     verify_whole(tmp_path / "out/0.nii.gz")
     assert not list((tmp_path / "tmp").iterdir())
     assert not list((tmp_path / "out").glob(".partial*"))
+    if number != signal.SIGHUP:
+        os.close(terminal)
 
 
 def test_signal_while_the_case_before_is_written(inputs, images, models, tmp_path):
@@ -154,8 +166,42 @@ def test_exception_that_python_swallows_is_raised_again():
 
 
 def test_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
     with signals.ending_on_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
     signals.check()
+
+
+_KILL_ITSELF = """
+import faulthandler, os, signal, sys
+from nnunet_lowmem.system import signals
+if "handlers" in sys.argv:
+    signal.signal(signal.SIGUSR2, lambda *_: print("own handler"))
+    faulthandler.register(signal.SIGUSR1, file=sys.stdout)
+with signals.ending_on_signals():
+    for name in sys.argv[2:]:
+        os.kill(os.getpid(), signal.Signals[name])
+        signals.check()
+        print("after", name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "before, first, others, told",
+    [
+        ("trap '' INT HUP QUIT TERM;", "ignored", "INT HUP QUIT TERM", ""),
+        ("", "handlers", "USR1 USR2", "own handler"),
+    ],
+)
+def test_what_is_ignored_or_handled_by_somebody_else_ends_nothing(before, first, others, told):
+    """As in a script: ``nohup``, ``command &``, and traceback dumps of ``faulthandler``."""
+    names = [f"SIG{name}" for name in others.split()]
+    program = [sys.executable, "-c", _KILL_ITSELF, first, *names, "SIGALRM"]
+    command = ["sh", "-c", f'{before} exec "$@"', "sh", *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGALRM, "")
+    after = [line.removeprefix("after ") for line in done.stdout.splitlines() if line.startswith("after ")]
+    assert after == names
+    assert told in done.stdout

@@ -119,7 +119,7 @@ def questions_about_the_platform(file: Path) -> Iterator[str]:
                 yield f"{node.value.id}.{node.attr}"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
             yield from (
-                f"{node.func.id}({a.id})" for a in node.args[:1] if isinstance(a, ast.Name) and a.id in OF_POSIX
+                f"{node.func.id}({a.id})" for a in node.args[:1] if isinstance(a, ast.Name) and a.id in ("os", "signal")
             )
 
 

@@ -549,9 +549,13 @@ class TestParent:
         assert process.returncode == 0
         assert wait_until(lambda: is_gone(int(out)), 5)
 
-    def test_alone_decides_what_ctrl_c_means(self):
-        with started(targets.busy_after, (("s",), 0.5)) as worker:
-            os.kill(worker.pid, signal.SIGINT)
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+    def test_alone_decides_what_a_signal_to_the_group_means(self, number):
+        """From the worker's first moment: most of it passes before any code of ours runs there."""
+        with Worker(targets.busy_after, (("s",), 0.1), case="a") as worker:
+            while not worker.poll():
+                os.kill(worker.pid, number)
+                time.sleep(0.005)
             assert worker.result() == "done"
 
     # slow: failed in one of about thirty runs, for a reason not yet found
