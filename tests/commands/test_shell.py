@@ -36,6 +36,8 @@ def as_shown(text: str, encoding: str) -> str:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp932", "utf-8"])
 def test_what_an_encoding_lacks_is_escaped_and_costs_nothing(encoding, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
+    # pytest keeps what is logged, and processes of tests cannot send such a name to each other
+    monkeypatch.setattr(logging.getLogger("nnunet_lowmem"), "propagate", False)
 
     def command() -> None:
         print(f"printed {_NAME}")

@@ -99,7 +99,7 @@ def test_signal_ends_the_run_and_keeps_finished_cases(number, told, inputs, imag
 def test_signal_while_the_case_before_is_written(inputs, images, models, tmp_path):
     """The case that is computed is kept, whole and with its record; of the one under way nothing is left."""
     process = start(inputs, tmp_path / "out", models(ModelSpec(), images("head")), before=_SLOW_WRITER)
-    wait_for(lambda: list((tmp_path / "out").glob(".partial*/*")), process)
+    wait_for(lambda: list((tmp_path / "out").glob(".partial*/*.nii.gz")), process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr.splitlines()[-1]) == (128 + signal.SIGTERM, "terminated")
