@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.system.atomic_files import atomic_output
 
 FAILURES_FILE = "lowmem_failures.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,20 @@ class RunReport:
         return f"{len(self.failed)} of {len(self.failed) + len(self.done)} cases failed"
 
     def write_failures(self, folder: Path) -> None:
-        """Write what failed into `folder`; where nothing did, remove what an earlier run has written there."""
+        """Write what failed into `folder`; where nothing did, remove what an earlier run has written there.
+
+        Where the folder lets neither be done the log says so: what becomes of the run does not depend on it.
+        """
         path = folder / FAILURES_FILE
-        if not self.failed:
-            path.unlink(missing_ok=True)
-            return
+        try:
+            if self.failed:
+                self._write_failures(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.error("%s does not tell of this run: %s", FAILURES_FILE, error)
+
+    def _write_failures(self, path: Path) -> None:
         content: dict[str, Any] = {
             "failed": [
                 {"case": case.case, "stage": case.stage, "reason": case.reason, "traceback": case.traceback_text}
