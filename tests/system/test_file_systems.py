@@ -97,14 +97,17 @@ def test_file_that_cannot_be_removed_is_warned_of(lacking, caplog):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="asks /proc for the place of open files")
-def test_cases_are_refused_before_they_are_computed(lacking, images, models, monkeypatch):
+def test_case_is_refused_before_it_is_computed_and_costs_only_itself(lacking, images, models, tmp_path):
     case, model = images("small"), models(ModelSpec(patch_size=(10, 12, 12)), images("small"))
     folder = lacking(("replace",), errno.EIO)
-    predictor = make_predictor(LowMemPredictor, model)
-    with monkeypatch.context() as patch:
-        patch.setattr(predictor.network, "forward", lambda *_: pytest.fail("was computed"))
-        with pytest.raises(CasesFailedError, match="outputs cannot be written to"):
-            predictor.predict_from_files([case], [str(folder / "case")])
+    begun = []
+    predictor = make_predictor(LowMemPredictor, model, on_progress=lambda progress: begun.append(progress.case))
+    (tmp_path / "good").mkdir()
+    with pytest.raises(CasesFailedError, match=r"1 of 2 cases failed: .*outputs cannot be written to .*computed"):
+        predictor.predict_from_files([case, case], [str(tmp_path / "good" / "first"), str(folder / "second")])
+    assert (tmp_path / "good" / "first.nii.gz").exists()
+    assert "second" not in begun
+    assert names(folder) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="asks /proc for the place of open files")
