@@ -185,6 +185,7 @@ class _Sign:
             os.utime(self._folder)
             return
         os.lseek(self._descriptor, 0, os.SEEK_SET)
+        platform.lock(self._descriptor)  # in case somebody tried it in the moment when the file was made
         os.write(self._descriptor, b"\n")
         # only what has reached a server bears the time of its clock
         os.fsync(self._descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from oracle import assert_same_segmentation, make_predictor, predict_stock
 import nnunet_lowmem
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.nnunet.installed import version_of
+from nnunet_lowmem.system import platform
 
 PROGRAM = [sys.executable, str(SUPPORT / "elsewhere.py")]
 
@@ -93,6 +95,28 @@ def test_demo(tmp_path):
         assert process.wait(timeout=300) == 0, (tmp_path / "err.txt").read_text()
     assert list((tmp_path / "out").glob("**/*.nii.gz"))
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(("on_windows", "word", "tries"), [(True, 32, 3), (True, 17, 1), (False, 32, 1)])
+def test_rename_that_a_scanner_blocks_is_tried_again_on_windows(on_windows, word, tries, tmp_path, monkeypatch):
+    """17: another drive, which no patience helps."""
+    (tmp_path / "new").write_text("new")
+    calls, real = [], os.replace
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) < 3:
+            error = PermissionError(13, "The process cannot access the file")
+            error.winerror = word
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(platform, "_WINDOWS", on_windows)
+    monkeypatch.setattr(os, "replace", replace)
+    with contextlib.suppress(PermissionError):
+        platform.replace(tmp_path / "new", tmp_path / "old")
+    assert len(calls) == tries
+    assert (tmp_path / "old").exists() == (tries == 3)
 
 
 OF_POSIX = {
