@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from nnunet_lowmem.labels import cells_cpu
 from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
-from nnunet_lowmem.labels.resampling import resampling_tables
+from nnunet_lowmem.labels.resampling import flat_tables, resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.network import tile_memory
 from nnunet_lowmem.network.fast_network import FastNorm, Head
@@ -37,6 +38,9 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
             window.restart(Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32)))
             window.add(_voxels((1, *grid.tile_shape)), (0, 0, 0))
         tables = resampling_tables((4, 4, 4), (6, 6, 6), None)
+        # probabilities, and heads that have to be whole
+        head, out = np.zeros((1, 4, 4, 4), np.uint16), np.empty((6, 6, 6), np.uint16)
+        threads.run(cells_cpu.resample_rows, 36, head, *flat_tables(tables), out)
         slab = window.finish(4)
         for target in (labels[1:, 1:, 1:], np.zeros((6, 6, 6), label_type)):  # cropped, and not: other memory layouts
             labeller = SlabLabeller(tables, Labelling(rule, threads), target)

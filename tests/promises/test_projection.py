@@ -278,5 +278,5 @@ def test_a_case_below_the_smallest_budget_is_refused_before_work(predict):
     told = predict("tiny", max_ram=100 * MIB)
     assert told["cases"] == []
     assert told["outputs"] == []
-    for word in ("case case0 does not fit", "budget 0.10 GiB", "reserved", "--max_ram"):
+    for word in ("case case0 does not fit", "budget 0.0977 GiB", "reserved", "--max_ram"):
         assert word in told["error"]
