@@ -64,15 +64,17 @@ def machine_budget(
     ram = _ram(max_ram, with_children)
     vram, reserved_vram = _vram(max_vram, device)
     folder = spill_folder(tmp_dir)
+    unspilled = _why_nothing_is_spilled(folder)
     origins = Origins(
         ram_asked=ram.asked,
         vram_asked=_asked_vram(max_vram, device) is not None,
         machine=ram.machine,
         in_use_bytes=ram.in_use_bytes,
         folder=str(folder),
-        nothing_spilled_because=_why_nothing_is_spilled(folder),
+        nothing_spilled_because=unspilled,
     )
-    return Budget(ram.limit_bytes, vram, ram.in_use_bytes, reserved_vram, spill_bytes(tmp_dir), origins)
+    disk = 0 if unspilled else free_disk_bytes(folder)
+    return Budget(ram.limit_bytes, vram, ram.in_use_bytes, reserved_vram, disk, origins)
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,13 @@ def _limit_of_memory(error: Exception) -> str:
     out = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if not out and not any(words in str(error) for words in _NO_MEMORY):
         return ""
-    from nnunet_lowmem.system.memory_limits import binding_now
+    try:  # with hardly any memory left
+        from nnunet_lowmem.system.memory_limits import binding_now
 
-    return f"; memory could not be had: {binding_now()}"
+        binding = binding_now()
+    except Exception:
+        return ""
+    return f"; memory could not be had: {binding}" if binding else ""
 
 
 def tell(line: str) -> None:

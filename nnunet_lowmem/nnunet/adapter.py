@@ -97,10 +97,11 @@ def write_run_files(
     remove_stale(folder)
     arguments = deepcopy(arguments)
     recursive_fix_for_json_export(arguments)
-    files = {"predict_from_raw_data_args": arguments, "dataset": dataset_json, "plans": plans}
-    for name, content in files.items():
-        with atomic_output(folder / f"{name}.json") as partial_file:
-            save_json(content, str(partial_file), sort_keys=content is arguments)
+    # as stock does: parts of a run (-num_parts) write them at the same time, and where files cannot be renamed the copy
+    # of one would be compared while another writes
+    save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
+    save_json(dataset_json, str(folder / "dataset.json"), sort_keys=False)
+    save_json(plans, str(folder / "plans.json"), sort_keys=False)
 
 
 def outputs(wanted: Any) -> str | list[str] | None:

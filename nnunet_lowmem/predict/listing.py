@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.system.atomic_files import try_output
 from nnunet_lowmem.system.placing import place_of
+
+_NO_NEW_FILES = (errno.EPERM, errno.EACCES, errno.EROFS)
 
 
 def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any], is_listed: bool) -> list[Job]:
@@ -123,24 +126,23 @@ def _unless_unwritable(job: Job, tried: dict[Path, WriteError | None]) -> Job:
     try:
         for output in () if job.recipe is None else job.recipe.outputs:
             place = place_of(output)
+            refusal = _tried(place.parent, tried)
             # a file that is there may be written to where no other can be made
-            if not place.exists():
-                _try_once(place.parent, tried)
+            if refusal is not None and not (place.exists() and refusal.errno in _NO_NEW_FILES):
+                raise refusal
     except WriteError as error:
         return _refused(job, error)
     return job
 
 
-def _try_once(folder: Path, tried: dict[Path, WriteError | None]) -> None:
+def _tried(folder: Path, tried: dict[Path, WriteError | None]) -> WriteError | None:
     if folder not in tried:
-        tried[folder] = None
         try:
             try_output(folder)
+            tried[folder] = None
         except WriteError as error:
             tried[folder] = error
-    refusal = tried[folder]
-    if refusal is not None:
-        raise refusal
+    return tried[folder]
 
 
 def _refused(job: Job, error: LowMemError) -> Job:

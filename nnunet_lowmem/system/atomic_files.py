@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,11 +24,10 @@ from nnunet_lowmem.system import platform
 from nnunet_lowmem.system.owned_folders import (
     PARTIAL,
     SIGN_FILE,
-    TRIAL,
     make_owned_folder,
-    owned_name,
     remove_owned_folder,
     remove_stale,
+    trial_file,
 )
 from nnunet_lowmem.system.placing import flush, place_of, put
 
@@ -47,19 +45,22 @@ def try_output(folder: Path) -> None:
     WriteError
         If outputs could not be written there.
     """
-    final = folder / owned_name(TRIAL, secrets.token_hex(4))
-    try:
-        with atomic_output(final) as path:
-            path.write_bytes(b"written to see whether it can be\n")
-    except WriteError as error:
-        error.args = (f"outputs cannot be written to {folder}, nothing was computed: {error}; choose another folder",)
-        raise
-    try:
-        final.unlink()
-    except OSError as error:
-        logger.warning(
-            "%s: what is written there cannot be removed (%s); unfinished files will stay", folder, error.strerror
-        )
+    with trial_file(folder) as final:
+        try:
+            with atomic_output(final) as path:
+                path.write_bytes(b"written to see whether it can be\n")
+        except OSError as failure:
+            error = failure if isinstance(failure, WriteError) else _write_error(final, failure)
+            text = f"outputs cannot be written to {folder}, nothing was computed: {error}; choose another folder"
+            refusal = because(WriteError, text, failure)
+            refusal.errno = error.errno
+            raise refusal from failure
+        try:
+            final.unlink()
+        except OSError as error:
+            logger.warning(
+                "%s: what is written there cannot be removed (%s); unfinished files will stay", folder, error.strerror
+            )
 
 
 @contextlib.contextmanager
@@ -96,6 +97,8 @@ def atomic_output(
         require_free_bytes(place, needed_bytes)
     folder = _partial_folder(final, place)
     try:
+        if needed_bytes is not None and folder.parent != place.parent:
+            require_free_bytes(folder.parent, needed_bytes)
         try:
             yield folder / final.name
         except Exception as error:

@@ -5,7 +5,7 @@ ended are removed by the next run that looks. Whether the owner has ended is nev
 wrote: it keeps a file in the folder locked, which the system gives free however the process ends, and writes to it
 every minute. The lock tells on the same machine, and on others where the file system passes it on. Where it does not,
 an owner of another machine, which cannot be asked, has ended when that file has not changed for a day, measured by the
-clock of the file system itself: clocks of machines may differ.
+clock of the file system itself: clocks of machines may differ, where a server tells the time of a file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from nnunet_lowmem.system import platform
 #: Seconds without a beat after which an owner that cannot be asked has ended.
 UNKNOWN_OWNER_S = 24 * 3600
 BEAT_S = 60.0
+# how long a server may take to answer before it is not waited for
+_PATIENCE_S = 5.0
 #: The file in an owned folder that shows that the owner lives.
 SIGN_FILE = "owner_is_alive"
 
@@ -126,9 +128,22 @@ def remove_owned_folder(folder: Path) -> None:
         sign = _live.get(folder.name)
         if sign is not None:
             sign.close()
-        _remove(folder)
     finally:
-        _live.pop(folder.name, None)
+        try:
+            _remove(folder)
+        finally:
+            _live.pop(folder.name, None)
+
+
+@contextlib.contextmanager
+def trial_file(folder: Path) -> Iterator[Path]:
+    """Give the path of a file to be made and removed in `folder`, which nobody takes for left over meanwhile."""
+    path = folder / owned_name(TRIAL, secrets.token_hex(4))
+    _live[path.name] = None
+    try:
+        yield path
+    finally:
+        _live.pop(path.name, None)
 
 
 def owned_name(kind: str, unique: str) -> str:
@@ -157,18 +172,19 @@ class _Sign:
         with contextlib.suppress(OSError):  # then the beats are the folder's own
             # not for reading: some file systems open nothing for both
             self._descriptor = os.open(folder / SIGN_FILE, os.O_WRONLY | os.O_CREAT, 0o600)
-            platform.lock(self._descriptor)
-        self._closed = threading.Event()
+        self._is_shown, self._closed = threading.Event(), threading.Event()
+        # in a thread, since servers that do not answer hold up whoever asks for a lock, or writes
         self._thread = threading.Thread(target=self._run, name="nnunet_lowmem sign of life", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no thread to be had: the lock has to do
+        with contextlib.suppress(RuntimeError):  # no thread to be had: a process of this machine is seen to run
             self._thread.start()
+            self._is_shown.wait(_PATIENCE_S)
 
     def close(self) -> None:
         """End the beats, free the lock, and remove the file."""
         self._closed.set()
         if self._thread.ident is not None:
-            self._thread.join()
-        if self._descriptor is not None:
+            self._thread.join(_PATIENCE_S)
+        if self._descriptor is not None and not self._thread.is_alive():
             # closed first: Windows and network file systems keep a file as long as it is open
             os.close(self._descriptor)
             self._descriptor = None
@@ -176,30 +192,52 @@ class _Sign:
             (self._folder / SIGN_FILE).unlink()
 
     def _run(self) -> None:
+        self._lock()
+        self._is_shown.set()
         while not self._closed.wait(BEAT_S):
-            with contextlib.suppress(OSError):
+            self._lock()  # again, in case somebody tried it in the moment when the file was made
+            try:
                 self._beat()
+            except OSError:  # a full disk, a file system that writes files in one go
+                with contextlib.suppress(OSError):
+                    os.utime(self._folder)
+
+    def _lock(self) -> None:
+        if self._descriptor is not None:
+            platform.lock(self._descriptor)
 
     def _beat(self) -> None:
         if self._descriptor is None:
             os.utime(self._folder)
             return
         os.lseek(self._descriptor, 0, os.SEEK_SET)
-        platform.lock(self._descriptor)  # in case somebody tried it in the moment when the file was made
         os.write(self._descriptor, b"\n")
         # only what has reached a server bears the time of its clock
         os.fsync(self._descriptor)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
 
 
 def _is_locked(sign: Path) -> bool:
-    try:
-        descriptor = os.open(sign, os.O_WRONLY)
-    except OSError:
-        return False
-    try:
-        return platform.lock(descriptor) is False
-    finally:
-        os.close(descriptor)
+    """Whether the owner has locked its sign; true, too, where the file system does not answer."""
+    is_free = threading.Event()
+
+    def look() -> None:
+        try:
+            descriptor = os.open(sign, os.O_WRONLY)
+        except OSError:
+            is_free.set()
+            return
+        try:
+            if platform.lock(descriptor) is not False:
+                is_free.set()
+        finally:
+            os.close(descriptor)
+
+    looking = threading.Thread(target=look, name="nnunet_lowmem look for a sign of life", daemon=True)
+    with contextlib.suppress(RuntimeError):  # no thread to be had
+        looking.start()
+        looking.join(_PATIENCE_S)
+    return not is_free.is_set()
 
 
 def _since_last_beat_s(owned: Path) -> float:
@@ -207,13 +245,13 @@ def _since_last_beat_s(owned: Path) -> float:
     try:
         written = (owned, *(owned.iterdir() if owned.is_dir() else ()))
         last_beat: float = max(path.stat().st_mtime for path in written)
-        clock = owned.with_name(owned_name(TRIAL, secrets.token_hex(4)))
-        descriptor = os.open(clock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            return os.fstat(descriptor).st_mtime - last_beat
-        finally:
-            os.close(descriptor)
-            clock.unlink()
+        with trial_file(owned.parent) as clock:
+            descriptor = os.open(clock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                return os.fstat(descriptor).st_mtime - last_beat
+            finally:
+                os.close(descriptor)
+                clock.unlink()
     except OSError:  # somebody works in it
         return 0.0
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -158,14 +159,16 @@ def process_space() -> str:
     """Return what tells the place within which a process id means one process, besides the machine's name.
 
     On Linux the boot of its kernel and the space of process ids: containers on one machine share the former and may
-    share a name, machines made from one image may share theirs.
+    share a name, machines made from one image may share theirs. Elsewhere the address of its network card.
     """
-    told = []
-    with contextlib.suppress(OSError):
-        told.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-    with contextlib.suppress(OSError):
-        told.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return " ".join(told)
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = f"{uuid.getnode():x}"
+    try:
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return boot
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
@@ -198,12 +201,13 @@ def unblock_signals(numbers: Sequence[signal.Signals]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
-def caught_signals() -> set[int]:
-    """Return the signals that have a handler, where the system tells: Python knows none that was set in C."""
-    mask = 0
-    with contextlib.suppress(OSError, ValueError, StopIteration):
+def caught_signals() -> set[int] | None:
+    """Return the signals that have a handler, None where the system does not tell: Python knows none set in C."""
+    try:
         lines = Path("/proc/self/status").read_text().splitlines()
         mask = int(next(line for line in lines if line.startswith("SigCgt:")).split()[1], 16)
+    except (OSError, ValueError, StopIteration):
+        return None
     return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
 
 

@@ -50,7 +50,8 @@ class ProcessTree:
         """Return whether the root still exists, be it as a process that nobody has waited for."""
         if self._root is None:
             return self._untold and process_exists(self._pid)
-        return bool(by_psutil(self._root.is_running))
+        told = by_psutil(self._root.is_running)
+        return process_exists(self._pid) if told is None else told
 
     def state(self) -> str:
         """Return the state of the root in words."""

@@ -17,6 +17,7 @@ from nnunet_lowmem.system import platform
 # a terminal, a shell or a scheduler sends these to all processes of a group or of a job
 _TO_GROUPS = ("SIGINT", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2")
 # the others that end a process which does not say otherwise, among them limits and timers of its own
+_NEVER_CAUGHT_IN_C = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # as good as never
 _TO_ONE = ("SIGTERM", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPROF")
 
 _pending: list[int] = []
@@ -48,7 +49,8 @@ def ending_on_signals() -> Iterator[None]:
         yield
         return
     caught = platform.caught_signals()
-    numbers = [number for number in platform.signals_named(_TO_GROUPS + _TO_ONE) if _would_end(number, caught)]
+    names = _NEVER_CAUGHT_IN_C if caught is None else _TO_GROUPS + _TO_ONE
+    numbers = [number for number in platform.signals_named(names) if _would_end(number, caught or ())]
     former = {number: signal.signal(number, _raise) for number in numbers}
     try:
         yield

@@ -118,12 +118,11 @@ def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: P
     WriteError
         If the folder has too little room.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-        require_free_bytes(folder, size_bytes, "make room there or choose another folder with --tmp_dir")
-        with _told(folder):
-            platform.reserve(file.fileno(), size_bytes)
-            return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+    size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+    require_free_bytes(folder, size_bytes, "make room there or choose another folder with --tmp_dir")
+    with _told(folder), tempfile.TemporaryFile(dir=folder) as file:
+        platform.reserve(file.fileno(), size_bytes)
+        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
 
 
 def why_unspillable(folder: Path) -> str:
@@ -134,5 +133,5 @@ def why_unspillable(folder: Path) -> str:
     except WriteError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno not in platform.DISK_FULL:
-            return f"does not hold mapped files ({cause.strerror or cause})"
+            return f"takes no mapped files ({cause.strerror or cause})"
     return ""

@@ -139,5 +139,5 @@ def test_folder_that_maps_no_files_is_no_place_to_spill(tmp_path, monkeypatch):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
     monkeypatch.setattr(planes.np, "memmap", refuse)
-    assert planes.why_unspillable(tmp_path) == f"does not hold mapped files ({os.strerror(errno.ENODEV)})"
+    assert planes.why_unspillable(tmp_path) == f"takes no mapped files ({os.strerror(errno.ENODEV)})"
     assert planes.why_unspillable(tmp_path / "gone") == ""

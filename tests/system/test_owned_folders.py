@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -251,3 +252,29 @@ class TestTemporaryFolder:
                 pass
         finally:
             subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_server_that_does_not_answer_holds_nobody_up_and_counts_as_alive(tmp_path, monkeypatch):
+    """As lockd behind a firewall: the call does not come back, for who makes a folder and for who looks at one."""
+    answered = threading.Event()
+    monkeypatch.setattr(platform, "lock", lambda descriptor: answered.wait(30))
+    monkeypatch.setattr(owned_folders, "_PATIENCE_S", 0.05)
+    left = tmp_path / f".partial-{owned_folders._host()}-{ended_pid()}-0123abcd"
+    left.mkdir()
+    (left / SIGN_FILE).touch()
+    start_s = time.monotonic()
+    try:
+        with temporary_folder(tmp_path) as folder:
+            assert folder.exists()
+        assert names(tmp_path) == [left.name]
+        assert time.monotonic() - start_s < 10
+    finally:
+        answered.set()
+
+
+def test_beats_of_a_disk_that_takes_no_writes_are_the_folders_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(owned_folders, "BEAT_S", 0.01)
+    with temporary_folder(tmp_path) as folder:
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        make_old(folder)
+        wait_until(lambda: time.time() - folder.stat().st_mtime < 60)
