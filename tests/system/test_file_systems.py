@@ -89,6 +89,18 @@ def test_what_makes_outputs_unsafe_is_refused_with_nothing_left(calls, number, l
     assert (names(folder), names(tmp_path / "tmp")) == ([], [])
 
 
+def test_write_that_fails_without_the_name_of_a_file_is_refused_by_it(tmp_path, monkeypatch):
+    """As the system tells it of an open file on a server that has gone."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(WriteError, match=f"{tmp_path}, nothing was computed: .*{os.strerror(errno.EIO)}"):
+        try_output(tmp_path)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="asks /proc for the place of open files")
 def test_file_that_cannot_be_removed_is_warned_of(lacking, caplog):
     folder = lacking(("unlink", "rmdir"), errno.EPERM)
@@ -100,14 +112,16 @@ def test_file_that_cannot_be_removed_is_warned_of(lacking, caplog):
 def test_case_is_refused_before_it_is_computed_and_costs_only_itself(lacking, images, models, tmp_path):
     case, model = images("small"), models(ModelSpec(patch_size=(10, 12, 12)), images("small"))
     folder = lacking(("replace",), errno.EIO)
-    begun = []
-    predictor = make_predictor(LowMemPredictor, model, on_progress=lambda progress: begun.append(progress.case))
+    (folder / "third.nii.gz").write_bytes(OLD)
+    planned = []
+    predictor = make_predictor(LowMemPredictor, model, on_plan=planned.append)
     (tmp_path / "good").mkdir()
-    with pytest.raises(CasesFailedError, match=r"1 of 2 cases failed: .*outputs cannot be written to .*computed"):
-        predictor.predict_from_files([case, case], [str(tmp_path / "good" / "first"), str(folder / "second")])
+    outputs = [str(tmp_path / "good" / "first"), str(folder / "second"), str(folder / "third")]
+    with pytest.raises(CasesFailedError, match=r"2 of 3 cases failed: .*outputs cannot be written to .*computed"):
+        predictor.predict_from_files([case] * 3, outputs)
     assert (tmp_path / "good" / "first.nii.gz").exists()
-    assert "second" not in begun
-    assert names(folder) == []
+    assert len(planned) == 1
+    assert contents(folder) == {"third.nii.gz": OLD}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="asks /proc for the place of open files")
