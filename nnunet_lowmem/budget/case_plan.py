@@ -14,13 +14,7 @@ from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts, Stage
 from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
-from nnunet_lowmem.budget.planner import (
-    all_plans,
-    certain,
-    closest_plan,
-    placed,
-    plan_case,
-)
+from nnunet_lowmem.budget.planner import all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.errors import BudgetError, of_kinds
 from nnunet_lowmem.system.out_of_memory import error_of
 from nnunet_lowmem.types import Place, PreprocessedCase

@@ -10,11 +10,7 @@ from typing import Any
 from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
 from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.plan import Plan
-from nnunet_lowmem.budget.planner import (
-    closest_plan,
-    refused,
-    smallest_ram_bytes,
-)
+from nnunet_lowmem.budget.planner import closest_plan, refused, smallest_ram_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.nnunet.model_files import check_numbers
 from nnunet_lowmem.types import Place

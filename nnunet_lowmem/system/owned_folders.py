@@ -210,11 +210,10 @@ class _Sign:
         if self._descriptor is None:
             os.utime(self._folder)
             return
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
         os.write(self._descriptor, b"\n")
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
         # only what has reached a server bears the time of its clock
         os.fsync(self._descriptor)
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
 
 
 def _is_locked(sign: Path) -> bool:

@@ -17,8 +17,9 @@ from nnunet_lowmem.system import platform
 # a terminal, a shell or a scheduler sends these to all processes of a group or of a job
 _TO_GROUPS = ("SIGINT", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGUSR1", "SIGUSR2")
 # the others that end a process which does not say otherwise, among them limits and timers of its own
-_NEVER_CAUGHT_IN_C = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # as good as never
 _TO_ONE = ("SIGTERM", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPROF")
+# for which nobody sets a handler in C: all that is taken where the system does not tell of such handlers
+_NOT_CAUGHT_IN_C = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 _pending: list[int] = []
 
@@ -49,7 +50,7 @@ def ending_on_signals() -> Iterator[None]:
         yield
         return
     caught = platform.caught_signals()
-    names = _NEVER_CAUGHT_IN_C if caught is None else _TO_GROUPS + _TO_ONE
+    names = _NOT_CAUGHT_IN_C if caught is None else _TO_GROUPS + _TO_ONE
     numbers = [number for number in platform.signals_named(names) if _would_end(number, caught or ())]
     former = {number: signal.signal(number, _raise) for number in numbers}
     try:
