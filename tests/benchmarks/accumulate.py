@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
-from nnunet_lowmem.system.threads import RowThreads, usable_cores
+from nnunet_lowmem.system.platform import usable_cores
+from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.window.rolling import RollingWindow
 from nnunet_lowmem.window.tiling import tile_grid
 
