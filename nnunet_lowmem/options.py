@@ -11,9 +11,20 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from enum import Enum
 from typing import Any, TypeVar
 
+from nnunet_lowmem.errors import UsageError
+
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+class Arithmetic(Enum):
+    """In which numbers, and in which order of sums, the network computes on the CPU; the value is kept in records."""
+
+    EXACT = "exact"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 def _option(default: Any, about: str, flag: str = "", *, for_models: bool = False, **words: Any) -> Any:
@@ -88,10 +99,14 @@ class Options:
     trust_model: bool = _option(
         False, "run all code that the model's files hold or name, as stock does", "--trust_model"
     )
-    fast: bool = _option(
+    fast: bool | str = _option(
         False,
-        "on the CPU, sums in another order than stock's: less time and memory; a label here and there may differ",
+        "on the CPU, sums in another order than stock's: less time and memory; a label here and there may differ. "
+        "`bfloat16`: in numbers of half the size, if one tile shows that this is faster and right here",
         "--fast",
+        nargs="?",
+        const=True,
+        choices=("bfloat16",),
     )
     report: bool = _option(
         False, "write `lowmem_report.html` into the output folder: memory, times, plans, slices, failures", "--report"
@@ -119,6 +134,21 @@ NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metad
 def variable(name: str) -> str:
     """Return the environment variable that holds an option where no flag and no argument does."""
     return f"nnUNet_lowmem_{name}"
+
+
+def arithmetic(fast: Any) -> Arithmetic:
+    """Return what the option `fast` asks for.
+
+    Raises
+    ------
+    UsageError
+        If it is neither true, false nor the name of an arithmetic.
+    """
+    if isinstance(fast, str):
+        if fast != Arithmetic.BFLOAT16.value:
+            raise UsageError(f"fast must be True, False or {Arithmetic.BFLOAT16.value!r}, got {fast!r}")
+        return Arithmetic.BFLOAT16
+    return Arithmetic.FLOAT32 if fast else Arithmetic.EXACT
 
 
 def values_of(holder: Options) -> Options:
@@ -162,6 +192,7 @@ def table() -> list[str]:
     for option in OPTIONS:
         told = option.metadata
         value = told["words"].get("metavar") or " or ".join(told["words"].get("choices", ()))
+        value = f"[{value}]" if told["words"].get("nargs") == "?" else value
         flag = f"`{' '.join(filter(None, (told['flag'], value)))}`" if told["flag"] else ""
         rows.append(f"| {flag} | `{option.name}` | {told['about']} |")
     return rows

@@ -21,7 +21,7 @@ from nnunet_lowmem.budget.estimates import Estimate
 from nnunet_lowmem.nnunet import adapter, predictors
 from nnunet_lowmem.nnunet.model import load_folds
 from nnunet_lowmem.nnunet.trust import Trust
-from nnunet_lowmem.options import OPTIONS, Options, with_options
+from nnunet_lowmem.options import OPTIONS, Arithmetic, Options, arithmetic, with_options
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, replaced, tell, unless_replaced
@@ -99,7 +99,8 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
                 verbose_preprocessing=verbose_preprocessing, allow_tqdm=allow_tqdm, **more,
             )  # fmt: skip
         self.__dict__.update(own)
-        self.fast = self.fast and device.type == "cpu"
+        wanted = arithmetic(self.fast)  # which is refused here, if it is none
+        self.fast = self.fast if device.type == "cpu" and wanted is not Arithmetic.EXACT else False
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -240,6 +241,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         wanted = list_jobs(arguments, self._setup(), self._manage_input_and_output_lists, is_listed)
         report = self.run_report = RunReport()  # of this call, whatever other threads begin
         if not arguments["overwrite"] and target is not None and not is_listed:
+            cases.keep_arithmetic(wanted, self._setup())
             wanted = cases.without_those_done(wanted, report)
         if in_workers and wanted and replaced(self, *lookup.OF_FILES):
             return self._predict_iterated(wanted, arguments)
@@ -247,7 +249,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         with following(self._setup(), report, target) as listeners:
             outcomes = Outcomes(report, self._failing(in_workers), listeners)
             if wanted:
-                tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
+                tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(bool(self.fast)))
                 wanted = wanted if replaced(self, Step.EXPORT) else refuse_unwritable(wanted)
                 cases.require_space(wanted, self._setup(), probabilities)
                 ahead = arguments.get("num_processes_preprocessing", 0) > 0
@@ -289,7 +291,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         _note_exact(use_cropped_logits_resampling)
         if tell(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
-        tell(self, *lookup.of_prediction(self.fast))
+        tell(self, *lookup.of_prediction(bool(self.fast)))
         return self._predict_unrecorded(map(jobs.job_of_item, data_iterator), save_probabilities, self._failing())
 
     @unless_replaced
@@ -325,7 +327,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
             tell(self, Step.ITERATION)
             items = loading.items_of(wanted, self._setup())
             return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
-        tell(self, *lookup.of_prediction(self.fast))
+        tell(self, *lookup.of_prediction(bool(self.fast)))
         return self._predict_unrecorded(wanted, save_probabilities, self._failing(in_workers=True))
 
     @unless_replaced
@@ -340,7 +342,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
     ) -> Result:
         """Predict one array of shape (channels, x, y, z)."""
         _note_exact(use_cropped_logits_resampling)
-        tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *lookup.of_prediction(self.fast))
+        tell(self, Step.ADAPTER, *IN_WORKERS_BEFORE, *lookup.of_prediction(bool(self.fast)))
         by_adapter = bool(replaced(self, Step.ADAPTER))
         image = jobs.Array(input_image, segmentation_previous_stage, image_properties, by_adapter)
         job = Job("array", output_file_truncated, image)

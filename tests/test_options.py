@@ -33,14 +33,14 @@ def test_each_flag_gives_its_option():
     for option in WITH_FLAG:
         words = [option.metadata["flag"]]
         if option.type != "bool":
-            words.append("float16" if option.metadata["words"].get("choices") else "7")
+            words.append(option.metadata["words"].get("choices", ("7",))[-1])
         given = cli.predict_parser().parse_args(["-i", "in", "-o", "out", *words])
         assert [other.name for other in WITH_FLAG if getattr(given, other.name) is not None] == [option.name]
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_variables_and_plans_give_what_is_no_callback(option, monkeypatch):
-    text = {"bool": "true", "bool | None": "true"}.get(option.type, "1")
+    text = {"bool": "true", "bool | None": "true", "bool | str": "bfloat16"}.get(option.type, "1")
     monkeypatch.setenv(f"nnUNet_lowmem_{option.name}", text)
     if "Callable" in option.type:
         with pytest.raises(UsageError, match="has no option"):

@@ -123,6 +123,8 @@ class ModelFacts:
         Of one voxel of the label map.
     unmeasured_bytes : int
         What the network may take beyond `activation_bytes`, as long as none of its tiles has been measured.
+    reused_bytes : int
+        Of the output of a constant tile that is kept for the others.
     kept_bytes : int
         The weights of all folds between predictions, as far as they can be moved from RAM to disk.
     kept_place : Place or None
@@ -144,6 +146,7 @@ class ModelFacts:
     activation_bytes: int
     label_bytes: int
     unmeasured_bytes: int = 0
+    reused_bytes: int = 0
     kept_bytes: int = 0
     kept_place: Place | None = None
     threads: int = 1
@@ -284,6 +287,8 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
         stages = tuple(Stage) if compute is ram else tuple(Stage)[2:]
         yield Allocation("weights of the network", compute, model.weight_bytes, stages)
     yield Allocation("network on one tile", compute, model.activation_bytes + model.unmeasured_bytes, predict)
+    if model.reused_bytes:
+        yield Allocation("output of a constant tile", compute, model.reused_bytes, predict)
     yield from _window_allocations(model, case, placement, compute, with_window)
     if case.next_stages_bytes:
         yield Allocation("labels for the next stages", ram, case.next_stages_bytes, predict)

@@ -16,6 +16,7 @@ from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.planner import all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.errors import BudgetError, of_kinds
+from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.system.out_of_memory import error_of
 from nnunet_lowmem.types import Place, PreprocessedCase
 from nnunet_lowmem.volumes.planes import spilled_array
@@ -96,6 +97,21 @@ class CasePlanning:
     def learn(self, **facts: Any) -> None:
         """Note facts of the model that have become known."""
         self.model = replace(self.model, **facts)
+
+    def has_room(self, tile: TileBytes) -> bool:
+        """Whether the case as it is fits with a network that takes so much for a tile."""
+        assert self.exact is not None, "a case is planned before its network is tried"
+        model = replace(self.model, activation_bytes=tile.certain, unmeasured_bytes=tile.uncertain)
+        return closest_plan(model, self.exact, self.budget).fits_everywhere()
+
+    def keeps(self, output_bytes: int) -> bool:
+        """Count the output of a tile that is kept, if that fits and puts nothing elsewhere; return whether it does."""
+        assert self.exact is not None, "a case is planned before its tiles are looked at"
+        without = closest_plan(self.model, self.exact, self.budget)
+        plan = closest_plan(replace(self.model, reused_bytes=output_bytes), self.exact, self.budget)
+        if keeps := plan.fits_everywhere() and plan.placement == without.placement:
+            self.learn(reused_bytes=output_bytes)
+        return keeps
 
     def fits(self) -> bool:
         """Whether the case fits as its header has it, whatever cropping may save."""

@@ -26,6 +26,8 @@ class Estimate:
     Attributes
     ----------
     case : str
+    arithmetic : str
+        In which the network would be run, where that will be chosen; else empty.
     facts : CaseFacts or None
         None where the header cannot be read.
     plan : Plan or None
@@ -39,6 +41,7 @@ class Estimate:
     """
 
     case: str
+    arithmetic: str = ""
     facts: CaseFacts | None = None
     plan: Plan | None = None
     problem: str | None = None
@@ -54,6 +57,8 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         """Return plain data for scripts; sizes in bytes, shapes in the axis order of the network."""
         told: dict[str, Any] = {"case": self.case, "fits": self.problem is None, "problem": self.problem}
+        if self.arithmetic:
+            told["arithmetic"] = self.arithmetic
         if self.facts is None or self.plan is None:
             return told
         chosen = vars(self.plan.placement).items()
@@ -79,6 +84,7 @@ def estimates(
     budget: Budget,
     probabilities: bool,
     file_ending: str,
+    arithmetic: str = "",
 ) -> Iterator[Estimate]:
     """Estimate cases, each given as name, files and file of the previous stage."""
     for name, files, previous_stage in cases:
@@ -86,12 +92,12 @@ def estimates(
             check_numbers(files, file_ending)
             facts = sizes.of_files(name, files, previous_stage, probabilities)
         except UsageError as error:
-            yield Estimate(name, problem=str(error))
+            yield Estimate(name, arithmetic, problem=str(error))
             continue
         plan = closest_plan(model, facts, budget)
         least = [smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False)]
         problem = None if plan.fits_everywhere() else refused(model, facts, plan)
-        yield Estimate(name, facts, plan, problem, stock_bytes(model, facts), *least)
+        yield Estimate(name, arithmetic, facts, plan, problem, stock_bytes(model, facts), *least)
 
 
 def stock_bytes(model: ModelFacts, facts: CaseFacts) -> int:

@@ -76,9 +76,10 @@ def print_plan(plan: Plan) -> None:
 def print_report(report: CaseReport) -> None:
     """Print time per stage, and the measured peak beside the projected one."""
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    reused = f"; {report.reused_tiles} constant tiles reused" if report.reused_tiles else ""
     _console().print(
         f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
-        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}"
+        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}; network in {report.arithmetic}{reused}"
     )
 
 
@@ -108,7 +109,8 @@ def print_estimates(found: Sequence[Estimate], as_json: bool, verbose: bool) -> 
         lines = ["Upper bounds by header alone: what is cropped is not known yet."]
         lines += (line for estimate in found for line in _estimate_lines(estimate))
         _console().print("\n".join(lines), highlight=False, soft_wrap=True)
-    if any(estimate.readable and estimate.problem is not None for estimate in found):
+    fitting = {estimate.case for estimate in found if estimate.problem is None}  # in whichever arithmetic
+    if any(estimate.readable and estimate.case not in fitting for estimate in found):
         return BudgetError.exit_code
     return 0 if all(estimate.readable for estimate in found) else UsageError.exit_code
 
@@ -117,7 +119,8 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
     facts, plan = estimate.facts, estimate.plan
     if facts is not None and plan is not None:
         shapes = ["x".join(map(str, shape)) for shape in (facts.original_shape, facts.grid.image_shape)]
-        yield f"plan for {estimate.case}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
+        named = f"{estimate.case} in {estimate.arithmetic}" if estimate.arithmetic else estimate.case
+        yield f"plan for {named}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
         limits = ((place, plan.budget.limit(place)) for place in Place)
         yield "  projected " + ", ".join(
             f"{place.value} {format_gib(plan.projected_bytes(place))} of {format_gib(limit)}"

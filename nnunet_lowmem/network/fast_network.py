@@ -1,8 +1,12 @@
-"""``fast``: another order of the network's sums on the CPU, for less time and less memory.
+"""``fast``: another order of the network's sums on the CPU, or other numbers, for less time and less memory.
 
 Channels are kept last, which convolutions are faster with; instance normalisation and the leaky ReLU behind it are one
 kernel that leaves them there. A last convolution of one voxel (the *head*) is taken off the network: the window applies
 it while it adds a tile, so that the logits of a tile never exist, and mirrored copies are averaged before it.
+
+In bfloat16 the weights of convolutions and all that lies between layers have 8 binary digits; convolutions add up in
+float32, as oneDNN does, and so do normalisation, the mean over mirrored copies, and the head. Nothing is converted from
+one layer to the next.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,19 +24,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.network import kernels
+from nnunet_lowmem.network import denormals
+from nnunet_lowmem.network.denormals import NormalWeights
+from nnunet_lowmem.network.exact import mirrored_mean
+from nnunet_lowmem.network.fast_layers import CONVOLUTIONS, LAST, use_fast_layers
+from nnunet_lowmem.network.known import why_watched
 from nnunet_lowmem.network.tile_memory import meta_copy
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.threads import RowThreads
 
 logger = logging.getLogger(__name__)
 
-# sums are made of so many partial ones, whatever the number of threads: the result does not depend on it
-_PARTS = 64
-_FEW = 8
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+_TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Head:
 
 @dataclass(frozen=True)
 class FastNetwork:
-    """How a network is run; its weights are shared, so that a new fold may be loaded into `network`.
+    """How a network is run; `refresh` takes over the weights of a new fold that were loaded into `network`.
 
     Attributes
     ----------
@@ -65,6 +68,13 @@ class FastNetwork:
         The convolution that makes logits of features.
     threads : RowThreads
         Of the kernels in `body`; whoever runs it opens and closes them.
+    arithmetic : Arithmetic
+    weights : NormalWeights
+        Those that `body` shares with `network`.
+    rounded : tuple of (Parameter, Parameter)
+        Weights of `network`, and what `body` has in their place.
+    last : torch.memory_format
+        Of the weights of both.
     """
 
     network: nn.Module
@@ -72,17 +82,38 @@ class FastNetwork:
     channels: int
     head_layer: nn.Module | None
     threads: RowThreads
+    arithmetic: Arithmetic
+    weights: NormalWeights
+    rounded: tuple[tuple[nn.Parameter, nn.Parameter], ...]
+    last: torch.memory_format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what lies between the layers."""
+        return dtype_of(self.arithmetic)
+
+    def refresh(self) -> None:
+        """Take over the weights that `network` has now; denormal ones, which only cost time, are zero here."""
+        self.network.to(memory_format=self.last)
+        self.weights.refresh()
+        with torch.no_grad():
+            for source, own in self.rounded:
+                own.copy_(denormals.without(source) if denormals.count(source) else source)
+
+    @property
+    def own_bytes(self) -> int:
+        """Of the weights that are not the network's."""
+        return self.weights.replaced_bytes + sum(own.numel() * own.element_size() for _, own in self.rounded)
 
     def features(self, tile: torch.Tensor, mirror_axes: Sequence[int]) -> torch.Tensor:
-        """Return the mean of the body's output over all flips; axes count from 0, channels come last in memory."""
+        """Return the mean of the body's output over all flips; axes count from 0, channels come last in memory.
+
+        Float32, but for bfloat16 features that are not mirrored and go to a head.
+        """
         # a single channel counts as last only where its stride says so, which `contiguous` leaves as it is
-        tile = torch.empty_like(tile, memory_format=_LAST[tile.ndim]).copy_(tile)
-        axes = [axis + 2 for axis in mirror_axes]
-        flips = list(chain.from_iterable(combinations(axes, count) for count in range(1, len(axes) + 1)))
-        total = self._run(tile)
-        for flip in flips:
-            total += self._run(tile.flip(flip)).flip(flip)
-        return total.div_(len(flips) + 1) if flips else total
+        tile = torch.empty_like(tile, dtype=self.dtype, memory_format=LAST[tile.ndim]).copy_(tile)
+        made = mirrored_mean(self._run, tile, mirror_axes, self.threads)
+        return made.float() if self.head_layer is None else made
 
     def _run(self, tile: torch.Tensor) -> torch.Tensor:
         try:
@@ -121,7 +152,14 @@ def parts_of(network: Any) -> list[tuple[int, ...]]:
     ]
 
 
-def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) -> FastNetwork | None:
+def dtype_of(arithmetic: Arithmetic) -> torch.dtype:
+    """Return the type of what lies between the layers."""
+    return torch.bfloat16 if arithmetic is Arithmetic.BFLOAT16 else torch.float32
+
+
+def fast_network(
+    network: nn.Module, tile_shape: tuple[int, ...], threads: int, arithmetic: Arithmetic = Arithmetic.FLOAT32
+) -> FastNetwork | None:
     """Rearrange a network's memory and return how to run it; None, and a line in the log, where that does not work.
 
     Parameters
@@ -132,52 +170,75 @@ def fast_network(network: nn.Module, tile_shape: tuple[int, ...], threads: int) 
         (1, channels, *patch_size); nothing is computed.
     threads : int
         Of the kernels.
+    arithmetic : Arithmetic
+        FLOAT32, or BFLOAT16: that only where nobody watches the network.
     """
-    last, row_threads = _LAST[len(tile_shape)], RowThreads(threads)
+    last, row_threads = LAST[len(tile_shape)], RowThreads(threads)
+    told = "fast bfloat16" if arithmetic is Arithmetic.BFLOAT16 else "fast"
+    if arithmetic is Arithmetic.BFLOAT16 and (watched := why_watched(network)):
+        logger.warning("%s: the network runs as it does without: %s", told, watched)
+        return None
     try:
         name = _head_name(network, tile_shape)
         network.to(memory_format=last)
-        body = _rearranged(network, name, row_threads)
-        with torch.inference_mode():
-            made = meta_copy(body, with_hooks=True)(
-                torch.empty(tile_shape, dtype=torch.float32, device="meta", memory_format=last)
-            )
+        rounded = _rounded(network, name) if arithmetic is Arithmetic.BFLOAT16 else {}
+        body = _rearranged(network, name, row_threads, rounded)
+        made = output_of(body, tile_shape, arithmetic)
     except Exception as error:  # whatever a stranger's network meets there
         network.to(memory_format=torch.contiguous_format)
-        logger.warning("fast: the network runs as it does without, since it cannot be rearranged: %s", error)
+        logger.warning("%s: the network runs as it does without, since it cannot be rearranged: %s", told, error)
         return None
     head = None if name is None else network.get_submodule(name)
-    return FastNetwork(network, body, made.shape[1], head, row_threads)
+    weights = NormalWeights(network, body)
+    fast = FastNetwork(
+        network, body, made.shape[1], head, row_threads, arithmetic, weights, tuple(rounded.values()), last
+    )
+    fast.refresh()
+    return fast
 
 
-def _rearranged(network: nn.Module, head: str | None, threads: RowThreads) -> nn.Module:
-    """Return a copy with the same weights, fast normalisation, and without its head."""
+def output_of(body: nn.Module, tile_shape: tuple[int, ...], arithmetic: Arithmetic) -> torch.Tensor:
+    """Return what a body makes of a tile, without data; what it raises says that it takes no tile of that shape."""
+    tile = torch.empty(tile_shape, dtype=dtype_of(arithmetic), device="meta", memory_format=LAST[len(tile_shape)])
+    with torch.inference_mode():
+        made: torch.Tensor = meta_copy(body, with_hooks=True)(tile)
+    if made.dtype != dtype_of(arithmetic):
+        raise ModelError(f"it computes in {made.dtype} what it gets in {dtype_of(arithmetic)}")
+    return made
+
+
+def _rounded(network: nn.Module, head: str | None) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    """Return, by the id of each weight of a convolution but for the head's, it and one in bfloat16."""
+    layers = [
+        layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, (*CONVOLUTIONS, *_TRANSPOSED)) and name != head
+    ]
+    return {
+        id(weights): (weights, nn.Parameter(torch.empty_like(weights, dtype=torch.bfloat16), requires_grad=False))
+        for layer in layers
+        for weights in layer.parameters(recurse=False)
+    }
+
+
+def _rearranged(
+    network: nn.Module,
+    head: str | None,
+    threads: RowThreads,
+    rounded: dict[int, tuple[nn.Parameter, nn.Parameter]],
+) -> nn.Module:
+    """Return a copy with the same weights, but for some, fast normalisation, and without its head."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    shared.update({key: own for key, (_, own) in rounded.items()})
     body = copy.deepcopy(network, shared).eval()
     for sequence in [module for module in body.modules() if type(module) is nn.Sequential]:
-        _use_fast_layers(sequence, threads)
+        use_fast_layers(sequence, threads)
     if head is not None:
         layer = body.get_submodule(head)
         for parent in list(body.modules()):
             for name in [name for name, child in parent.named_children() if child is layer]:
                 setattr(parent, name, nn.Identity())
     return body
-
-
-def _use_fast_layers(sequence: nn.Sequential, threads: RowThreads) -> None:
-    """Replace normalisations with the leaky ReLUs right behind them, and convolutions of few channels.
-
-    In a sequence nobody else sees what is in between.
-    """
-    layers = [None, *sequence, None]
-    for number, (before, layer, after) in enumerate(zip(layers, layers[1:], layers[2:], strict=False)):
-        if isinstance(layer, _NORMS) and not layer.track_running_stats:
-            slope = 1.0
-            if isinstance(after, nn.LeakyReLU):
-                slope, sequence[number + 1] = after.negative_slope, nn.Identity()
-            sequence[number] = FastNorm(layer, slope, isinstance(before, _CONVOLUTIONS), threads)
-        elif isinstance(layer, _CONVOLUTIONS) and layer.in_channels < _FEW and layer.padding_mode == "zeros":
-            sequence[number] = _FewChannels(layer)
 
 
 def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
@@ -187,7 +248,7 @@ def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
     with torch.inference_mode(False), torch.no_grad():
         shadow = meta_copy(network, with_hooks=True)
         for name, module in shadow.named_modules():
-            if isinstance(module, _CONVOLUTIONS) and _sees_one_voxel(module):
+            if isinstance(module, CONVOLUTIONS) and _sees_one_voxel(module):
                 outputs = made.setdefault(name, [])
                 module.register_forward_hook(lambda _module, _inputs, out, to=outputs: to.append((out, out._version)))
         result = shadow(torch.empty(tile_shape, dtype=torch.float32, device="meta"))
@@ -201,61 +262,3 @@ def _head_name(network: nn.Module, tile_shape: tuple[int, ...]) -> str | None:
 def _sees_one_voxel(layer: nn.Module) -> bool:
     given: Any = layer
     return set(given.kernel_size) == {1} and set(given.stride) == {1} and given.groups == 1 and not any(given.padding)
-
-
-class _FewChannels(nn.Module):
-    """A convolution by oneDNN, where torch would take a slower path and put the channels first."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer: Any = layer
-
-    def forward(self, tile: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
-        if tile.is_meta or isinstance(layer.padding, str) or not _HAS_ONEDNN:
-            return layer(tile)  # type: ignore[no-any-return]  # torch's modules return anything
-        shape = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        convolved: torch.Tensor = torch.ops.aten.mkldnn_convolution(tile, layer.weight, layer.bias, *shape)
-        return convolved
-
-
-class FastNorm(nn.Module):
-    """Instance normalisation and what bends its output, channels last, with sums in double precision.
-
-    Parameters
-    ----------
-    norm : InstanceNorm
-    slope : float
-        What negative values are multiplied with.
-    in_place : bool
-        Nobody else needs the input.
-    threads : RowThreads
-    """
-
-    def __init__(self, norm: nn.Module, slope: float, in_place: bool, threads: RowThreads) -> None:
-        super().__init__()
-        self.norm: Any = norm
-        self._slope = np.float32(slope)
-        self._in_place = in_place
-        self._threads = threads
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Normalise every channel of every sample."""
-        last = _LAST[features.ndim]
-        out = features.contiguous(memory_format=last) if self._in_place else features.clone(memory_format=last)
-        if not out.is_meta:
-            for sample in out.movedim(1, -1).detach():
-                self._normalise(sample.flatten(0, -2).numpy())
-        return out
-
-    def _normalise(self, features: NDArray[np.float32]) -> None:
-        sums = np.empty((_PARTS, 2, features.shape[1]))
-        self._threads.run(kernels.channel_sums, _PARTS, features, sums)
-        mean, square = sums.sum(axis=0) / len(features)
-        scale = 1 / np.sqrt(square - mean * mean + self.norm.eps)
-        shift = -mean * scale
-        if self.norm.affine:
-            weight, bias = self.norm.weight.detach().numpy(), self.norm.bias.detach().numpy()
-            scale, shift = scale * weight, shift * weight + bias
-        arguments = (features, scale.astype(np.float32), shift.astype(np.float32), self._slope)
-        self._threads.run(kernels.scale_and_bend, len(features), *arguments)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nnunet_lowmem.network.known import is_known
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.memory_held import PeakSampler, status_bytes
 
@@ -37,8 +38,6 @@ _ANYTHING = 2**50
 _PEAK = b"VmHWM:"
 # between two samples where there is no such record
 _SAMPLE_S = 0.002
-# whose layers do nothing but compute
-_KNOWN_CODE = ("torch.nn.", "dynamic_network_architectures.", "nnunet_lowmem.")
 
 _logger = logging.getLogger(__name__)
 
@@ -80,9 +79,11 @@ class TileBytes:
     uncertain: int = 0
 
     @classmethod
-    def bounded(cls, network: Any, tile_shape: tuple[int, ...], copied_channels: int) -> TileBytes:
+    def bounded(
+        cls, network: Any, tile_shape: tuple[int, ...], copied_channels: int, dtype: torch.dtype = torch.float32
+    ) -> TileBytes:
         """Before anything is measured: the tensors, those that mirroring keeps included, and scratch beside them."""
-        tensors = tensor_bytes(network, tile_shape)
+        tensors = tensor_bytes(network, tile_shape, dtype)
         if tensors is None:
             return cls(0, _ANYTHING)
         tensors += copied_channels * math.prod(tile_shape[2:]) * 4
@@ -137,7 +138,7 @@ class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self.live_bytes -= size_bytes
 
 
-def tensor_bytes(network: Any, input_shape: tuple[int, ...]) -> int | None:
+def tensor_bytes(network: Any, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int | None:
     """Peak bytes of the tensors of one forward pass, output included; None where only running the network would tell.
 
     Nobody sees the run that finds it: it is made on a copy without weights, in a thread of its own, which has none of
@@ -149,15 +150,17 @@ def tensor_bytes(network: Any, input_shape: tuple[int, ...]) -> int | None:
         Or whatever a client has put in its place. Not changed; its weights are not copied.
     input_shape : int
         (1, channels, *patch_size)
+    dtype : dtype
+        Of the input.
     """
-    if not _is_known(network):
+    if not is_known(network):
         return None
 
     def run() -> int:
         shadow = meta_copy(network)
         counter = LiveTensorBytes()
         with torch.inference_mode(), counter:
-            shadow(torch.empty(input_shape, dtype=torch.float32, device="meta"))
+            shadow(torch.empty(input_shape, dtype=dtype, device="meta"))
         return counter.peak_bytes
 
     with ThreadPoolExecutor(1) as thread:
@@ -166,19 +169,6 @@ def tensor_bytes(network: Any, input_shape: tuple[int, ...]) -> int | None:
         except Exception as error:  # whatever a layer meets there: no bound, and the first tile is measured
             _logger.debug("the network cannot be run without data: %s: %s", type(error).__name__, error)
             return None
-
-
-def _is_known(network: Any) -> bool:
-    """Whether all code that a forward pass runs is torch's, of nnU-Net's architectures, or ours."""
-    if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
-        return False
-    if any(hooks for name, hooks in vars(nn.modules.module).items() if name.endswith("_hooks") and "_global_" in name):
-        return False
-    return all(
-        f"{place}.".startswith(_KNOWN_CODE) and "forward" not in vars(module)
-        for module in network.modules()
-        for place in (type(module).__module__, type(module).forward.__module__)
-    )
 
 
 def measured(run: Callable[[], T], device: torch.device) -> tuple[T, Taken]:
@@ -243,7 +233,7 @@ def copy_of_zeros(network: Any, device: torch.device, room_bytes: int) -> nn.Mod
     """
     if not isinstance(network, nn.Module) or weight_bytes(network) > room_bytes:
         return None
-    if not any(weight.is_meta for weight in network.parameters()) and not _is_known(network):
+    if not any(weight.is_meta for weight in network.parameters()) and not is_known(network):
         return None
     try:
         return _copy(network, partial(torch.zeros_like, device=device))

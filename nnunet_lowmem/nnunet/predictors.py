@@ -148,6 +148,8 @@ def _keywords(predictor: type) -> dict[str, str]:
 
 
 def _converter(annotation: str) -> Callable[[str], Any]:
+    if annotation == "bool | str":
+        return lambda text: _TRUTHS.get(text.lower(), text)
     if "bool" in annotation:
         return lambda text: _TRUTHS[text.lower()]
     if "Sequence" in annotation:

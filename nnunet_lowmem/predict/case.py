@@ -106,8 +106,9 @@ class CaseRun:
             Files of the case before that are to be written meanwhile.
         """
         setup = self.setup
-        budget = setup.budget(with_children=worker_bytes == 0)
+        # whatever the network has beside its weights is made now, and counts as in use
         model = TileNetwork(setup).facts(worker_bytes=worker_bytes)
+        budget = setup.budget(with_children=worker_bytes == 0)
         sizes = case_sizes(setup, model)
         header = None
         if not setup.steps.replaced(Step.READING, Step.PREPROCESSING):
@@ -123,8 +124,8 @@ class CaseRun:
         with foreign(self.clock if others else None):
             return planning.preprocessing(lambda: load(self.job, self.setup, planning))
 
-    def segmentation(self, case: PreprocessedCase, planning: CasePlanning) -> tuple[Result, Plan]:
-        """Return the segmentation, in the axis order and grid of the file, and the plan it was made under.
+    def segmentation(self, case: PreprocessedCase, planning: CasePlanning) -> tuple[Result, Plan, int]:
+        """Return the segmentation, in the axis order and grid of the file, its plan, and how many tiles were reused.
 
         Probabilities are returned, or written where the job has an output. None where all files are written.
         """
@@ -143,10 +144,11 @@ class CaseRun:
             else:
                 held = self._held_logits(case)
                 if not self._are_plain(held, logits):
-                    return self._converted_as_stock(held, case), plan
+                    return self._converted_as_stock(held, case), plan, 0
                 slabs = nullcontext(iter([whole_slab(held.contiguous())]))
                 del held
-            return self._labels(slabs, case, geometry, rule, logits, threads, recovery), plan
+            result = self._labels(slabs, case, geometry, rule, logits, threads, recovery)
+        return result, plan, logits.reused
 
     def _rehearse_writing(
         self, output: str, properties: dict[str, Any], geometry: CaseGeometry, rule: LabelRule | None
@@ -162,13 +164,10 @@ class CaseRun:
     ) -> tuple[Plan, Iterator[PredictedTiles]]:
         """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
         folds = logits.folds()
-        plan = planning.plan(self.job.name, case, self.probabilities)
-        if planning.model.unmeasured_bytes and self._is_ours(case):
+        planning.plan(self.job.name, case, self.probabilities)
+        if self._is_ours(case):
             with self.clock.stage("prediction", logits.tile_count):
-                first = next(folds)
-                tile_bytes = logits.network.measure(first, planning.recovery(plan).run)
-            folds = chain([first], folds)
-            planning.learn(activation_bytes=tile_bytes.certain, unmeasured_bytes=0)
+                folds = self._tried(folds, logits, planning)
         self.beside(planning)
         plan = planning.plan(self.job.name, case, self.probabilities)
         for listener in self.listeners:
@@ -176,6 +175,28 @@ class CaseRun:
                 listener.plan(plan)
         return_freed_memory()
         return plan, folds
+
+    def _tried(
+        self, folds: Iterator[PredictedTiles], logits: FoldLogits, planning: CasePlanning
+    ) -> Iterator[PredictedTiles]:
+        """Let the planning know what a tile takes, in the arithmetic that is found to be the best here."""
+        case, network, first = (self.job.name, self.probabilities), logits.network, None
+        if network.ways.is_undecided or planning.model.unmeasured_bytes:
+            first = next(folds)
+            folds = chain([first], folds)
+        if first is not None and network.ways.is_undecided:
+            plan = planning.plan(case[0], logits.case, case[1])
+            network.ways.choose(first.middle, planning.recovery(plan).run, planning.has_room)
+            planning.learn(**network.tile_facts())
+        output_bytes = network.output_bytes() if logits.find_repeated() else 0
+        if output_bytes and not planning.keeps(output_bytes):
+            logits.forget_repeated()
+        if first is not None and planning.model.unmeasured_bytes:
+            first.reuse(logits.repeated)
+            plan = planning.plan(case[0], logits.case, case[1])
+            network.measure(first, planning.recovery(plan).run)
+            planning.learn(**network.tile_facts())
+        return folds
 
     def _labels(
         self,

@@ -14,13 +14,15 @@ import numpy as np
 
 from nnunet_lowmem.errors import CasesFailedError, LowMemError, UsageError, WriteError, of_kinds, twin
 from nnunet_lowmem.nnunet import adapter
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, SkippedCase
 from nnunet_lowmem.predict.pending_write import PendingWrite
-from nnunet_lowmem.predict.records import Records
+from nnunet_lowmem.predict.records import Records, latest_arithmetic
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.atomic_files import require_free_bytes
@@ -186,6 +188,16 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
             remaining.append(job)
             logger.info("case %s is predicted: %s", job.name, standing.value)
     return remaining
+
+
+def keep_arithmetic(jobs: Sequence[Job], setup: Setup) -> None:
+    """Run the network as it was run for the files that are there, made by the same model and options."""
+    if setup.arithmetic is not Arithmetic.BFLOAT16:  # all others are what is asked for
+        return
+    for recipe in {job.recipe.outputs[0].parent: job.recipe for job in jobs if job.recipe is not None}.values():
+        if (found := latest_arithmetic(recipe)) is not None:
+            Ways(setup).take(found)
+            logger.info("fast bfloat16: the network is run as for the files that are there: %s", found.value)
 
 
 def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.network.tile_memory import TileBytes, copy_of_zeros
 from nnunet_lowmem.nnunet import model_files, model_keys
 from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.case import case_sizes, warm_up_kernels
 from nnunet_lowmem.predict.logits import TileNetwork, grid_of
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.types import Place, PreprocessedCase, once
 
 logger = logging.getLogger(__name__)
@@ -31,17 +34,30 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
     model_keys.check_case(setup.plans_manager.plans, configuration.configuration, preprocesses=True, exports=True)
     warm_up_kernels(setup)
     budget = setup.budget()
-    model = TileNetwork(setup).facts(bytes_of_zeros(setup, budget, with_network).with_margin())
     cascades = configuration.previous_stage_name is not None
-    cases = (
+    cases = [
         (shown(model_files.case_name(files, ending)), files, files[0] if cascades else None)
         for files in model_files.list_cases(folder, ending)
-    )
-    return estimates(cases, case_sizes(setup, model), model, budget, probabilities, ending)
+    ]
+    network, ways = TileNetwork(setup), Ways(setup)
+    undecided = [Arithmetic.BFLOAT16, Arithmetic.FLOAT32] if ways.is_undecided else []
+    found = []
+    for arithmetic in undecided or [ways.arithmetic()]:
+        if undecided:
+            ways.take(arithmetic)
+        model = network.facts(bytes_of_zeros(setup, budget, with_network).with_margin())
+        sizes, label = case_sizes(setup, model), arithmetic.value if undecided else ""
+        found.append(estimates(cases, sizes, model, budget, probabilities, ending, label))
+    if undecided:
+        ways.forget()
+    return chain.from_iterable(zip(*found, strict=True))
 
 
 def bytes_of_zeros(setup: Setup, budget: Budget, with_network: WithNetwork) -> TileBytes:
-    """Measure a tile of zeros in a copy of the network that nobody else sees, if it fits, or tell what is expected."""
+    """Measure a tile of zeros in a copy of the network that nobody else sees, if it fits, or tell what is expected.
+
+    The copy is run in the arithmetic in which the network is.
+    """
     known = TileNetwork(setup).tile_bytes()
     place = Place.VRAM if setup.device.type == "cuda" else Place.RAM
     limit = budget.limit(place)
@@ -54,6 +70,7 @@ def bytes_of_zeros(setup: Setup, budget: Budget, with_network: WithNetwork) -> T
     case = PreprocessedCase(np.zeros((setup.tile_shape[1], *two_tiles), np.float32), None, {})
     # mirroring along one axis holds as much as along all of them
     network = TileNetwork(with_network(sample, setup.mirrored_axes[:1] or None))
+    network.ways.take(Ways(setup).arithmetic())
     try:
         return network.measure(network.tiles(case, grid_of(setup, case)), once)
     except (MemoryError, RuntimeError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from nnunetv2.utilities.helpers import empty_cache
@@ -14,23 +15,27 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunet_lowmem.budget.arrays import ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery, near_device_or_in_ram
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
-from nnunet_lowmem.network.fast_network import FastNetwork, Head, fast_network, parts_of
+from nnunet_lowmem.network import denormals
+from nnunet_lowmem.network.exact import ExactNetwork
+from nnunet_lowmem.network.fast_network import FastNetwork, Head
 from nnunet_lowmem.network.tile_memory import TileBytes, weight_bytes
 from nnunet_lowmem.nnunet import stock_calls
-from nnunet_lowmem.nnunet.model import uncompiled
-from nnunet_lowmem.overrides.bypassed import Step
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.predict.weights import load_into
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.system.threads import RowThreads, torch_threads
-from nnunet_lowmem.types import Attempt, Place, PreprocessedCase, once
+from nnunet_lowmem.types import Attempt, Place, PreprocessedCase, Shape3, once
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.rolling import RollingWindow, average_folds, roll
 from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs
 from nnunet_lowmem.window.tiles import PredictedTiles, TileSource, measure_ahead
 from nnunet_lowmem.window.tiling import TileGrid, tile_grid
+
+logger = logging.getLogger(__name__)
 
 
 class TileNetwork:
@@ -41,15 +46,21 @@ class TileNetwork:
     setup : Setup
     clock : StageClock or None
         Of the case under way: told of what somebody else's code raises.
+
+    Attributes
+    ----------
+    ways : Ways
     """
 
     def __init__(self, setup: Setup, clock: StageClock | None = None) -> None:
         self._setup = setup
         self._clock = clock
+        self.ways = Ways(setup)
+        self._fold: int | None = None
 
     def load(self, fold: int) -> None:
         """Load the weights of a fold, unless the network is used as it is."""
-        weights = self._setup.weights
+        weights, self._fold = self._setup.weights, fold
         if weights.parameters is not None:
             load_into(self._setup.steps.network(), weights.parameters[fold], weights.name(fold), self._clock)
 
@@ -59,6 +70,7 @@ class TileNetwork:
         with foreign(self._clock):
             setup.steps.place_network()
         empty_cache(setup.device)
+        self.ways.prepare()
         source = TileSource(case, grid, setup.label_manager.foreground_labels)
         return PredictedTiles(self.predict, source, grid, setup.device)
 
@@ -66,34 +78,60 @@ class TileNetwork:
         """Logits of one tile, or features where there is a `head`; autocast only on CUDA, as in stock."""
         setup = self._setup
         with foreign(self._clock), torch.autocast("cuda") if setup.device.type == "cuda" else nullcontext():
-            if (fast := self.fast()) is not None:
-                return fast.features(tile, setup.mirrored_axes)
+            way = self.ways.taken()
+            if isinstance(way, FastNetwork):
+                return way.features(tile, setup.mirrored_axes)
+            if way is not None and self._is_exact(way, tile):
+                return way.logits(tile, setup.mirrored_axes)
             return setup.steps.predict_tile(tile)
 
     def head(self) -> Head | None:
         """Return what makes logits of its output, if that is features."""
-        return None if (fast := self.fast()) is None else fast.head()
+        return way.head() if isinstance(way := self.ways.taken(), FastNetwork) else None
 
-    def fast(self) -> FastNetwork | None:
-        """Return how the network of now is run fast, if it is."""
-        setup = self._setup
-        if not setup.options.fast or setup.steps.replaced(Step.NETWORK):
-            return None
-        network = uncompiled(setup.steps.network())
-        if setup.memo.fast[0] != (parts := parts_of(network)):
-            setup.memo.fast = parts, fast_network(network, setup.tile_shape, setup.kernel_threads)
-        return setup.memo.fast[1]
+    def _is_exact(self, way: ExactNetwork, tile: torch.Tensor) -> bool:
+        """Whether a network is run its exact way: nothing changes it now, and what was taken off it changes no bit."""
+        if any(module.training for module in way.network.modules()):
+            return False
+        axes = self._setup.mirrored_axes
+        if self._setup.is_mirroring != bool(axes) or any(not 0 <= axis < tile.ndim - 2 for axis in axes):
+            return False  # nnU-Net's to refuse
+        return not way.weights.denormals or self._is_proven(way, tile)
+
+    def _is_proven(self, way: ExactNetwork, tile: torch.Tensor) -> bool:
+        """Whether a tile has the same bits without the denormal weights; found on the first one of each fold."""
+        memo = self._setup.memo
+        if memo.proven[0] != memo.ways[0]:
+            memo.proven = memo.ways[0], {}
+        state = self._fold, way.weights.denormals
+        if state not in memo.proven[1]:
+            times_s = [time.perf_counter()]
+            outputs = []
+            for network in (way.network, way.body):
+                outputs.append(network(tile))
+                times_s.append(time.perf_counter())
+            memo.proven[1][state] = same = torch.equal(*(output.view(torch.int32) for output in outputs))
+            logger.info(
+                "%s weights are below 1.2e-38; without them a tile takes %.2f s instead of %.2f s, %s",
+                f"{way.weights.denormals:,}", times_s[2] - times_s[1], times_s[1] - times_s[0],
+                "and has the same bits: they are left out"
+                if same
+                else "but has other bits: they stay. --fast leaves them out",
+            )  # fmt: skip
+        return memo.proven[1][state]
+
+    # -- threads and memory --------------------------------------------------------------------------------------------
 
     def most_threads(self) -> int:
         """Return how many threads the network may use: as many as in stock or, run fast, all."""
-        if self.fast() is not None:
+        if self.ways.arithmetic() is not Arithmetic.EXACT:
             return usable_cores()
         most = self._setup.network_threads
         return stock_calls.network_threads() if most is None else most
 
-    def fast_threads(self) -> AbstractContextManager[object]:
-        """Give the network that is run fast its own threads in the block."""
-        return nullcontext() if (fast := self.fast()) is None else fast.threads
+    def way_threads(self) -> AbstractContextManager[object]:
+        """Give the kernels that take part in running the network their threads in the block."""
+        return nullcontext() if (way := self.ways.taken()) is None else way.threads
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -103,7 +141,7 @@ class TileNetwork:
         torch adds to, has all that the kernels have.
         """
         least = self._setup.kernel_threads if self._setup.device.type == "cuda" else 1
-        with torch_threads(self.most_threads(), least), self.fast_threads():
+        with torch_threads(self.most_threads(), least), self.way_threads():
             yield
 
     def facts(self, tile: TileBytes | None = None, worker_bytes: int = 0) -> ModelFacts:
@@ -111,11 +149,13 @@ class TileNetwork:
         setup, weights = self._setup, self._setup.weights
         tile = self.tile_bytes() if tile is None else tile
         kept_bytes = weights.movable_bytes + weights.missing_bytes
+        network, way = setup.steps.network(), self.ways.taken()
+        further_bytes = 0 if way is None else self._further_bytes(way)
         return ModelFacts(
             heads=setup.heads,
             channels=setup.tile_shape[1],
             folds=weights.folds,
-            weight_bytes=weight_bytes(setup.steps.network(), unless_on=setup.device),
+            weight_bytes=weight_bytes(network, unless_on=setup.device) + further_bytes,
             activation_bytes=tile.certain,
             unmeasured_bytes=tile.uncertain,
             label_bytes=1 if len(setup.label_manager.foreground_labels) < 255 else 2,
@@ -127,20 +167,42 @@ class TileNetwork:
             kept_place=Place.DISK if not kept_bytes and weights.are_on_disk else None,
         )
 
+    def _further_bytes(self, way: FastNetwork | ExactNetwork) -> int:
+        """Of weights that a way has of its own: what is not in use yet, where none are read or a fold needs more."""
+        if any(weight.is_meta for weight in way.network.parameters()):
+            return way.own_bytes
+        return max(0, self._denormal_bytes() - way.weights.replaced_bytes)
+
+    def _denormal_bytes(self) -> int:
+        """Of the fold that has most: the tensors that hold denormal weights, of which a way has others."""
+        memo, parameters = self._setup.memo, self._setup.weights.parameters
+        tensors = [[v for v in fold.values() if isinstance(v, torch.Tensor)] for fold in parameters or ()]
+        state = [list(map(id, fold)) for fold in tensors]
+        if memo.denormal is None or memo.denormal[0] != state:
+            sizes = [sum(v.numel() * v.element_size() for v in fold if denormals.count(v)) for fold in tensors]
+            memo.denormal = state, max(sizes, default=0)
+        return memo.denormal[1]
+
     def tile_bytes(self) -> TileBytes:
         """Tell what the network takes for a tile: what was measured, or what its tensors tell."""
-        setup, network = self._setup, self._setup.steps.network()
-        key = (setup.tile_shape, bool(setup.mirrored_axes), str(setup.device), setup.options.fast)
+        setup, network, arithmetic = self._setup, self._setup.steps.network(), self.ways.arithmetic()
+        key = (setup.tile_shape, bool(setup.mirrored_axes), str(setup.device), arithmetic)
         known = setup.memo.tile
         if known is None or known[0] is not network or known[1] != key:
-            body, channels = uncompiled(network), setup.heads
-            if (fast := self.fast()) is not None:
-                body, channels = fast.body, fast.channels
-            copies = 2 * channels if setup.mirrored_axes else 0
-            known = setup.memo.tile = network, key, TileBytes.bounded(body, setup.tile_shape, copies)
+            known = setup.memo.tile = network, key, self.ways.bounded(arithmetic)
         return known[2]
 
-    def measure(self, tiles: PredictedTiles, attempt: Callable[[Callable[[], Any]], Any]) -> TileBytes:
+    def tile_facts(self) -> dict[str, int]:
+        """Return what the planner has to know of a tile."""
+        tile = self.tile_bytes()
+        return {"activation_bytes": tile.certain, "unmeasured_bytes": tile.uncertain}
+
+    def output_bytes(self) -> int:
+        """Bytes of what the network gives for a tile, as float32."""
+        channels = way.channels if isinstance(way := self.ways.taken(), FastNetwork) else self._setup.heads
+        return 4 * channels * math.prod(self._setup.patch_size)
+
+    def measure(self, tiles: PredictedTiles, attempt: Attempt) -> TileBytes:
         """Predict the first tile ahead, and remember what the network took for it."""
         setup = self._setup
         with self.threads():
@@ -169,16 +231,21 @@ class FoldLogits:
 
     Attributes
     ----------
+    case : PreprocessedCase
     network : TileNetwork
     grid : TileGrid
+    repeated : frozenset of starts
+        Of tiles that are all the same: the network sees one of them.
     """
 
     def __init__(self, setup: Setup, case: PreprocessedCase, clock: StageClock) -> None:
         self._setup = setup
-        self._case = case
+        self.case = case
         self._clock = clock
         self.network = TileNetwork(setup, clock)
         self.grid = grid_of(setup, case)
+        self.repeated: frozenset[Shape3] = frozenset()
+        self._passes: list[PredictedTiles] = []
 
     @property
     def tile_count(self) -> int:
@@ -189,7 +256,26 @@ class FoldLogits:
         """Yield the tiles of each fold; its weights are loaded when it is asked for."""
         for fold in range(self._setup.weights.folds):
             self.network.load(fold)
-            yield self.network.tiles(self._case, self.grid)
+            tiles = self.network.tiles(self.case, self.grid)
+            tiles.reuse(self.repeated)
+            self._passes.append(tiles)
+            yield tiles
+
+    @property
+    def reused(self) -> int:
+        """Tiles that no network saw, since the same one had been predicted before."""
+        return sum(tiles.reused for tiles in self._passes)
+
+    def find_repeated(self) -> bool:
+        """Look for constant tiles that are all the same, where nobody would miss a pass; return whether there are."""
+        if self.network.ways.is_unwatched():
+            labels = self._setup.label_manager.foreground_labels
+            self.repeated = TileSource(self.case, self.grid, labels).repeated()
+        return bool(self.repeated)
+
+    def forget_repeated(self) -> None:
+        """Let the network see every tile."""
+        self.repeated = frozenset()
 
     @contextmanager
     def slabs(
@@ -213,11 +299,12 @@ class FoldLogits:
 
     def whole(self) -> torch.Tensor:
         """Return all logits of the current weights: half, shape (heads, z, y, x)."""
-        with RowThreads(self._setup.kernel_threads) as threads, self.network.fast_threads():
+        self.network.ways.choose(self.network.tiles(self.case, self.grid).middle)
+        with RowThreads(self._setup.kernel_threads) as threads, self.network.way_threads():
 
             def logits(place: Place) -> torch.Tensor:
                 with self._clock.stage("prediction", self.grid.tile_count):
-                    tiles, window = self.network.tiles(self._case, self.grid), self.window(threads, place)
+                    tiles, window = self.network.tiles(self.case, self.grid), self.window(threads, place)
                     return collect_slabs(self._roll(tiles, window), self._setup.heads, self.grid.image_shape)
 
             on_device = self._setup.perform_everything_on_device

@@ -12,6 +12,7 @@ from typing import Any
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import BudgetError, LowMemError, without_frames
 from nnunet_lowmem.names import shown
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.atomic_files import atomic_output
 
 FAILURES_FILE = "lowmem_failures.json"
@@ -33,6 +34,10 @@ class CaseReport:
     plan : Plan
     measured_bytes : dict
         Peak RAM of the process tree per stage; empty where nobody asked for it.
+    reused_tiles : int
+        Constant tiles, of all folds, that the network did not see: one that was the same, bit by bit, told of them.
+    arithmetic : str
+        In which the network was run: "exact", "float32" or "bfloat16".
     """
 
     case: str
@@ -40,6 +45,8 @@ class CaseReport:
     seconds: dict[str, float]
     plan: Plan
     measured_bytes: dict[str, int]
+    reused_tiles: int = 0
+    arithmetic: str = Arithmetic.EXACT.value
 
     @property
     def peak_bytes(self) -> int:

@@ -24,6 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.owned_folders import is_left_over, owned_name
 from nnunet_lowmem.system.placing import flush
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
@@ -86,11 +87,14 @@ class Recipe:
         Images, and the segmentation of a previous stage.
     made_with : str
         Fingerprint of model and options.
+    arithmetic : Arithmetic
+        In which the network was run: what was asked for, or chosen.
     """
 
     outputs: tuple[Path, ...]
     inputs: tuple[Path, ...]
     made_with: str
+    arithmetic: Arithmetic = Arithmetic.EXACT
 
     def write_record(self) -> None:
         """Note that the outputs are done, once they have their names; where that cannot be noted, a warning says so."""
@@ -100,6 +104,7 @@ class Recipe:
                 "outputs": {path.name: _content(path) for path in self.outputs},
                 "inputs": list(map(_state, self.inputs)),
                 "made_with": self.made_with,
+                "arithmetic": self.arithmetic.value,
                 "time_ns": time.time_ns(),
             })  # fmt: skip
         except OSError as error:
@@ -138,6 +143,15 @@ def fingerprint(description: Any, weights: Iterable[bytes]) -> str:
     for part in weights:
         digest.update(part)
     return digest.hexdigest()
+
+
+def latest_arithmetic(recipe: Recipe) -> Arithmetic | None:
+    """Return in which arithmetic the latest file in the folder of an output was made, by the same model and options."""
+    folder = recipe.outputs[0].parent
+    made = [record for _, record in _in_order(_files_in(folder)) if record.get("made_with") == recipe.made_with]
+    with contextlib.suppress(ValueError):  # of a version that kept none
+        return Arithmetic(made[-1].get("arithmetic")) if made else None
+    return None
 
 
 # -- files of records --------------------------------------------------------------------------------------------------

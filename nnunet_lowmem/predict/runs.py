@@ -30,6 +30,7 @@ from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.memory_held import PeakSampler
@@ -164,7 +165,9 @@ class _Run:
             with clock.stage("preprocessing"):
                 planning = self._planning(run)
                 case = run.preprocessed(self._loaded, planning)
-            result, plan = run.segmentation(case, planning)
+            result, plan, reused = run.segmentation(case, planning)
+            arithmetic = Ways(setup).arithmetic()
+            run = replace(run, job=job.made_in(arithmetic))
             before, self._latest = self._latest, None
             if before is not None and not before.is_over:
                 with clock.stage("writing", 1):  # one at a time
@@ -174,7 +177,8 @@ class _Run:
                 self._draw(run, case, result)
                 result = None
         peaks = clock.sampler.peaks_bytes() if clock.sampler is not None else {}
-        return heads.plain(result), CaseReport(job.name, job.output, clock.seconds, plan, peaks)
+        report = CaseReport(job.name, job.output, clock.seconds, plan, peaks, reused, arithmetic.value)
+        return heads.plain(result), report
 
     def _loaded(self, job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedCase:
         here = partial(self._load, job, setup, planning)

@@ -7,7 +7,7 @@ picture of them that is held for a case and by nobody longer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 
 from nnunet_lowmem.budget.arrays import Budget
 from nnunet_lowmem.budget.machine import machine_budget, spill_folder
+from nnunet_lowmem.network import choices
+from nnunet_lowmem.network.exact import ExactNetwork
 from nnunet_lowmem.network.fast_network import FastNetwork
 from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.nnunet.model import uncompiled
-from nnunet_lowmem.options import Options, values_of
+from nnunet_lowmem.options import Arithmetic, Options, arithmetic, values_of
 from nnunet_lowmem.predict.records import fingerprint
 from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
@@ -56,13 +58,28 @@ class Memo:
 
     Attributes
     ----------
-    fast : (parts, FastNetwork or None)
-        How it is run fast, as long as it has these parts.
+    ways : (parts, dict)
+        How it is run in each `Arithmetic`, None where it cannot be, as long as it has these parts.
+    watched : str
+        Who watched it when a case last began.
+    rearranged : network, or None
+        Whose weights have their channels last in memory, for a fast way.
+    chosen : (network, Arithmetic), or None
+        What was found by a trial, or is recorded of the files that a run continues, as long as it is this network.
+    proven : (parts, dict)
+        Of each state of its weights, whether its bits are the same without denormal ones.
+    denormal : (ids of tensors, bytes), or None
+        Of the tensors of a fold that hold denormal weights, at most.
     tile : (network, circumstances, TileBytes), or None
         What it takes for a tile, as long as it is this network under these circumstances.
     """
 
-    fast: tuple[Any, FastNetwork | None] = (None, None)
+    ways: tuple[Any, dict[Arithmetic, FastNetwork | ExactNetwork | None]] = field(default_factory=lambda: (None, {}))
+    watched: str = ""
+    rearranged: Any = None
+    chosen: tuple[Any, Arithmetic] | None = None
+    proven: tuple[Any, dict[Any, bool]] = field(default_factory=lambda: (None, {}))
+    denormal: tuple[Any, int] | None = None
     tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
@@ -77,6 +94,8 @@ class Setup:
     ----------
     mirrored_axes : tuple of int
         Along which tiles are mirrored; empty without mirroring.
+    is_mirroring : bool
+        Whether nnU-Net's own method would mirror, or refuse axes that are none.
     weights : FoldWeights
         ``list_of_parameters``.
     options : Options
@@ -95,6 +114,7 @@ class Setup:
     tile_step_size: float
     use_gaussian: bool
     mirrored_axes: tuple[int, ...]
+    is_mirroring: bool
     weights: FoldWeights
     network_threads: int | None
     verbose: bool
@@ -112,12 +132,13 @@ class Setup:
         mirrored = map(int, axes) if predictor.use_mirroring and isinstance(axes, Iterable) else ()
         own: dict[str, Any] = {
             "mirrored_axes": tuple(mirrored),
+            "is_mirroring": bool(predictor.use_mirroring) and axes is not None,
             "weights": FoldWeights(predictor.list_of_parameters, checkpoints, spill_folder(options.tmp_dir)),
             "options": options,
             "steps": steps,
             "memo": memo,
         }
-        alike = {field.name: getattr(predictor, field.name) for field in fields(Setup) if field.name not in own}
+        alike = {entry.name: getattr(predictor, entry.name) for entry in fields(Setup) if entry.name not in own}
         return Setup(**alike, **own)
 
     @property
@@ -129,6 +150,11 @@ class Setup:
     def patch_size(self) -> tuple[int, ...]:
         """Of a tile, in voxels: two axes or three."""
         return tuple(self.configuration_manager.patch_size)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That is asked for."""
+        return arithmetic(self.options.fast) if self.device.type == "cpu" else Arithmetic.EXACT
 
     @property
     def file_ending(self) -> str:
@@ -145,6 +171,16 @@ class Setup:
     def kernel_threads(self) -> int:
         """Threads of the compiled kernels."""
         return self.options.kernel_threads or usable_cores()
+
+    def choice_key(self) -> str | None:
+        """Return the name under which a choice between arithmetics is kept; None where no file tells the model."""
+        files = self.weights.checkpoints
+        try:
+            told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        except OSError:
+            return None
+        model = [self.plans_manager.plans, self.configuration_manager.configuration, self.trainer_name, self.heads]
+        return choices.key_of([*model, told], self.tile_shape) if told else None
 
     def budget(self, with_children: bool = True) -> Budget:
         """Return limits, and what is in use but for weights that can be moved: the plan says where these are."""

@@ -13,8 +13,11 @@ from nnunet_lowmem.labels import cells_cpu
 from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
 from nnunet_lowmem.labels.resampling import flat_tables, resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
-from nnunet_lowmem.network import tile_memory
-from nnunet_lowmem.network.fast_network import FastNorm, Head
+from nnunet_lowmem.network import denormals, tile_memory
+from nnunet_lowmem.network.exact import add_flipped
+from nnunet_lowmem.network.fast_layers import FastNorm
+from nnunet_lowmem.network.fast_network import Head
+from nnunet_lowmem.network.kernels import channels_first
 from nnunet_lowmem.preprocessing import spline
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.window.rolling import RollingWindow
@@ -32,11 +35,18 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
     with RowThreads(1) as threads:
         window = RollingWindow(grid, 2, torch.ones(grid.tile_shape, dtype=torch.half, device="cpu"), threads)
         window.add(_voxels((2, *grid.tile_shape)), (0, 0, 0))
+        tensor = _voxels((1, 2, *grid.tile_shape))
+        denormals.count(tensor)
+        add_flipped(tensor, tensor.clone(), (2,), threads)
+        threads.run(channels_first, 1, np.zeros((8, 2), np.float32), np.empty((2, 8), np.float32))
         if fast:
             norm = nn.InstanceNorm3d(2, dtype=torch.float32, device="cpu")
-            FastNorm(norm, 0.01, False, threads)(_voxels((1, 2, *grid.tile_shape)))
             window.restart(Head(np.zeros((2, 1), np.float32), np.zeros(2, np.float32)))
-            window.add(_voxels((1, *grid.tile_shape)), (0, 0, 0))
+            for features in (_voxels((1, 2, *grid.tile_shape)), _voxels((1, 2, *grid.tile_shape)).to(torch.bfloat16)):
+                last = features.contiguous(memory_format=torch.channels_last_3d)
+                FastNorm(norm, 0.01, False, threads)(last)
+                add_flipped(last.float(), last, (2,), threads)
+                window.add(features[0, :1].clone(), (0, 0, 0))
         tables = resampling_tables((4, 4, 4), (6, 6, 6), None)
         # probabilities, and heads that have to be whole
         head, out = np.zeros((1, 4, 4, 4), np.uint16), np.empty((6, 6, 6), np.uint16)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nnunet_lowmem.errors import ModelError, because
+from nnunet_lowmem.network import denormals
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.nnunet.model import check_finite, uncompiled, why_not_loaded
 from nnunet_lowmem.overrides.foreign import foreign
@@ -116,8 +117,9 @@ def keep(folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int, f
     """Return the weights of folds, each read when it is asked for: in RAM and, beyond a part of that, on disk."""
     kept: list[Mapping[str, Any]] = []
     room_bytes = free_bytes // SHARE_OF_FREE_RAM
-    for fold in folds:
+    for number, fold in enumerate(folds):
         kept.append(fold)
+        _tell_of_denormals(fold, number)
         _make_movable(fold)
         weights = FoldWeights([fold], (), folder)
         if room_bytes < (size_bytes := weights.movable_bytes) <= disk_bytes:
@@ -126,6 +128,17 @@ def keep(folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int, f
         else:
             room_bytes -= size_bytes
     return kept
+
+
+def _tell_of_denormals(fold: Mapping[str, Any], number: int) -> None:
+    """Say how many weights are denormal numbers, where that may cost time."""
+    tensors = {id(value): value for value in fold.values() if isinstance(value, torch.Tensor)}.values()
+    found, all_of_them = sum(map(denormals.count, tensors)), sum(tensor.numel() for tensor in tensors)
+    if found * denormals.WORTH_A_WORD > all_of_them:
+        _logger.info(
+            "fold %d of those asked for: %s of %s weights are below 1.2e-38, which many processors are slow with",
+            number, f"{found:,}", f"{all_of_them:,}",
+        )  # fmt: skip
 
 
 def load_into(network: Any, weights: Mapping[str, torch.Tensor], name: str, clock: StageClock | None) -> None:

@@ -102,7 +102,7 @@ class _KernelCache(NullCache):
         """Give the file of one signature and all that decides about its content; no file where there is no folder."""
         parts = (numba.__version__, str(signature), codegen.magic_tuple(), tuple(_content(self._function, set())))
         key = repr(parts).encode()
-        folder = _folder()
+        folder = cache_folder()
         name = f"{self._function.__module__.rpartition('.')[2]}.{self._function.__name__}"
         return folder and folder / f"{name}-{hashlib.sha256(key).hexdigest()[:32]}.nbc", key
 
@@ -142,18 +142,22 @@ def _read(file: Path, key: bytes) -> bytes | None:
 
 
 def _write(file: Path, key: bytes, payload: bytes) -> None:
-    """Put a kernel in its place at once, for whoever reads or writes beside us."""
+    keep(file, hashlib.sha256(key + payload).digest() + payload)
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Put a file of the cache in its place at once, for whoever reads or writes beside us."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
     try:
-        partial.write_bytes(hashlib.sha256(key + payload).digest() + payload)
+        partial.write_bytes(content)
         os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Return the folder of this version and interpreter; None where the home folder is unknown."""
     try:
         root = Path(_config.CACHE_DIR or platform.users_cache()).expanduser()

@@ -115,6 +115,19 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+def processor() -> str:
+    """Name what computes here, and on Linux what it can; as little as the system tells."""
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.partition(":")[::2] for line in lines)
+    told = [value.strip() for name, value in fields.items() if name.strip() in ("model name", "flags", "Features")]
+    return " ".join(told) or f"{platform.machine()} {platform.processor()}"
+
+
 def process_exists(pid: int) -> bool:
     """Whether there is a process of that number, be it one that has ended and that nobody has waited for."""
     if _WINDOWS:  # where signal 0 is Ctrl+C

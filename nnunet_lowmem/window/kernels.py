@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_lowmem.network.kernels import widen
 from nnunet_lowmem.system.compiler import jit
 from nnunet_lowmem.window.halves import half_to_single, single_to_half
 
@@ -135,3 +136,24 @@ def accumulate_head(
                     for column in range(columns):
                         total = half_to_single(target[column]) + logits[column] * weight[column]
                         target[column] = single_to_half(total)
+
+
+@jit
+def accumulate_head_of_bits(
+    window: NDArray[np.uint16],
+    bits: NDArray[np.uint16],
+    weights: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    origin: tuple[int, int, int],
+    plane_start: int,
+    plane_stop: int,
+) -> None:
+    """As `accumulate_head`, of the bits of bfloat16 features, shape (d, e, f, channels)."""
+    _, rows, columns, channels = bits.shape
+    features = np.empty((1, rows, columns, channels), np.float32)
+    for plane in range(plane_start, plane_stop):
+        for row in range(rows):
+            widen(bits[plane, row], features[0, row], 0, columns)
+        first = (origin[0] + plane, origin[1], origin[2])
+        accumulate_head(window, features, weights, bias, importance[plane : plane + 1], first, 0, 1)

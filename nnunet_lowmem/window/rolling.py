@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
+from nnunet_lowmem.network.fast_layers import bits_of
 from nnunet_lowmem.network.fast_network import Head
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.system.threads import RowThreads
@@ -180,9 +181,12 @@ class RollingWindow:
         inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
         if head is not None:
-            features = logits.movedim(0, -1).contiguous().numpy()
-            parts = features, head.weights, head.bias, self._importance_single
-            self._threads.run(kernels.accumulate_head, len(features), _bits(self._buffer), *parts, tuple(origin))
+            features = logits.movedim(0, -1).contiguous()
+            rounded = features.dtype == torch.bfloat16
+            array = bits_of(features) if rounded else features.numpy()
+            kernel = kernels.accumulate_head_of_bits if rounded else kernels.accumulate_head
+            parts = array, head.weights, head.bias, self._importance_single
+            self._threads.run(kernel, len(array), _bits(self._buffer), *parts, tuple(origin))
         elif logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous() and not is_held:
             planes, tile = logits.shape[0] * logits.shape[1], (logits.numpy(), self._importance_single)
             self._threads.run(kernels.accumulate, planes, _bits(self._buffer), *tile, tuple(origin))

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import torch
 
+from nnunet_lowmem.network.exact import constant_bits
 from nnunet_lowmem.network.tile_memory import Taken, measured
-from nnunet_lowmem.types import Attempt, PreprocessedCase, Shape3, once
+from nnunet_lowmem.types import Attempt, PreprocessedCase, Shape3
 from nnunet_lowmem.window.host_buffer import HostBuffer
 from nnunet_lowmem.window.tiling import TileGrid
 
@@ -57,6 +58,26 @@ class TileSource:
                 view[channel] = stage == label
         return tile[:, 0][None] if self._grid.flat else tile[None]
 
+    def repeated(self) -> frozenset[Shape3]:
+        """Return the starts of the tiles that are constant, and all the same: the largest such group, if it has two.
+
+        Bit by bit, and each channel by itself. A few voxels of the image tell of most tiles that they are not.
+        """
+        groups: dict[bytes, list[Shape3]] = {}
+        for row, _ in self._grid.rows():
+            for start in self._grid.row_tiles(row):
+                if self._may_be_constant(start) and (values := constant_bits(self.tile(start))) is not None:
+                    groups.setdefault(values, []).append(start)
+        largest = max(groups.values(), key=len, default=[])
+        return frozenset(largest) if len(largest) > 1 else frozenset()
+
+    def _may_be_constant(self, start: Shape3) -> bool:
+        inside, _ = self._overlap(start)
+        sample = self._case.image[0][inside]
+        middle = sample[tuple(size // 2 for size in sample.shape)]
+        corners = sample[tuple(slice(None, None, max(1, size - 1)) for size in sample.shape)]
+        return bool((corners == middle).all())
+
     def _overlap(self, start: Shape3) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         inside, target = [], []
         for axis in range(3):
@@ -87,6 +108,8 @@ class PredictedTiles:
     ----------
     count : int
         Of all tiles.
+    reused : int
+        How many of them the network did not see, so far.
     """
 
     def __init__(self, network: TileNetwork, source: TileSource, grid: TileGrid, device: torch.device) -> None:
@@ -97,6 +120,19 @@ class PredictedTiles:
         self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
         self._starts: Iterator[Shape3] = (start for row, _ in grid.rows() for start in grid.row_tiles(row))
         self._ahead: deque[torch.Tensor] = deque()
+        self._grid = grid
+        self._repeated: frozenset[Shape3] = frozenset()
+        self._kept: torch.Tensor | None = None
+        self.reused = 0
+
+    def reuse(self, repeated: frozenset[Shape3]) -> None:
+        """Let the network see one of the tiles that start there: they are all the same, bit by bit."""
+        self._repeated = repeated
+
+    def middle(self) -> torch.Tensor:
+        """Return the tile in the middle of the volume, as the network gets it."""
+        z, y, x = (starts[len(starts) // 2] for starts in self._grid.starts)
+        return self._source.tile((z, y, x)).to(self._device)
 
     def next(self, attempt: Attempt) -> torch.Tensor:
         """Return the logits of the next tile, shape (heads, *patch_size); nobody here holds them afterwards.
@@ -105,17 +141,29 @@ class PredictedTiles:
         """
         if self._ahead:
             return self._ahead.popleft()
-        return self._predict(next(self._starts), attempt, once)
+        return self._predict(next(self._starts), attempt)
 
     def look_ahead(self, attempt: Attempt, watch: Attempt) -> None:
         """Predict a tile before it is asked for; `watch` calls the network alone."""
         self._ahead.append(self._predict(next(self._starts), attempt, watch))
 
-    def _predict(self, start: Shape3, attempt: Attempt, watch: Attempt) -> torch.Tensor:
+    def _predict(self, start: Shape3, attempt: Attempt, watch: Attempt | None = None) -> torch.Tensor:
+        if start not in self._repeated:
+            return self._run(start, attempt, watch)
+        if self._kept is None:
+            logits = self._run(start, attempt, watch)
+            self._kept = attempt(logits.clone)
+            return logits
+        self.reused += 1
+        kept = self._kept
+        copy: torch.Tensor = attempt(kept.clone)
+        return copy
+
+    def _run(self, start: Shape3, attempt: Attempt, watch: Attempt | None) -> torch.Tensor:
         def predict() -> torch.Tensor:
             with torch.inference_mode(False):  # as stock's thread makes it: an override may ask for gradients
                 tile = self._on_device(start)
-            logits: torch.Tensor = watch(lambda: self._network(tile)[0])
+            logits: torch.Tensor = self._network(tile)[0] if watch is None else watch(lambda: self._network(tile)[0])
             return logits
 
         with torch.inference_mode():

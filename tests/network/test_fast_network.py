@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import nn
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import ModelError
-from nnunet_lowmem.network.fast_network import FastNetwork, FastNorm, fast_network
-from nnunet_lowmem.predict.logits import TileNetwork
-from nnunet_lowmem.system.threads import RowThreads
+from nnunet_lowmem.network.fast_layers import FastNorm
+from nnunet_lowmem.network.fast_network import fast_network
+from nnunet_lowmem.predict.ways import Ways
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -72,7 +73,7 @@ def test_logits_are_close_and_no_tile_of_them_is_made(name, models, images):
     plain, fast = (make_predictor(LowMemPredictor, models(NETWORKS[name], files), fast=flag) for flag in (False, True))
     image = torch.randn((1, 30, 40, 30), generator=torch.Generator().manual_seed(0))
     expected, found = (made.predict_sliding_window_return_logits(image).float() for made in (plain, fast))
-    parts = TileNetwork(fast._setup()).fast()
+    parts = Ways(fast._setup()).taken()
     assert parts.head_layer is not None
     assert parts.channels == parts.head().weights.shape[1]
     assert any(isinstance(module, FastNorm) for module in parts.body.modules())
@@ -133,6 +134,7 @@ def test_a_network_that_cannot_be_followed_is_left_alone(caplog):
 
 
 def test_a_network_that_needs_its_channels_first_says_so():
-    network = Network(lambda x: x.clone(memory_format=torch.channels_last_3d).view(-1))
+    needy = Network(lambda x: x.clone(memory_format=torch.channels_last_3d).view(-1))
+    fast = replace(fast_network(Network(), TILE, 1), body=needy)
     with pytest.raises(ModelError, match="needs its channels first"), torch.inference_mode():
-        FastNetwork(network, network, 3, None, RowThreads(1)).features(torch.zeros(TILE), ())
+        fast.features(torch.zeros(TILE), ())
