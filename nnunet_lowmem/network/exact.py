@@ -19,7 +19,7 @@ from torch import nn
 
 from nnunet_lowmem.network import kernels
 from nnunet_lowmem.network.denormals import NormalWeights
-from nnunet_lowmem.network.fast_layers import LAST, bits_of
+from nnunet_lowmem.network.fast_layers import CONVOLUTIONS, LAST, NORMS, bits_of
 from nnunet_lowmem.network.known import why_watched
 from nnunet_lowmem.system.threads import RowThreads
 
@@ -76,25 +76,32 @@ def exact_network(network: nn.Module, threads: int) -> ExactNetwork | None:
         logger.debug("the network cannot be copied: %s: %s", type(error).__name__, error)
         return None
     for parent in list(body.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) in _TRANSPOSED:
-                parent.add_module(name, _Transposed(layer, row_threads))
+        _use_exact_layers(parent, row_threads)
     exact = ExactNetwork(network, body, row_threads, NormalWeights(network, body))
     exact.refresh()
     return exact
 
 
-class _Transposed(nn.Module):
-    """A transposed convolution whose output torch would put channels first element by element.
+def _use_exact_layers(parent: nn.Module, threads: RowThreads) -> None:
+    before: nn.Module | None = None
+    for name, layer in list(parent.named_children()):
+        if type(layer) in _TRANSPOSED:
+            parent.add_module(name, _Transposed(layer, threads))
+        elif type(layer) in NORMS and type(parent) is nn.Sequential and type(before) in CONVOLUTIONS:
+            parent.add_module(name, _NormInPlace(layer))
+        before = layer
 
-    The first time both ways are taken: where their bits differ, or where torch has given other strides, it is torch's
-    from then on.
+
+class _Quick(nn.Module):
+    """A layer that is run another way, with the same bits.
+
+    The first time both ways are taken: where their bits differ, or where torch gives other strides, it is torch's from
+    then on.
     """
 
-    def __init__(self, layer: nn.Module, threads: RowThreads) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer: Any = layer
-        self._threads = threads
         self._is_same: bool | None = None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -106,6 +113,32 @@ class _Transposed(nn.Module):
             self._is_same = ours is not None and torch.equal(ours.view(torch.int32), stocks.view(torch.int32))
             return stocks
         return self._quickly(features)
+
+    def _quickly(self, features: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _NormInPlace(_Quick):
+    """Instance normalisation of what a convolution in front of it returns and nobody else needs."""
+
+    def _quickly(self, features: torch.Tensor) -> torch.Tensor:
+        norm = self.layer
+        if norm.track_running_stats or not features.is_contiguous():
+            return norm(features)  # type: ignore[no-any-return]  # torch's modules return anything
+        statistics = [torch.empty(0, dtype=features.dtype, device=features.device) for _ in range(2)]
+        torch.ops.aten.native_batch_norm.out(
+            features, norm.weight, norm.bias, None, None, True, 0.0, norm.eps,
+            out=features, save_mean=statistics[0], save_invstd=statistics[1],
+        )  # fmt: skip
+        return features
+
+
+class _Transposed(_Quick):
+    """A transposed convolution whose output torch would put channels first element by element."""
+
+    def __init__(self, layer: nn.Module, threads: RowThreads) -> None:
+        super().__init__(layer)
+        self._threads = threads
 
     def _quickly(self, features: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = self.layer(features.contiguous(memory_format=LAST[features.ndim]))

@@ -18,7 +18,7 @@ from nnunet_lowmem.system.threads import RowThreads
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _AVERAGES = (nn.AvgPool2d, nn.AvgPool3d)
-_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 # sums are made of so many partial ones, whatever the number of threads: the result does not depend on it
 _PARTS = 64
 _FEW = 8
@@ -32,7 +32,7 @@ def use_fast_layers(sequence: nn.Sequential, threads: RowThreads) -> None:
     """
     layers = [None, *sequence, None]
     for number, (before, layer, after) in enumerate(zip(layers, layers[1:], layers[2:], strict=False)):
-        if isinstance(layer, _NORMS) and not layer.track_running_stats:
+        if isinstance(layer, NORMS) and not layer.track_running_stats:
             slope = 1.0
             if isinstance(after, nn.LeakyReLU):
                 slope, sequence[number + 1] = after.negative_slope, nn.Identity()

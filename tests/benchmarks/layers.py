@@ -30,7 +30,9 @@ from make_model import build_network
 from overhead import HEADS, PATCH, realistic_plans
 from torch import nn
 
+from nnunet_lowmem.network.exact import exact_network
 from nnunet_lowmem.network.fast_network import fast_network
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.platform import usable_cores
 
 ARITHMETICS = ("stock", "exact", "fast", "bfloat16")
@@ -84,9 +86,12 @@ class TilePass(NamedTuple):
 def tile_pass(network: nn.Module, arithmetic: str, tile_shape: tuple[int, ...], threads: int) -> TilePass:
     if arithmetic == "stock":
         return TilePass(network, network, nullcontext())
-    if arithmetic != "fast":
-        raise SystemExit(f"{arithmetic}: not in this version")  # ADAPT: exact by `exact_network`, and no such line
-    fast = fast_network(network, tile_shape, threads)  # ADAPT: with the arithmetic
+    if arithmetic == "exact":
+        exact = exact_network(network, threads)
+        assert exact is not None, "nobody watches this network"
+        return TilePass(exact.body, lambda tile: exact.logits(tile, ()), exact.threads)
+    numbers = Arithmetic.BFLOAT16 if arithmetic == "bfloat16" else Arithmetic.FLOAT32
+    fast = fast_network(network, tile_shape, threads, numbers)
     assert fast is not None, "this network can be rearranged"
     return TilePass(fast.body, lambda tile: fast.features(tile, ()), fast.threads)
 
