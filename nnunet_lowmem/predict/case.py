@@ -180,22 +180,26 @@ class CaseRun:
         self, folds: Iterator[PredictedTiles], logits: FoldLogits, planning: CasePlanning
     ) -> Iterator[PredictedTiles]:
         """Let the planning know what a tile takes, in the arithmetic that is found to be the best here."""
-        case, network, first = (self.job.name, self.probabilities), logits.network, None
+        network, first, tried_bytes = logits.network, None, 0
+
+        def planned() -> Plan:
+            return planning.plan(self.job.name, logits.case, self.probabilities)
+
         if network.ways.is_undecided or planning.model.unmeasured_bytes:
             first = next(folds)
             folds = chain([first], folds)
         if first is not None and network.ways.is_undecided:
-            plan = planning.plan(case[0], logits.case, case[1])
-            network.ways.choose(first.middle, planning.recovery(plan).run, planning.has_room)
+            tried_bytes = network.ways.choose(first.middle, planning.recovery(planned()).run, planning.has_room)
             planning.learn(**network.tile_facts())
         output_bytes = network.output_bytes() if logits.find_repeated() else 0
         if output_bytes and not planning.keeps(output_bytes):
             logits.forget_repeated()
         if first is not None and planning.model.unmeasured_bytes:
             first.reuse(logits.repeated)
-            plan = planning.plan(case[0], logits.case, case[1])
-            network.measure(first, planning.recovery(plan).run)
+            network.measure(first, planning.recovery(planned()).run)
             planning.learn(**network.tile_facts())
+        # what has been taken to compare is part of what this case takes, and of no other
+        planning.learn(activation_bytes=max(planning.model.activation_bytes, tried_bytes))
         return folds
 
     def _labels(

@@ -11,7 +11,7 @@ from nnunet_lowmem.network import choices
 from nnunet_lowmem.network.exact import ExactNetwork, exact_network
 from nnunet_lowmem.network.fast_network import FastNetwork, dtype_of, fast_network, parts_of
 from nnunet_lowmem.network.known import why_watched
-from nnunet_lowmem.network.tile_memory import TileBytes
+from nnunet_lowmem.network.tile_memory import TileBytes, measured
 from nnunet_lowmem.network.trial import Trial, is_unknown_to_torch, try_both
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.model import uncompiled
@@ -114,8 +114,8 @@ class Ways:
         middle: Callable[[], torch.Tensor],
         attempt: Attempt = once,
         has_room: Callable[[TileBytes], bool] = lambda _: True,
-    ) -> None:
-        """Run a tile in float32 and in bfloat16, and take the better one, if that is not decided.
+    ) -> int:
+        """Run a tile in float32 and in bfloat16, and take the better one; return the bytes that this took.
 
         Parameters
         ----------
@@ -126,28 +126,32 @@ class Ways:
             Whether the plan has room for a tile in float32; else a part of the tile is compared.
         """
         if not self.is_undecided:
-            return
+            return 0
         setup, half = self._setup, self.of(Arithmetic.BFLOAT16)
         single = self.of(Arithmetic.FLOAT32)
         assert isinstance(half, FastNetwork), "what can be run in bfloat16"
         assert isinstance(single, FastNetwork), "can be run in float32"
         for way in (single, half):
             way.refresh()
-        whole = has_room(self.bounded(Arithmetic.FLOAT32))
+        bounded = self.bounded(Arithmetic.FLOAT32)
+        whole = has_room(bounded)
         rule = adapter.label_rule(setup.label_manager)
         tile, ranked = middle(), rule is None or rule.ranked
         with torch_threads(usable_cores()), single.threads, half.threads, torch.inference_mode():
             try:
-                trial = attempt(lambda: try_both(single, half, tile, ranked=ranked, has_room=whole))
+                trial, taken = measured(
+                    lambda: attempt(lambda: try_both(single, half, tile, ranked=ranked, has_room=whole)), setup.device
+                )
             except (NotImplementedError, RuntimeError) as error:
                 if not is_unknown_to_torch(error):
                     raise
                 logger.warning("fast bfloat16: the network runs as it does without: %s", error)
                 self.take(Arithmetic.EXACT)
-                return
+                return 0
         self._take(trial)
         if trial.half_s is not None and (key := setup.choice_key()) is not None:
             choices.remember(key, trial)
+        return bounded.after(taken).certain if whole else taken.size_bytes
 
     def bounded(self, arithmetic: Arithmetic) -> TileBytes:
         """Tell what the network's tensors take for a tile in an arithmetic, and what may be beside them."""

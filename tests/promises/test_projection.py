@@ -63,6 +63,8 @@ RUNS = {
     "three folds, mirrored": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True}),
     "fast": Run(MANY, options={"fast": True}),
     "fast, mirrored, three folds": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True, "fast": True}),
+    "bfloat16": Run(MANY, options={"fast": "bfloat16"}),
+    "bfloat16, mirrored, three folds": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True, "fast": "bfloat16"}),
     "heads as a whole": Run(ct(labels=12, spacing=(4.0, 3.0, 3.0), patch_size=(24, 48, 48), resampling="torch")),
     "masked": Run(mr(True), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
     "two-dimensional": Run(ct(labels=6, spacing=(2.0, 2.0), patch_size=(128, 128))),
@@ -157,6 +159,7 @@ def predict_within(predict, name: str, free: dict[str, Any], share: float, **opt
     [
         pytest.param("many classes", [0.0, 0.5, 1.0], marks=pytest.mark.slow),
         pytest.param("three folds, mirrored", [0.0, 0.5, 1.0], marks=pytest.mark.slow),
+        pytest.param("bfloat16", [0.0, 1.0], marks=pytest.mark.slow),
     ],
 )
 def test_spilling_changes_no_label_and_holds_under_a_hard_limit(predict, name, shares):
