@@ -241,8 +241,10 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         wanted = list_jobs(arguments, self._setup(), self._manage_input_and_output_lists, is_listed)
         report = self.run_report = RunReport()  # of this call, whatever other threads begin
         if not arguments["overwrite"] and target is not None and not is_listed:
-            cases.keep_arithmetic(wanted, self._setup())
-            wanted = cases.without_those_done(wanted, report)
+            listed = wanted
+            wanted = cases.without_those_done(listed, report)
+            if wanted:
+                cases.keep_arithmetic(listed, self._setup())
         if in_workers and wanted and replaced(self, *lookup.OF_FILES):
             return self._predict_iterated(wanted, arguments)
         results = None

@@ -76,10 +76,11 @@ def print_plan(plan: Plan) -> None:
 def print_report(report: CaseReport) -> None:
     """Print time per stage, and the measured peak beside the projected one."""
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    way = "" if report.arithmetic == "exact" else f"; network in {report.arithmetic}"
     reused = f"; {report.reused_tiles} constant tiles reused" if report.reused_tiles else ""
     _console().print(
         f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
-        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}; network in {report.arithmetic}{reused}"
+        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}{way}{reused}"
     )
 
 

@@ -45,6 +45,8 @@ class NormalWeights:
         Among the weights as they were when they were looked through.
     replaced_bytes : int
         Of the weights that the copy does not share.
+    checksum : int
+        Of these.
     """
 
     def __init__(self, network: nn.Module, body: nn.Module) -> None:
@@ -54,18 +56,20 @@ class NormalWeights:
                 module = _submodule(body, path)
                 if module is not None and id(module._parameters.get(name)) == id(weights):
                     self._places.append((module, name, weights))
-        self.denormals = 0
-        self.replaced_bytes = 0
+        self.denormals = self.replaced_bytes = self.checksum = 0
 
     def refresh(self) -> None:
         """Look through the weights that the network has now."""
-        self.denormals = self.replaced_bytes = 0
+        denormals = replaced_bytes = checksum = 0
         for module, name, weights in self._places:
-            module._parameters[name] = weights
+            own = weights
             if found := count(weights):
-                module._parameters[name] = nn.Parameter(without(weights.detach()), requires_grad=False)
-                self.denormals += found
-                self.replaced_bytes += weights.numel() * weights.element_size()
+                own = nn.Parameter(without(weights.detach()), requires_grad=False)
+                denormals += found
+                replaced_bytes += weights.numel() * weights.element_size()
+                checksum += int(weights.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64))
+            module._parameters[name] = own
+        self.denormals, self.replaced_bytes, self.checksum = denormals, replaced_bytes, checksum
 
 
 def _submodule(body: nn.Module, path: str) -> nn.Module | None:

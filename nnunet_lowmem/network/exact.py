@@ -1,8 +1,9 @@
 """The network as stock runs it, bit for bit, without what costs time and changes nothing.
 
-Denormal weights are zero, transposed convolutions put their channels first again in one pass, mirrored copies of what
-the network returns are added as they are, and of a constant tile all mirrored copies are one pass. Nobody but torch and
-nnU-Net's own layers may take part: who watches the network sees it run as stock does.
+Denormal weights are zero, transposed convolutions put their channels first again in one pass, instance normalisation
+behind a convolution is done in place, mirrored copies of what the network returns are added as they are, and of a
+constant tile all mirrored copies are one pass. Nobody but torch and nnU-Net's own layers may take part: who watches the
+network sees it run as stock does.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class ExactNetwork:
         """Of the weights that are not the network's."""
         return self.weights.replaced_bytes
 
-    def logits(self, tile: torch.Tensor, mirror_axes: Sequence[int]) -> torch.Tensor:
-        """Return the mean of the network's output over all flips; axes count from 0."""
-        return mirrored_mean(self.body, tile, mirror_axes, self.threads)
+    def logits(self, tile: torch.Tensor, mirror_axes: Sequence[int], collapses: bool = True) -> torch.Tensor:
+        """Return the mean of the network's output over all flips; axes count from 0. See `mirrored_mean`."""
+        return mirrored_mean(self.body, tile, mirror_axes, self.threads, collapses)
 
 
 def exact_network(network: nn.Module, threads: int) -> ExactNetwork | None:
@@ -75,9 +76,10 @@ def exact_network(network: nn.Module, threads: int) -> ExactNetwork | None:
     except Exception as error:  # whatever a network holds that cannot be copied
         logger.debug("the network cannot be copied: %s: %s", type(error).__name__, error)
         return None
+    weights = NormalWeights(network, body)  # which looks for layers where they are in the network
     for parent in list(body.modules()):
         _use_exact_layers(parent, row_threads)
-    exact = ExactNetwork(network, body, row_threads, NormalWeights(network, body))
+    exact = ExactNetwork(network, body, row_threads, weights)
     exact.refresh()
     return exact
 
@@ -105,9 +107,12 @@ class _Quick(nn.Module):
         self._is_same: bool | None = None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if self._is_same is False or features.is_meta or features.device.type != "cpu" or len(features) != 1:
+        is_usual = features.device.type == "cpu" and features.dtype == torch.float32 and len(features) == 1
+        if self._is_same is False or not is_usual:
             return self.layer(features)  # type: ignore[no-any-return]  # torch's modules return anything
         if self._is_same is None:
+            if constant_bits(features) is not None:  # of which all ways may make the same
+                return self.layer(features)  # type: ignore[no-any-return]  # torch's modules return anything
             stocks: torch.Tensor = self.layer(features)
             ours = self._quickly(features) if stocks.is_contiguous() and stocks.dtype == torch.float32 else None
             self._is_same = ours is not None and torch.equal(ours.view(torch.int32), stocks.view(torch.int32))
@@ -158,11 +163,15 @@ def flips_of(mirror_axes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def mirrored_mean(
-    run: Callable[[torch.Tensor], torch.Tensor], tile: torch.Tensor, mirror_axes: Sequence[int], threads: RowThreads
+    run: Callable[[torch.Tensor], torch.Tensor],
+    tile: torch.Tensor,
+    mirror_axes: Sequence[int],
+    threads: RowThreads,
+    collapses: bool,
 ) -> torch.Tensor:
     """Return the mean of what a network returns over all flips of a tile, summed in float32 and in stock's order.
 
-    A constant tile is the same however it is mirrored: one pass tells of all. Unmirrored, the type is the network's.
+    Unmirrored, the type is the network's.
 
     Parameters
     ----------
@@ -172,13 +181,15 @@ def mirrored_mean(
     mirror_axes : sequence of int
         Counted from the first spatial axis.
     threads : RowThreads
+    collapses : bool
+        A constant tile is the same however it is mirrored: one pass tells of all. False where every pass counts.
     """
     output, flips = run(tile), flips_of(mirror_axes)
     if not flips:
         return output
     total = output.float() if output.dtype == torch.bfloat16 else output
     same: torch.Tensor | None = None
-    if constant_bits(tile) is not None:
+    if collapses and constant_bits(tile) is not None:
         same = output.clone() if total is output else output
     del output
     for axes in flips:

@@ -27,7 +27,7 @@ from nnunet_lowmem.errors import ModelError
 from nnunet_lowmem.network import denormals
 from nnunet_lowmem.network.denormals import NormalWeights
 from nnunet_lowmem.network.exact import mirrored_mean
-from nnunet_lowmem.network.fast_layers import CONVOLUTIONS, LAST, use_fast_layers
+from nnunet_lowmem.network.fast_layers import CONVOLUTIONS, LAST, has_few_channels, use_fast_layers
 from nnunet_lowmem.network.known import why_watched
 from nnunet_lowmem.network.tile_memory import meta_copy
 from nnunet_lowmem.options import Arithmetic
@@ -35,6 +35,7 @@ from nnunet_lowmem.system.threads import RowThreads
 
 logger = logging.getLogger(__name__)
 
+_PUT_LAST = "_nnunet_lowmem_put_last"
 _TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -75,6 +76,8 @@ class FastNetwork:
         Weights of `network`, and what `body` has in their place.
     last : torch.memory_format
         Of the weights of both.
+    input_dtype : dtype
+        Of the tile that `body` takes.
     """
 
     network: nn.Module
@@ -86,15 +89,11 @@ class FastNetwork:
     weights: NormalWeights
     rounded: tuple[tuple[nn.Parameter, nn.Parameter], ...]
     last: torch.memory_format
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what lies between the layers."""
-        return dtype_of(self.arithmetic)
+    input_dtype: torch.dtype
 
     def refresh(self) -> None:
         """Take over the weights that `network` has now; denormal ones, which only cost time, are zero here."""
-        self.network.to(memory_format=self.last)
+        put_last(self.network, self.last)
         self.weights.refresh()
         with torch.no_grad():
             for source, own in self.rounded:
@@ -105,14 +104,14 @@ class FastNetwork:
         """Of the weights that are not the network's."""
         return self.weights.replaced_bytes + sum(own.numel() * own.element_size() for _, own in self.rounded)
 
-    def features(self, tile: torch.Tensor, mirror_axes: Sequence[int]) -> torch.Tensor:
+    def features(self, tile: torch.Tensor, mirror_axes: Sequence[int], collapses: bool = True) -> torch.Tensor:
         """Return the mean of the body's output over all flips; axes count from 0, channels come last in memory.
 
-        Float32, but for bfloat16 features that are not mirrored and go to a head.
+        Float32, but for bfloat16 features that are not mirrored and go to a head. For `collapses` see `mirrored_mean`.
         """
         # a single channel counts as last only where its stride says so, which `contiguous` leaves as it is
-        tile = torch.empty_like(tile, dtype=self.dtype, memory_format=LAST[tile.ndim]).copy_(tile)
-        made = mirrored_mean(self._run, tile, mirror_axes, self.threads)
+        tile = torch.empty_like(tile, dtype=self.input_dtype, memory_format=LAST[tile.ndim]).copy_(tile)
+        made = mirrored_mean(self._run, tile, mirror_axes, self.threads, collapses)
         return made.float() if self.head_layer is None else made
 
     def _run(self, tile: torch.Tensor) -> torch.Tensor:
@@ -135,8 +134,8 @@ class FastNetwork:
         return Head(weights, bias)
 
 
-def parts_of(network: Any) -> list[tuple[int, ...]]:
-    """Tell networks apart by the modules and weights that they are made of, and by who watches or replaces calls."""
+def parts_of(network: Any) -> list[tuple[Any, ...]]:
+    """Tell networks apart by modules, their plain attributes and weights, and by who watches or replaces calls."""
     if not isinstance(network, nn.Module):
         return [(id(network),)]
     return [
@@ -147,9 +146,28 @@ def parts_of(network: Any) -> list[tuple[int, ...]]:
             *module._forward_hooks,
             *module._forward_pre_hooks,
             id(vars(module).get("forward")),
+            *((name, value) for name, value in vars(module).items() if name[0] != "_" and _is_plain(name, value)),
         )
         for module in network.modules()
     ]
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    return name != "training" and isinstance(value, bool | int | float | str | tuple)
+
+
+def put_last(network: nn.Module, last: torch.memory_format) -> None:
+    """Give the weights their channels last, and let the network, and its copies, know that this was done to them."""
+    axes = 5 if last is torch.channels_last_3d else 4
+    if any(weights.ndim == axes and not weights.is_contiguous(memory_format=last) for weights in network.parameters()):
+        network.to(memory_format=last)
+        vars(network)[_PUT_LAST] = True
+
+
+def put_back(network: nn.Module) -> None:
+    """Undo `put_last`: the order in memory decides about the order of sums."""
+    if vars(network).pop(_PUT_LAST, False):
+        network.to(memory_format=torch.contiguous_format)
 
 
 def dtype_of(arithmetic: Arithmetic) -> torch.dtype:
@@ -180,39 +198,51 @@ def fast_network(
         return None
     try:
         name = _head_name(network, tile_shape)
-        network.to(memory_format=last)
+        put_last(network, last)
         rounded = _rounded(network, name) if arithmetic is Arithmetic.BFLOAT16 else {}
-        body = _rearranged(network, name, row_threads, rounded)
-        made = output_of(body, tile_shape, arithmetic)
+        body = _rearranged(network, name, row_threads, rounded, dtype_of(arithmetic))
+        input_dtype = _input_of(body, tile_shape, dtype_of(arithmetic))
+        made = output_of(body, tile_shape, input_dtype)
+        if made.dtype != dtype_of(arithmetic):
+            raise ModelError(f"it computes in {made.dtype} what it should in {dtype_of(arithmetic)}")
     except Exception as error:  # whatever a stranger's network meets there
-        network.to(memory_format=torch.contiguous_format)
+        put_back(network)
         logger.warning("%s: the network runs as it does without, since it cannot be rearranged: %s", told, error)
         return None
     head = None if name is None else network.get_submodule(name)
     weights = NormalWeights(network, body)
     fast = FastNetwork(
-        network, body, made.shape[1], head, row_threads, arithmetic, weights, tuple(rounded.values()), last
+        network, body, made.shape[1], head, row_threads, arithmetic, weights, tuple(rounded.values()), last, input_dtype
     )
     fast.refresh()
     return fast
 
 
-def output_of(body: nn.Module, tile_shape: tuple[int, ...], arithmetic: Arithmetic) -> torch.Tensor:
-    """Return what a body makes of a tile, without data; what it raises says that it takes no tile of that shape."""
-    tile = torch.empty(tile_shape, dtype=dtype_of(arithmetic), device="meta", memory_format=LAST[len(tile_shape)])
+def output_of(body: nn.Module, tile_shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return what a body makes of a tile, without data; what it raises says that it takes no such tile."""
+    tile = torch.empty(tile_shape, dtype=dtype, device="meta", memory_format=LAST[len(tile_shape)])
     with torch.inference_mode():
         made: torch.Tensor = meta_copy(body, with_hooks=True)(tile)
-    if made.dtype != dtype_of(arithmetic):
-        raise ModelError(f"it computes in {made.dtype} what it gets in {dtype_of(arithmetic)}")
     return made
 
 
+def _input_of(body: nn.Module, tile_shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a tile for a body: float32 where its first layer takes that."""
+    try:
+        output_of(body, tile_shape, torch.float32)
+    except RuntimeError:
+        return dtype
+    return torch.float32
+
+
 def _rounded(network: nn.Module, head: str | None) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
-    """Return, by the id of each weight of a convolution but for the head's, it and one in bfloat16."""
+    """Return, by the id of each weight of a convolution but for the head's and those of few channels, both versions."""
+    sequences = [module for module in network.modules() if type(module) is nn.Sequential]
+    single = {id(layer) for sequence in sequences for layer in sequence if has_few_channels(layer)}
     layers = [
         layer
         for name, layer in network.named_modules()
-        if isinstance(layer, (*CONVOLUTIONS, *_TRANSPOSED)) and name != head
+        if isinstance(layer, (*CONVOLUTIONS, *_TRANSPOSED)) and name != head and id(layer) not in single
     ]
     return {
         id(weights): (weights, nn.Parameter(torch.empty_like(weights, dtype=torch.bfloat16), requires_grad=False))
@@ -226,13 +256,14 @@ def _rearranged(
     head: str | None,
     threads: RowThreads,
     rounded: dict[int, tuple[nn.Parameter, nn.Parameter]],
+    dtype: torch.dtype,
 ) -> nn.Module:
     """Return a copy with the same weights, but for some, fast normalisation, and without its head."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
     shared.update({key: own for key, (_, own) in rounded.items()})
     body = copy.deepcopy(network, shared).eval()
     for sequence in [module for module in body.modules() if type(module) is nn.Sequential]:
-        use_fast_layers(sequence, threads)
+        use_fast_layers(sequence, threads, dtype)
     if head is not None:
         layer = body.get_submodule(head)
         for parent in list(body.modules()):

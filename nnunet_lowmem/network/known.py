@@ -33,9 +33,19 @@ def why_watched(network: Any) -> str:
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a hook is registered on {name or 'the network'}"
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return f"{name or 'the network'} is compiled"
         if isinstance(module, _DropoutNd):
             return f"{name or 'the network'} drops out"
     return ""
+
+
+def is_autocasting() -> bool:
+    """Whether a client lets torch compute in other numbers on the CPU."""
+    try:
+        return bool(torch.is_autocast_enabled("cpu"))
+    except TypeError:  # before torch 2.4
+        return bool(torch.is_autocast_cpu_enabled())
 
 
 def _global_hooks() -> bool:

@@ -39,12 +39,15 @@ class Trial:
         Norm of the difference over the norm of the logits, infinite where some are no numbers; None unless compared.
     same : float or None
         Share of voxels that have the same label.
+    whole : bool
+        Whether it was a whole tile.
     """
 
     single_s: float | None
     half_s: float | None
     error: float | None = None
     same: float | None = None
+    whole: bool = True
 
     @property
     def chooses(self) -> bool:
@@ -54,7 +57,7 @@ class Trial:
     def objection(self) -> str:
         """Say what is against bfloat16; empty where nothing is."""
         if self.single_s is not None and self.half_s is not None and self.half_s * LEAST_GAIN > self.single_s:
-            return f"a tile takes {self._times()}; it has to be {LEAST_GAIN} times faster"
+            return f"{self._what()} takes {self._times()}; it has to be {LEAST_GAIN} times faster"
         if self.error is None or self.same is None:
             return "there is no room to compare it with float32"
         if not self.error <= MOST_ERROR:
@@ -67,9 +70,14 @@ class Trial:
         """Say in one line what was chosen, and why."""
         if objection := self.objection():
             return f"not chosen, the network runs in float32: {objection}"
-        took = "there is no room for a tile in float32" if self.half_s is None else f"a tile takes {self._times()}"
+        took = (
+            "there is no room for a tile in float32" if self.half_s is None else f"{self._what()} takes {self._times()}"
+        )
         labels = f"the labels in {1 - (self.same or 0):.2%} of its voxels"
         return f"chosen: {took}; its logits differ by {self.error:.1%}, {labels}"
+
+    def _what(self) -> str:
+        return "a tile" if self.whole else "a part of a tile"
 
     def _times(self) -> str:
         return f"{self.half_s:.2f} s instead of {self.single_s:.2f} s in float32"
@@ -98,12 +106,13 @@ def try_both(single: FastNetwork, half: FastNetwork, tile: torch.Tensor, *, rank
         single_s, _ = _timed(single, part)
         half_s, _ = _timed(half, part)
         if half_s > _HOPELESS * single_s:
-            return Trial(single_s, half_s)
+            return Trial(single_s, half_s, whole=False)
         break
     if not has_room:
         for part in _parts(half, tile, 2, 4):
-            return Trial(None, None, *_compared(single, _timed(single, part)[1], _timed(half, part)[1], ranked))
-        return Trial(None, None)
+            compared = _compared(single, _timed(single, part)[1], _timed(half, part)[1], ranked)
+            return Trial(None, None, *compared, whole=False)
+        return Trial(None, None, whole=False)
     single_s, expected = _timed(single, tile)
     half_s, found = _timed(half, tile)
     return Trial(single_s, half_s, *_compared(single, expected, found, ranked))
@@ -129,7 +138,7 @@ def _parts(network: FastNetwork, tile: torch.Tensor, *shares: int) -> Iterator[t
             if shape == tuple(tile.shape) or min(sides) < 1:
                 continue
             try:
-                output_of(network.body, shape, network.arithmetic)
+                output_of(network.body, shape, network.input_dtype)
             except Exception:  # whatever a network says of a shape that it does not take
                 continue
             part = tile

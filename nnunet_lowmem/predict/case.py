@@ -195,7 +195,7 @@ class CaseRun:
         if output_bytes and not planning.keeps(output_bytes):
             logits.forget_repeated()
         if first is not None and planning.model.unmeasured_bytes:
-            first.reuse(logits.repeated)
+            logits.reuse_in(first)
             network.measure(first, planning.recovery(planned()).run)
             planning.learn(**network.tile_facts())
         # what has been taken to compare is part of what this case takes, and of no other
@@ -295,6 +295,7 @@ class CaseRun:
     def _held_logits(self, case: PreprocessedCase) -> Any:
         """All logits of a case, as nnU-Net's method returns them, where somebody else takes part in making them."""
         data = stock_calls.network_input(case, self.setup.label_manager)
+        TileNetwork(self.setup).ways.prepare()
         with torch_threads(TileNetwork(self.setup).most_threads()), foreign(self.clock):
             logits = self.setup.steps.predict_logits(data)
         return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
@@ -338,4 +339,4 @@ def warm_up_kernels(setup: Setup) -> None:
     """Compile or load what a predictor needs, so that it counts as reserved."""
     rule = adapter.label_rule(setup.label_manager)
     if rule is not None:
-        warm_up(rule.ranked, str(rule.dtype), len(setup.patch_size), setup.options.fast)
+        warm_up(rule.ranked, str(rule.dtype), len(setup.patch_size), bool(setup.options.fast))

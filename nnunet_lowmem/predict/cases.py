@@ -191,13 +191,27 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
 
 
 def keep_arithmetic(jobs: Sequence[Job], setup: Setup) -> None:
-    """Run the network as it was run for the files that are there, made by the same model and options."""
+    """Run the network as it was run for the files that are there, made by the same model and options.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be run so here, or was not run in the same way for all of them.
+    """
     if setup.arithmetic is not Arithmetic.BFLOAT16:  # all others are what is asked for
         return
-    for recipe in {job.recipe.outputs[0].parent: job.recipe for job in jobs if job.recipe is not None}.values():
-        if (found := latest_arithmetic(recipe)) is not None:
-            Ways(setup).take(found)
-            logger.info("fast bfloat16: the network is run as for the files that are there: %s", found.value)
+    recipes = {job.recipe.outputs[0].parent: job.recipe for job in jobs if job.recipe is not None}
+    found = {folder: known for folder, recipe in recipes.items() if (known := latest_arithmetic(recipe)) is not None}
+    ways = Ways(setup)
+    for folder, arithmetic in found.items():
+        ways.take(arithmetic)
+        if (possible := ways.arithmetic()) is not arithmetic or len(set(found.values())) > 1:
+            others = ", ".join(sorted({known.value for known in found.values()} | {possible.value}))
+            raise UsageError(
+                f"the files in {folder} were made with the network in {arithmetic.value}, and would be continued "
+                f"otherwise ({others}): predict into another folder, or make those files again"
+            )
+        logger.info("fast bfloat16: the network is run as for the files in %s: %s", folder, arithmetic.value)
 
 
 def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> None:

@@ -15,9 +15,9 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunet_lowmem.budget.arrays import ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery, near_device_or_in_ram
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
-from nnunet_lowmem.network import denormals
-from nnunet_lowmem.network.exact import ExactNetwork
+from nnunet_lowmem.network.exact import ExactNetwork, constant_bits
 from nnunet_lowmem.network.fast_network import FastNetwork, Head
+from nnunet_lowmem.network.known import is_autocasting
 from nnunet_lowmem.network.tile_memory import TileBytes, weight_bytes
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.options import Arithmetic
@@ -56,11 +56,11 @@ class TileNetwork:
         self._setup = setup
         self._clock = clock
         self.ways = Ways(setup)
-        self._fold: int | None = None
+        self._collapses = False
 
     def load(self, fold: int) -> None:
         """Load the weights of a fold, unless the network is used as it is."""
-        weights, self._fold = self._setup.weights, fold
+        weights = self._setup.weights
         if weights.parameters is not None:
             load_into(self._setup.steps.network(), weights.parameters[fold], weights.name(fold), self._clock)
 
@@ -71,6 +71,7 @@ class TileNetwork:
             setup.steps.place_network()
         empty_cache(setup.device)
         self.ways.prepare()
+        self._collapses = self.ways.is_unwatched()
         source = TileSource(case, grid, setup.label_manager.foreground_labels)
         return PredictedTiles(self.predict, source, grid, setup.device)
 
@@ -80,9 +81,9 @@ class TileNetwork:
         with foreign(self._clock), torch.autocast("cuda") if setup.device.type == "cuda" else nullcontext():
             way = self.ways.taken()
             if isinstance(way, FastNetwork):
-                return way.features(tile, setup.mirrored_axes)
+                return way.features(tile, setup.mirrored_axes, self._collapses)
             if way is not None and self._is_exact(way, tile):
-                return way.logits(tile, setup.mirrored_axes)
+                return way.logits(tile, setup.mirrored_axes, self._collapses)
             return setup.steps.predict_tile(tile)
 
     def head(self) -> Head | None:
@@ -91,7 +92,7 @@ class TileNetwork:
 
     def _is_exact(self, way: ExactNetwork, tile: torch.Tensor) -> bool:
         """Whether a network is run its exact way: nothing changes it now, and what was taken off it changes no bit."""
-        if any(module.training for module in way.network.modules()):
+        if is_autocasting() or any(module.training for module in way.network.modules()):
             return False
         axes = self._setup.mirrored_axes
         if self._setup.is_mirroring != bool(axes) or any(not 0 <= axis < tile.ndim - 2 for axis in axes):
@@ -103,8 +104,10 @@ class TileNetwork:
         memo = self._setup.memo
         if memo.proven[0] != memo.ways[0]:
             memo.proven = memo.ways[0], {}
-        state = self._fold, way.weights.denormals
+        state = way.weights.denormals, way.weights.checksum
         if state not in memo.proven[1]:
+            if constant_bits(tile) is not None:  # whatever is multiplied with nothing shows nothing
+                return False
             times_s = [time.perf_counter()]
             outputs = []
             for network in (way.network, way.body):
@@ -171,22 +174,13 @@ class TileNetwork:
         """Of weights that a way has of its own: what is not in use yet, where none are read or a fold needs more."""
         if any(weight.is_meta for weight in way.network.parameters()):
             return way.own_bytes
-        return max(0, self._denormal_bytes() - way.weights.replaced_bytes)
-
-    def _denormal_bytes(self) -> int:
-        """Of the fold that has most: the tensors that hold denormal weights, of which a way has others."""
-        memo, parameters = self._setup.memo, self._setup.weights.parameters
-        tensors = [[v for v in fold.values() if isinstance(v, torch.Tensor)] for fold in parameters or ()]
-        state = [list(map(id, fold)) for fold in tensors]
-        if memo.denormal is None or memo.denormal[0] != state:
-            sizes = [sum(v.numel() * v.element_size() for v in fold if denormals.count(v)) for fold in tensors]
-            memo.denormal = state, max(sizes, default=0)
-        return memo.denormal[1]
+        return max(0, self.ways.denormal_bytes() - way.weights.replaced_bytes)
 
     def tile_bytes(self) -> TileBytes:
         """Tell what the network takes for a tile: what was measured, or what its tensors tell."""
         setup, network, arithmetic = self._setup, self._setup.steps.network(), self.ways.arithmetic()
-        key = (setup.tile_shape, bool(setup.mirrored_axes), str(setup.device), arithmetic)
+        way = type(self.ways.taken()).__name__
+        key = (setup.tile_shape, bool(setup.mirrored_axes), str(setup.device), arithmetic, way)
         known = setup.memo.tile
         if known is None or known[0] is not network or known[1] != key:
             known = setup.memo.tile = network, key, self.ways.bounded(arithmetic)
@@ -205,8 +199,10 @@ class TileNetwork:
     def measure(self, tiles: PredictedTiles, attempt: Attempt) -> TileBytes:
         """Predict the first tile ahead, and remember what the network took for it."""
         setup = self._setup
+        collapses, self._collapses = self._collapses, False  # a constant tile takes no less than any other here
         with self.threads():
             taken = measure_ahead(tiles, attempt, setup.device)
+        self._collapses = collapses
         measured = self.tile_bytes().after(taken and taken.with_more(4 * math.prod(setup.tile_shape)))
         assert setup.memo.tile is not None, "it has just been asked for"
         setup.memo.tile = (*setup.memo.tile[:2], measured)
@@ -236,6 +232,8 @@ class FoldLogits:
     grid : TileGrid
     repeated : frozenset of starts
         Of tiles that are all the same: the network sees one of them.
+    reused : int
+        Tiles that no network saw, so far.
     """
 
     def __init__(self, setup: Setup, case: PreprocessedCase, clock: StageClock) -> None:
@@ -245,7 +243,7 @@ class FoldLogits:
         self.network = TileNetwork(setup, clock)
         self.grid = grid_of(setup, case)
         self.repeated: frozenset[Shape3] = frozenset()
-        self._passes: list[PredictedTiles] = []
+        self.reused = 0
 
     @property
     def tile_count(self) -> int:
@@ -257,14 +255,15 @@ class FoldLogits:
         for fold in range(self._setup.weights.folds):
             self.network.load(fold)
             tiles = self.network.tiles(self.case, self.grid)
-            tiles.reuse(self.repeated)
-            self._passes.append(tiles)
+            self.reuse_in(tiles)
             yield tiles
 
-    @property
-    def reused(self) -> int:
-        """Tiles that no network saw, since the same one had been predicted before."""
-        return sum(tiles.reused for tiles in self._passes)
+    def reuse_in(self, tiles: PredictedTiles) -> None:
+        """Let a pass leave out what is repeated."""
+        tiles.reuse(self.repeated, self._note_reused)
+
+    def _note_reused(self) -> None:
+        self.reused += 1
 
     def find_repeated(self) -> bool:
         """Look for constant tiles that are all the same, where nobody would miss a pass; return whether there are."""

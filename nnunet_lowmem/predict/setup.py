@@ -62,8 +62,6 @@ class Memo:
         How it is run in each `Arithmetic`, None where it cannot be, as long as it has these parts.
     watched : str
         Who watched it when a case last began.
-    rearranged : network, or None
-        Whose weights have their channels last in memory, for a fast way.
     chosen : (network, Arithmetic), or None
         What was found by a trial, or is recorded of the files that a run continues, as long as it is this network.
     proven : (parts, dict)
@@ -76,7 +74,6 @@ class Memo:
 
     ways: tuple[Any, dict[Arithmetic, FastNetwork | ExactNetwork | None]] = field(default_factory=lambda: (None, {}))
     watched: str = ""
-    rearranged: Any = None
     chosen: tuple[Any, Arithmetic] | None = None
     proven: tuple[Any, dict[Any, bool]] = field(default_factory=lambda: (None, {}))
     denormal: tuple[Any, int] | None = None
@@ -180,7 +177,8 @@ class Setup:
         except OSError:
             return None
         model = [self.plans_manager.plans, self.configuration_manager.configuration, self.trainer_name, self.heads]
-        return choices.key_of([*model, told], self.tile_shape) if told else None
+        loaded = self.weights.parameters is not None and len(self.weights.parameters) == len(files)
+        return choices.key_of([*model, told], self.tile_shape) if told and loaded else None
 
     def budget(self, with_children: bool = True) -> Budget:
         """Return limits, and what is in use but for weights that can be moved: the plan says where these are."""

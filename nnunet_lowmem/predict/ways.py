@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from nnunet_lowmem.network import choices
+from nnunet_lowmem.network import choices, denormals
 from nnunet_lowmem.network.exact import ExactNetwork, exact_network
-from nnunet_lowmem.network.fast_network import FastNetwork, dtype_of, fast_network, parts_of
+from nnunet_lowmem.network.fast_network import FastNetwork, fast_network, parts_of, put_back
 from nnunet_lowmem.network.known import why_watched
 from nnunet_lowmem.network.tile_memory import TileBytes, measured
 from nnunet_lowmem.network.trial import Trial, is_unknown_to_torch, try_both
@@ -53,18 +53,15 @@ class Ways:
         if memo.watched != (watched := why_watched(network)):  # classes may be patched, which the network does not show
             memo.ways, memo.watched = (None, {}), watched
         way = self.taken()
-        if memo.rearranged is network and not isinstance(way, FastNetwork):
-            network.to(memory_format=torch.contiguous_format)
-            memo.rearranged = None
-        elif isinstance(way, FastNetwork):
-            memo.rearranged = network
+        if not isinstance(way, FastNetwork) and isinstance(network, torch.nn.Module):
+            put_back(network)
         if way is not None:
             way.refresh()
 
     def of(self, arithmetic: Arithmetic) -> FastNetwork | ExactNetwork | None:
         """Return how the network of now is run in an arithmetic; None where it cannot be."""
         setup = self._setup
-        if setup.device.type != "cpu" or setup.steps.replaced(Step.NETWORK):
+        if setup.device.type != "cpu" or setup.steps.replaced(Step.NETWORK, Step.WINDOW):
             return None
         given = setup.steps.network()
         network = uncompiled(given)
@@ -73,7 +70,6 @@ class Ways:
         ways = setup.memo.ways[1]
         if arithmetic not in ways:
             if arithmetic is not Arithmetic.EXACT:
-                setup.memo.rearranged = network
                 ways[arithmetic] = fast_network(network, setup.tile_shape, setup.kernel_threads, arithmetic)
             else:  # a compiled network is run by what has compiled it
                 ways[arithmetic] = exact_network(network, setup.kernel_threads) if network is given else None
@@ -147,6 +143,7 @@ class Ways:
                     raise
                 logger.warning("fast bfloat16: the network runs as it does without: %s", error)
                 self.take(Arithmetic.EXACT)
+                self.prepare()
                 return 0
         self._take(trial)
         if trial.half_s is not None and (key := setup.choice_key()) is not None:
@@ -160,12 +157,24 @@ class Ways:
         if isinstance(way, FastNetwork):
             # the mean, and where there is neither mirror nor head what is no bfloat16 any more
             copied = way.channels if mirrored or way.head_layer is None else 0
-            return TileBytes.bounded(way.body, setup.tile_shape, copied, dtype_of(arithmetic))
+            return TileBytes.bounded(way.body, setup.tile_shape, copied, way.input_dtype)
         network = uncompiled(setup.steps.network())
         if way is None:
             return TileBytes.bounded(network, setup.tile_shape, 2 * setup.heads if mirrored else 0)
-        # a tile that is run both ways, at first, leaves its output meanwhile
-        return TileBytes.bounded(way.body, setup.tile_shape, setup.heads if mirrored or way.weights.denormals else 0)
+        if not self.denormal_bytes():
+            return TileBytes.bounded(way.body, setup.tile_shape, setup.heads if mirrored else 0)
+        # a tile that is run both ways leaves its output, and may then be run by nnU-Net's method
+        return TileBytes.bounded(network, setup.tile_shape, (3 if mirrored else 1) * setup.heads)
+
+    def denormal_bytes(self) -> int:
+        """Of the fold that has most: the tensors that hold denormal weights, of which a way has others."""
+        memo, parameters = self._setup.memo, self._setup.weights.parameters
+        tensors = [[v for v in fold.values() if isinstance(v, torch.Tensor)] for fold in parameters or ()]
+        state = [list(map(id, fold)) for fold in tensors]
+        if memo.denormal is None or memo.denormal[0] != state:
+            sizes = [sum(v.numel() * v.element_size() for v in fold if denormals.count(v)) for fold in tensors]
+            memo.denormal = state, max(sizes, default=0)
+        return memo.denormal[1]
 
     def is_unwatched(self) -> bool:
         """Whether nobody would see the network run a tile less often."""

@@ -108,26 +108,32 @@ class PredictedTiles:
     ----------
     count : int
         Of all tiles.
-    reused : int
-        How many of them the network did not see, so far.
     """
 
     def __init__(self, network: TileNetwork, source: TileSource, grid: TileGrid, device: torch.device) -> None:
         self.count = grid.tile_count
+        self._grid = grid
         self._network = network
         self._source = source
         self._device = device
         self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
-        self._starts: Iterator[Shape3] = (start for row, _ in grid.rows() for start in grid.row_tiles(row))
+        self._starts = self._all()
         self._ahead: deque[torch.Tensor] = deque()
-        self._grid = grid
         self._repeated: frozenset[Shape3] = frozenset()
         self._kept: torch.Tensor | None = None
-        self.reused = 0
+        self._on_reuse: Callable[[], object] = object
+        self._last_repeated: Shape3 | None = None
 
-    def reuse(self, repeated: frozenset[Shape3]) -> None:
-        """Let the network see one of the tiles that start there: they are all the same, bit by bit."""
-        self._repeated = repeated
+    def reuse(self, repeated: frozenset[Shape3], on_reuse: Callable[[], object]) -> None:
+        """Let the network see one of the tiles that start there: they are all the same, bit by bit.
+
+        `on_reuse` is told of each that it does not see.
+        """
+        self._repeated, self._on_reuse = repeated, on_reuse
+        self._last_repeated = None if not repeated else [start for start in self._all() if start in repeated][-1]
+
+    def _all(self) -> Iterator[Shape3]:
+        return (start for row, _ in self._grid.rows() for start in self._grid.row_tiles(row))
 
     def middle(self) -> torch.Tensor:
         """Return the tile in the middle of the volume, as the network gets it."""
@@ -154,8 +160,11 @@ class PredictedTiles:
             logits = self._run(start, attempt, watch)
             self._kept = attempt(logits.clone)
             return logits
-        self.reused += 1
+        self._on_reuse()
         kept = self._kept
+        if start == self._last_repeated:
+            self._kept = None
+            return kept
         copy: torch.Tensor = attempt(kept.clone)
         return copy
 

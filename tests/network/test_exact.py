@@ -38,6 +38,13 @@ def stock(network: nn.Module, tile: torch.Tensor, mirror_axes: tuple[int, ...]) 
     return logits / (len(flips) + 1) if flips else logits
 
 
+def test_nothing_is_concluded_from_a_constant():
+    """Normalised it is nothing, of which every way makes the same."""
+    layer = exact._NormInPlace(nn.InstanceNorm3d(8))
+    layer(torch.ones(1, 8, 4, 4, 4))
+    assert layer._is_same is None
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("cls", [PlainConvUNet, ResidualEncoderUNet])
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -47,7 +54,14 @@ def test_bits_are_stocks(dims, cls, mirrored):
     with torch.inference_mode(), way.threads:
         for seed in range(3):  # the first tile is run both ways in places
             tile = tile_for(dims, seed)
-            assert torch.equal(way.logits(tile, axes), stock(network, tile, axes))
+            assert_same_bits(way.logits(tile, axes), stock(network, tile, axes))
+    quick = [layer for layer in way.body.modules() if isinstance(layer, exact._Quick)]
+    assert {type(layer) for layer in quick} == {exact._Transposed, exact._NormInPlace}
+    assert all(layer._is_same for layer in quick), "a quick way was found to differ, or never taken"
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(found.contiguous().view(torch.int32), expected.contiguous().view(torch.int32))
 
 
 def transposed(way: exact.ExactNetwork) -> list[exact._Transposed]:
@@ -87,6 +101,11 @@ def with_hook(network: nn.Module) -> nn.Module:
     return network
 
 
+def compiled(network: nn.Module) -> nn.Module:
+    network.compile()  # nothing is compiled before it is called
+    return network
+
+
 def with_forward(network: nn.Module) -> nn.Module:
     network.decoder.forward = network.decoder.forward
     return network
@@ -99,6 +118,7 @@ def with_forward(network: nn.Module) -> nn.Module:
         (lambda: with_forward(unet()), "not made of torch's"),
         (lambda: nn.Sequential(unet(), Own()), "not made of torch's"),
         (lambda: unet(dropout=nn.Dropout3d), "drops out"),
+        (lambda: compiled(unet()), "the network is compiled"),
     ],
 )
 def test_nobody_who_watches_misses_anything(network, why):
@@ -118,13 +138,14 @@ def test_hooks_on_all_modules_are_seen():
 
 def test_weights_of_the_network_stay_as_they_are(caplog):
     network = unet()
-    layer = network.encoder.stages[0][0].convs[0].conv
+    layer, up = network.encoder.stages[0][0].convs[0].conv, network.decoder.transpconvs[0]
     layer.weight.data[:4] *= 1e-40
+    up.weight.data[:2] *= 1e-40
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with caplog.at_level(logging.INFO):
         way = exact_network(network, 1)
-    assert way.weights.denormals == 4 * 27
-    assert way.own_bytes == layer.weight.numel() * 4
+    assert way.weights.denormals == 4 * 27 + up.weight[:2].numel()
+    assert way.own_bytes == (layer.weight.numel() + up.weight.numel()) * 4
     after = network.state_dict()
     assert all(np.array_equal(value.numpy(), after[name].numpy()) for name, value in before.items())
     tile = tile_for(3)

@@ -143,14 +143,15 @@ def test_mean_over_mirrors_is_stocks_and_a_constant_tile_is_one_pass():
         return tile.repeat(1, 2, 1, 1, 1) * weights + 1
 
     varied = torch.randn(1, 1, 5, 6, 7, generator=torch.Generator().manual_seed(1))
-    for tile, expected_passes in ((varied, 8), (torch.full_like(varied, -1.5), 1)):
+    constant = torch.full_like(varied, -1.5)
+    for tile, collapses, expected_passes in ((varied, True, 8), (constant, True, 1), (constant, False, 8)):
         expected = network(tile)
         for axes in flips_of((0, 1, 2)):
             expected += network(tile.flip(axes)).flip(axes)
         expected /= 8
         passes.clear()
         with RowThreads(1) as threads:
-            assert torch.equal(mirrored_mean(network, tile, (0, 1, 2), threads), expected)
+            assert torch.equal(mirrored_mean(network, tile, (0, 1, 2), threads, collapses), expected)
         assert len(passes) == expected_passes
 
 

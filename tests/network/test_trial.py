@@ -49,7 +49,7 @@ def found(ways, single_s=0.0, half_s=0.0, change=lambda features: features, **op
 
 
 def test_a_fast_and_right_one_is_chosen(ways):
-    one = found(ways, single_s=0.2)
+    one = found(ways, single_s=0.8)  # some 0.05 s are computed
     assert one.chooses
     assert one.in_words().startswith("chosen: a tile takes 0.")
     assert 0 < one.error < 0.02
@@ -57,18 +57,19 @@ def test_a_fast_and_right_one_is_chosen(ways):
 
 
 def test_a_slow_one_is_not(ways):
-    one = found(ways, single_s=0.2, half_s=0.25)
+    one = found(ways, single_s=0.5, half_s=0.6)
     assert not one.chooses
     assert "it has to be 1.2 times faster" in one.in_words()
 
 
 def test_a_hopeless_one_is_not_run_on_a_whole_tile(ways):
-    half = Faked(ways[1], 0.3)
+    half = Faked(ways[1], 0.8)
     with torch.inference_mode():
         one = try_both(ways[0], half, tile_for(3), ranked=True, has_room=True)
     assert not one.chooses
     assert max(np.prod(shape) for shape in half.shapes) <= np.prod(TILE) // 8
     assert one.error is None
+    assert "a part of a tile takes" in one.in_words()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_hopeless_one_is_not_run_on_a_whole_tile(ways):
     ],
 )
 def test_a_wrong_one_is_not(change, why, ways):
-    one = found(ways, single_s=0.2, change=change)
+    one = found(ways, single_s=0.5, change=change)
     assert not one.chooses
     assert why in one.in_words()
 
@@ -91,7 +92,7 @@ def test_labels_count_where_the_logits_are_close():
     assert "3.0% of a tile's voxels get another label" in one.in_words()
 
 
-def test_labels_are_compared_by_regions(ways):
+def test_labels_are_compared_by_regions():
     """Logits that are moved by the same amount have the same largest one, and other signs."""
     features = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     raw = SimpleNamespace(head=lambda: None)

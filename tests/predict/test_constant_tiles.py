@@ -12,8 +12,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import make_predictor
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.types import PreprocessedCase
-from nnunet_lowmem.window.tiles import TileSource
+from nnunet_lowmem.predict.logits import TileNetwork
+from nnunet_lowmem.types import PreprocessedCase, once
+from nnunet_lowmem.window.tiles import PredictedTiles, TileSource
 from nnunet_lowmem.window.tiling import tile_grid
 
 pytestmark = pytest.mark.timeout(120)
@@ -100,12 +101,30 @@ def test_whoever_overrides_the_step_sees_every_tile(model):
 
 
 def test_without_room_for_the_output_every_tile_is_run(model, monkeypatch):
-    from nnunet_lowmem.budget.case_plan import CasePlanning
-
-    monkeypatch.setattr(CasePlanning, "keeps", lambda *_: False)  # what a budget with less than that left says
+    monkeypatch.setattr(TileNetwork, "output_bytes", lambda _: 2**50)  # made up: more than any machine has
     predictor = make_predictor(LowMemPredictor, model, (0,), use_mirroring=False)
     labels_of(predictor)
     assert predictor.run_report.done[0].reused_tiles == 0
+
+
+def test_the_output_that_is_kept_goes_with_the_last_tile_that_wants_it(model):
+    """One is planned, and every fold makes one."""
+    image = masked_array()
+    grid = tile_grid(image.shape[1:], MR.patch_size, 0.5)
+    stored = TileSource(PreprocessedCase(image, None, {}), grid)
+    tiles = PredictedTiles(lambda tile: tile.clone(), stored, grid, torch.device("cpu"))
+    told: list[int] = []
+    repeated = stored.repeated()
+    tiles.reuse(repeated, lambda: told.append(1))
+    outputs = [tiles.next(once) for _ in range(grid.tile_count)]
+    assert tiles._kept is None
+    assert len(told) == len(repeated) - 1
+    starts = [start for row, _ in grid.rows() for start in grid.row_tiles(row)]
+    for start, output in zip(starts, outputs, strict=True):
+        assert torch.equal(output, stored.tile(start)[0])
+    assert len({output.data_ptr() for output in outputs}) == len(outputs), (
+        "each is multiplied with its weights in place"
+    )
 
 
 def source(image: np.ndarray, stage: np.ndarray | None = None) -> TileSource:
