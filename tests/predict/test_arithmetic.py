@@ -276,11 +276,11 @@ def with_denormals(model: str, folder: Path, change) -> Path:
     (file,) = folder.glob("fold_0/*.pth")
     checkpoint = torch.load(file, weights_only=False)
     weights = checkpoint["network_weights"]
-    for name in weights:
-        if "encoder.stages.0" in name and name.endswith("conv.weight"):
-            change(weights[name])
-        elif "encoder.stages.0" in name and name.endswith("conv.bias"):
-            weights[name].zero_()
+    for name, values in weights.items():  # a layer has several names
+        if "encoder.stages.0" in name and values.ndim == 5:
+            change(values)
+        elif name.endswith("bias") and change is smallest_filters:
+            values.zero_()
     torch.save(checkpoint, file)
     return folder
 
@@ -298,7 +298,7 @@ def smallest_filters(weights: torch.Tensor) -> None:
     [(small_half, "has the same bits: they are left out"), (smallest_filters, "has other bits: they stay")],
 )
 def test_denormal_weights_are_left_out_where_no_bit_changes(change, words, models, images, tmp_path, caplog):
-    """With all of them denormal the second sums are of nothing but such products: stock's logits depend on them."""
+    """Where all of a layer's are denormal, and nothing is added anywhere, logits are made of nothing else."""
     files = images("head")
     model = str(with_denormals(models(MR, files), tmp_path / "model", change))
     image = torch.randn((1, 30, 40, 30), generator=torch.Generator().manual_seed(0))
