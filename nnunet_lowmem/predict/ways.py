@@ -38,14 +38,18 @@ class Ways:
 
     def arithmetic(self) -> Arithmetic:
         """Tell in which arithmetic the network of now is run or, as long as that is not chosen, may be run."""
-        asked = self._setup.arithmetic
-        if asked is Arithmetic.BFLOAT16 and self.of(asked) is not None:
-            asked = self._chosen() or asked
-        return asked if self.of(asked) is not None else Arithmetic.EXACT
+        return self._taken()[0]
 
     def taken(self) -> FastNetwork | ExactNetwork | None:
         """Return how the network of now is run; None where nnU-Net's own method runs it."""
-        return self.of(self.arithmetic())
+        return self._taken()[1]
+
+    def _taken(self) -> tuple[Arithmetic, FastNetwork | ExactNetwork | None]:
+        asked = self._setup.arithmetic
+        way = self.of(asked)
+        if asked is Arithmetic.BFLOAT16 and way is not None and (chosen := self._chosen() or asked) is not asked:
+            asked, way = chosen, self.of(chosen)
+        return (asked, way) if way is not None else (Arithmetic.EXACT, self.of(Arithmetic.EXACT))
 
     def prepare(self) -> None:
         """Let the network that is run now have its weights of now, in the order in memory that its way needs."""
