@@ -64,10 +64,9 @@ class TileSource:
         Bit by bit, and each channel by itself. A few voxels of the image tell of most tiles that they are not.
         """
         groups: dict[bytes, list[Shape3]] = {}
-        for row, _ in self._grid.rows():
-            for start in self._grid.row_tiles(row):
-                if self._may_be_constant(start) and (values := constant_bits(self.tile(start))) is not None:
-                    groups.setdefault(values, []).append(start)
+        for start in _in_order(self._grid):
+            if self._may_be_constant(start) and (values := constant_bits(self.tile(start))) is not None:
+                groups.setdefault(values, []).append(start)
         largest = max(groups.values(), key=len, default=[])
         return frozenset(largest) if len(largest) > 1 else frozenset()
 
@@ -87,6 +86,11 @@ class TileSource:
             inside.append(slice(low, high))
             target.append(slice(low - first, high - first))
         return tuple(inside), tuple(target)
+
+
+def _in_order(grid: TileGrid) -> Iterator[Shape3]:
+    """Give the starts of all tiles in stock's order; who holds this is not held by it."""
+    return (start for row, _ in grid.rows() for start in grid.row_tiles(row))
 
 
 class PredictedTiles:
@@ -117,7 +121,7 @@ class PredictedTiles:
         self._source = source
         self._device = device
         self._buffers = cycle((HostBuffer(device), HostBuffer(device)))
-        self._starts = self._all()
+        self._starts = _in_order(grid)
         self._ahead: deque[torch.Tensor] = deque()
         self._repeated: frozenset[Shape3] = frozenset()
         self._kept: torch.Tensor | None = None
@@ -130,10 +134,9 @@ class PredictedTiles:
         `on_reuse` is told of each that it does not see.
         """
         self._repeated, self._on_reuse = repeated, on_reuse
-        self._last_repeated = None if not repeated else [start for start in self._all() if start in repeated][-1]
-
-    def _all(self) -> Iterator[Shape3]:
-        return (start for row, _ in self._grid.rows() for start in self._grid.row_tiles(row))
+        self._last_repeated = (
+            None if not repeated else [start for start in _in_order(self._grid) if start in repeated][-1]
+        )
 
     def middle(self) -> torch.Tensor:
         """Return the tile in the middle of the volume, as the network gets it."""
