@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,7 +28,7 @@ from nnunet_lowmem.network import denormals
 from nnunet_lowmem.network.denormals import NormalWeights
 from nnunet_lowmem.network.exact import mirrored_mean
 from nnunet_lowmem.network.fast_layers import CONVOLUTIONS, LAST, has_few_channels, use_fast_layers
-from nnunet_lowmem.network.known import why_watched
+from nnunet_lowmem.network.known import is_known_layer, why_watched
 from nnunet_lowmem.network.tile_memory import meta_copy
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.threads import RowThreads
@@ -146,14 +146,18 @@ def parts_of(network: Any) -> list[tuple[Any, ...]]:
             *module._forward_hooks,
             *module._forward_pre_hooks,
             id(vars(module).get("forward")),
-            *((name, value) for name, value in vars(module).items() if name[0] != "_" and _is_plain(name, value)),
+            *_plain_attributes(module),
         )
         for module in network.modules()
     ]
 
 
-def _is_plain(name: str, value: Any) -> bool:
-    return name != "training" and isinstance(value, bool | int | float | str | tuple)
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Give the numbers and texts that a layer goes by; those of strangers' layers may count what these do."""
+    for name, value in vars(module).items() if is_known_layer(module) else ():
+        values = value if isinstance(value, tuple) else (value,)
+        if name[0] != "_" and name != "training" and all(isinstance(one, bool | int | float | str) for one in values):
+            yield name, value
 
 
 def put_last(network: nn.Module, last: torch.memory_format) -> None:

@@ -23,6 +23,11 @@ def is_known(network: Any) -> bool:
     )
 
 
+def is_known_layer(module: nn.Module) -> bool:
+    """Whether the class of a layer is torch's, of nnU-Net's architectures, or ours."""
+    return f"{type(module).__module__}.".startswith(_KNOWN_CODE)
+
+
 def why_watched(network: Any) -> str:
     """Say who would see the network run another way, or a tile less often; empty where nobody would.
 
