@@ -12,9 +12,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nnunet_lowmem.errors import UsageError
+
+if TYPE_CHECKING:  # what a mask may be; `--help` loads no numpy
+    from numpy.typing import NDArray
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
@@ -108,6 +111,20 @@ class Options:
         const=True,
         choices=("bfloat16",),
     )
+    bbox: str | Sequence[Any] | None = _option(
+        None,
+        "predict a box alone, in voxels along the axes of the file, slowest first: `10:50,0:128,:`; the file has its "
+        "size and a moved origin, its labels are those of the whole run",
+        "--bbox",
+        metavar="Z0:Z1,Y0:Y1,X0:X1",
+    )
+    roi: str | os.PathLike[str] | NDArray[Any] | None = _option(
+        None,
+        "predict where a mask is not zero, and write 0 elsewhere: a file, or a folder with one of each case's name; "
+        "for arrays also an array",
+        "--roi",
+        metavar="PATH",
+    )
     report: bool = _option(
         False, "write `lowmem_report.html` into the output folder: memory, times, plans, slices, failures", "--report"
     )
@@ -175,7 +192,7 @@ def add_flags(add: Callable[..., object]) -> None:
         told, words = option.metadata, dict(option.metadata["words"])
         if option.type == "bool":
             words["action"] = "store_true"
-        if "Sequence" in option.type:
+        if option.type == "Sequence[str]":
             words["action"] = "append"
         add(
             told["flag"],

@@ -32,6 +32,7 @@ from nnunet_lowmem.predict.listeners import logging_prints
 from nnunet_lowmem.predict.listing import list_jobs, refuse_unwritable
 from nnunet_lowmem.predict.logits import FoldLogits
 from nnunet_lowmem.predict.outcomes import RunReport
+from nnunet_lowmem.predict.parts import refuse_if_asked_for
 from nnunet_lowmem.predict.setup import Memo, Setup, Steps
 from nnunet_lowmem.report.following import audience, following
 from nnunet_lowmem.types import PreprocessedCase, Result
@@ -278,6 +279,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
                 max(1, arguments["num_processes_preprocessing"]),
             )
         tell(self, Step.ITERATION)
+        refuse_if_asked_for(self, replaced(self, Step.ITERATION))
         exporting = arguments["num_processes_segmentation_export"]
         return self.predict_from_data_iterator(items, arguments["save_probabilities"], exporting)
 
@@ -292,6 +294,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Predict preprocessed cases: dicts with 'data', 'ofile' and 'data_properties', as stock's iterators give."""
         _note_exact(use_cropped_logits_resampling)
         if tell(self, *IN_WORKERS_AFTER):  # one process is enough, and the fewest logits in RAM
+            refuse_if_asked_for(self, replaced(self, *IN_WORKERS_AFTER))
             return super().predict_from_data_iterator(data_iterator, save_probabilities, 1)  # type: ignore[no-any-return]  # stock's
         tell(self, *lookup.of_prediction(bool(self.fast)))
         return self._predict_unrecorded(map(jobs.job_of_item, data_iterator), save_probabilities, self._failing())
@@ -327,6 +330,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         )
         if replaced(self, Step.ITERATION, *IN_WORKERS_AFTER):
             tell(self, Step.ITERATION)
+            refuse_if_asked_for(self, replaced(self, Step.ITERATION))
             items = loading.items_of(wanted, self._setup())
             return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
         tell(self, *lookup.of_prediction(bool(self.fast)))

@@ -11,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape3 = tuple[int, int, int]
+#: A slice with a start and a stop along each axis.
+Box = tuple[slice, slice, slice]
+#: Start and stop along the three axes of a file; None is the volume's own end.
+BBox = tuple[tuple[int | None, int | None], ...]
 #: What a case gives: its segmentation, with probabilities where they are returned; None where all is in files.
 Result = NDArray[Any] | tuple[NDArray[Any], NDArray[np.float32]] | None
 
@@ -72,6 +76,22 @@ class NextStage:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is asked for of a case, where that is not all of it; axes of the network.
+
+    Attributes
+    ----------
+    box : 3 slices
+        Of the original grid: the result has its shape.
+    mask : bool, shape (z, y, x), or None
+        Of the whole original grid: labels are wanted where it is set, and 0 elsewhere.
+    """
+
+    box: Box
+    mask: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
 class PreprocessedCase:
     """One case as the network takes it.
 
@@ -86,9 +106,12 @@ class PreprocessedCase:
         nnU-Net's own properties of the case (spacing, crop, shapes, what the writer needs). Read, never changed.
     next_stages : tuple of NextStage
         Which labels are wanted beside those in the original grid.
+    wanted : Wanted or None
+        What is asked for of the original grid; None is all of it.
     """
 
     image: NDArray[np.float32]
     previous_stage: NDArray[np.integer[Any]] | None
     properties: dict[str, Any]
     next_stages: tuple[NextStage, ...] = ()
+    wanted: Wanted | None = None

@@ -180,6 +180,10 @@ class CaseFacts:
         Labels for the next stages of a cascade, which are made along with a validation.
     held_logits_bytes : int
         All logits, where somebody else makes them.
+    region_bytes : int
+        The mask of the region that is asked for.
+    tiles, tiles_of_case : int
+        How many tiles are computed for a fold, and how many the whole case has.
     """
 
     name: str
@@ -195,6 +199,9 @@ class CaseFacts:
     image_place: Place | None = None
     next_stages_bytes: int = 0
     held_logits_bytes: int = 0
+    region_bytes: int = 0
+    tiles: int = 0
+    tiles_of_case: int = 0
 
 
 @dataclass(frozen=True)
@@ -276,6 +283,8 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
     yield Allocation("preprocessed image", placement.image, case.image_bytes, tuple(Stage)[1:])
     if case.previous_stage_bytes:
         yield Allocation("labels of the previous stage", ram, case.previous_stage_bytes, tuple(Stage)[1:])
+    if case.region_bytes:
+        yield Allocation("mask of the region", ram, case.region_bytes, tuple(Stage))
     yield Allocation("threads of the kernels", ram, placement.threads * THREAD_BYTES, tuple(Stage)[1:])
     yield Allocation("freed blocks that the allocator keeps", ram, HEAP_BYTES, tuple(Stage))
     if model.worker_bytes:
@@ -323,7 +332,7 @@ def _window_allocations(
         outputs = -(-planes * math.prod(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
         slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
-        row = math.prod(case.cropped_shape) // case.cropped_shape[0]
+        row = math.prod(case.cropped_shape[1:])
         # a buffer that had to grow leaves smaller ones behind, less than its own size in all
         winners_bytes = 2 * page_locked_bytes(outputs * HALF_BYTES) + row * _LOOKUP_BYTES
         yield Allocation("winners of a slab", Place.RAM, winners_bytes, predict)

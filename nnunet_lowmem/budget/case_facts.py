@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from nnunet_lowmem.boxes import box_within, check_mask_shape
 from nnunet_lowmem.budget.arrays import HALF_BYTES, SINGLE_BYTES, CaseFacts, ModelFacts
 from nnunet_lowmem.budget.input_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import rules
+from nnunet_lowmem.labels.parts import Part, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.preprocessing.case import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
-from nnunet_lowmem.types import Place, PreprocessedCase
+from nnunet_lowmem.types import BBox, Place, PreprocessedCase, Shape3, Wanted, shape3
 from nnunet_lowmem.volumes.formats import read_header
-from nnunet_lowmem.window.tiling import tile_grid
+from nnunet_lowmem.volumes.headers import Header
+from nnunet_lowmem.window.tiling import TileGrid, tile_grid
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class CaseSizes:
         Of which heads, folds and the bytes of a label count.
     holds_logits : bool
         Somebody else makes the logits, or takes part in it: all of a case are in RAM at once.
+    bbox : BBox or None
+        The box that is asked for of every case, in the axes of its file.
+    roi : path, array or None
+        The option; what it is for a case that is in files is told with them.
     """
 
     plans: Any
@@ -45,9 +53,26 @@ class CaseSizes:
     step_size: float
     model: ModelFacts
     holds_logits: bool = False
+    bbox: BBox | None = None
+    roi: Any = None
 
-    def of_files(self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool) -> CaseFacts:
+    def part(
+        self, geometry: CaseGeometry, spacing: Sequence[float], wanted: Wanted | None, as_a_whole: bool | None = None
+    ) -> Part:
+        """Return what is computed of a case; `spacing` is the file's, mm. See `part_of`."""
+        properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
+        resampling = adapter.logits_resampling(self.plans, self.configuration, geometry, properties)
+        grid = tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size)
+        if as_a_whole is None:
+            as_a_whole = self.holds_logits or adapter.label_rule(self.labels) is None
+        return part_of(grid, geometry, resampling, wanted, as_a_whole)
+
+    def of_files(
+        self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool, roi: str | None = None
+    ) -> CaseFacts:
         """Return upper bounds from the headers, as if nothing were cropped.
+
+        Of a box its tiles are counted as if nothing were cropped; of a region what all of a case takes.
 
         Raises
         ------
@@ -59,7 +84,26 @@ class CaseSizes:
         stored_bytes = sum(header.voxels * header.dtype.itemsize for header in headers)
         dtype = min((header.dtype for header in headers), key=lambda dtype: dtype.itemsize)
         source = Source(len(files), dtype, stored_bytes, max(header.beside_bytes for header in headers))
-        return self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
+        facts = self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
+        return facts if roi is None else self._with_mask(facts, roi, headers[0])
+
+    def _with_mask(self, facts: CaseFacts, roi: str, image: Header | None = None) -> CaseFacts:
+        """Count a mask, which is read first."""
+        mask = read_header(roi, counted_by(self.plans.image_reader_writer_class))
+        shape, spacing = mask.grid()
+        if image is not None and sorted(shape) != sorted(image.grid()[0]):
+            check_mask_shape(shape, image.grid()[0])
+        source = Source(1, mask.dtype, mask.voxels * mask.dtype.itemsize, mask.beside_bytes)
+        grid = network_grid(shape, spacing, self.configuration)
+        reading = input_bytes(source, grid, False, self.plans, self.configuration).reading
+        return replace(facts, region_bytes=mask.voxels, reading_bytes=max(facts.reading_bytes, reading))
+
+    def stored_bytes(self, files: Sequence[str]) -> int:
+        """Return the bytes of files, and of those that they name."""
+        library = counted_by(self.plans.image_reader_writer_class)
+        headers = [read_header(file, library) for file in files]
+        parts = (part.path for header in headers if header.layout is not None for part in header.layout.parts)
+        return sum(file.stat().st_size for file in {*(header.path for header in headers), *parts})
 
     def of_array(
         self, name: str, image: Any, previous_stage: Any, properties: dict[str, Any], probabilities: bool
@@ -76,34 +120,43 @@ class CaseSizes:
             raise UsageError(f"an image of shape (channels, x, y, z) is needed, with a spacing: {shape}, {spacing}")
         stage = previous_stage is not None
         source = Source(0, image.dtype, image.nbytes, 0)
-        return self._upper_bounds(name, source, shape[1:], spacing, stage, probabilities)
+        facts = self._upper_bounds(name, source, shape[1:], spacing, stage, probabilities)
+        if isinstance(self.roi, str | os.PathLike):
+            return self._with_mask(facts, os.fspath(self.roi))
+        return facts if self.roi is None else replace(facts, region_bytes=math.prod(shape[1:]))
 
     def of_image(
-        self, name: str, case: PreprocessedCase, probabilities: bool, before: CaseFacts | None = None
+        self,
+        name: str,
+        case: PreprocessedCase,
+        probabilities: bool,
+        before: CaseFacts | None = None,
+        part: Part | None = None,
     ) -> CaseFacts:
-        """Return what is known once the image is preprocessed; `before` tells what that took."""
+        """Return what is known once the image is preprocessed; `before` tells what that took, `part` what is wanted."""
         geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
+        part = self.part(geometry, case.properties["spacing"], case.wanted) if part is None else part
         inputs = InputBytes(0, 0) if before is None else InputBytes(before.reading_bytes, before.preprocessing_bytes)
         place = Place.DISK if isinstance(case.image, np.memmap) else Place.RAM
         stage_bytes = 0 if case.previous_stage is None else case.previous_stage.nbytes
-        facts = self._facts(name, geometry, case.properties["spacing"], inputs, probabilities)
+        mask = None if case.wanted is None else case.wanted.mask
         return replace(
-            facts,
+            self._facts(name, part, geometry.network_shape, inputs, probabilities),
             image_bytes=case.image.nbytes,
             image_place=place,
             previous_stage_bytes=stage_bytes,
             next_stages_bytes=self._next_stages(case),
+            region_bytes=0 if mask is None else mask.nbytes,
         )
 
     def with_network_shape(self, facts: CaseFacts, shape: Sequence[int]) -> CaseFacts:
         """Return `facts` for the network grid that cropping has led to."""
         z, y, x = shape[-3:]
         patch = tuple(self.configuration.patch_size)
-        return replace(
-            facts,
-            grid=tile_grid((z, y, x), patch, self.step_size),
-            image_bytes=SINGLE_BYTES * math.prod(shape),
-        )
+        grid = tile_grid((z, y, x), patch, self.step_size)
+        if facts.tiles < facts.tiles_of_case:
+            grid = _wherever(grid, facts.grid.image_shape)
+        return replace(facts, grid=grid, image_bytes=SINGLE_BYTES * math.prod(shape))
 
     def _upper_bounds(
         self,
@@ -118,40 +171,51 @@ class CaseSizes:
         grid = network_grid([shape[axis] for axis in forward], [spacing[axis] for axis in forward], self.configuration)
         geometry = CaseGeometry.uncropped(grid.new_shape, grid.shape)
         inputs = input_bytes(source, grid, has_previous_stage, self.plans, self.configuration)
-        facts = self._facts(name, geometry, spacing, inputs, probabilities)
+        wanted = None
+        if self.bbox is not None:
+            box = box_within(self.bbox, shape)
+            wanted = Wanted((box[forward[0]], box[forward[1]], box[forward[2]]))
+        part = self.part(geometry, spacing, wanted)
+        facts = self._facts(name, part, geometry.network_shape, inputs, probabilities)
+        if facts.tiles < facts.tiles_of_case:
+            whole = tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size)
+            facts = replace(facts, grid=_wherever(whole, part.grid.image_shape))
         stage_bytes = 2 * math.prod(geometry.network_shape) if has_previous_stage else 0
         return replace(facts, previous_stage_bytes=stage_bytes)
 
     def _facts(
-        self, name: str, geometry: CaseGeometry, spacing: Sequence[float], inputs: InputBytes, probabilities: bool
+        self, name: str, part: Part, network_shape: Shape3, inputs: InputBytes, probabilities: bool
     ) -> CaseFacts:
+        """Return the facts of a part of a case whose network grid has this shape."""
         channels = len(normalisers(self.plans, self.configuration))
-        streams, export = self._export(geometry, spacing, probabilities)
-        network = math.prod(geometry.network_shape)
+        streams, export = self._export(part, probabilities)
+        network = math.prod(network_shape)
         # with several folds, the sum and those of one fold
         held = HALF_BYTES * self.model.heads * network * min(self.model.folds, 2) if self.holds_logits else 0
         return CaseFacts(
             name=name,
-            grid=tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size),
-            original_shape=geometry.original_shape,
-            cropped_shape=geometry.cropped_shape,
+            grid=part.grid,
+            original_shape=part.geometry.original_shape,
+            cropped_shape=part.geometry.cropped_shape,
             streams=streams,
             reading_bytes=inputs.reading,
             preprocessing_bytes=inputs.preprocessing,
             image_bytes=channels * SINGLE_BYTES * network,
             export_bytes=export,
             held_logits_bytes=held,
+            tiles=part.grid.tile_count,
+            tiles_of_case=part.tiles_of_case,
         )
 
-    def _export(self, geometry: CaseGeometry, spacing: Sequence[float], probabilities: bool) -> tuple[bool, int]:
+    def _export(self, part: Part, probabilities: bool) -> tuple[bool, int]:
         """Whether slabs are labelled as they come, and what is needed where they cannot be."""
-        heads = self.model.heads
+        heads, geometry, resampling = self.model.heads, part.geometry, part.resampling
         original, cropped, network = (
             math.prod(s) for s in (geometry.original_shape, geometry.cropped_shape, geometry.network_shape)
         )
         rule = adapter.label_rule(self.labels)
-        properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
-        resampling = adapter.logits_resampling(self.plans, self.configuration, geometry, properties)
+        if part.is_cut:  # what is asked for of the label map, beside the whole one
+            original += math.prod(part.shape)
         if rule is None or not resampling.per_head:
             # stock converts all logits at once: float64, halves, float32 of the activation
             return False, heads * (10 * network + 6 * cropped) + 12 * original
@@ -181,3 +245,17 @@ class CaseSizes:
         # largest logit, sum of exponentials, close calls
         decision = 12 * cropped if by_softmax else 6 * cropped
         return 2 * group * HALF_BYTES * network + resampled + decision
+
+
+def _wherever(whole: TileGrid, box_shape: Shape3) -> TileGrid:
+    """Return a grid that is at least as large as that of a box of this shape, wherever it lies among the tiles.
+
+    Where tiles begin depends on the crop; those of a box reach less than a tile beyond it on each side.
+    """
+    shape = [min(size, wanted + 2) for size, wanted in zip(whole.image_shape, box_shape, strict=True)]
+    reach = [
+        min(size, wanted + 2 * tile)
+        for size, wanted, tile in zip(whole.image_shape, shape, whole.tile_shape, strict=True)
+    ]
+    part = whole.part((slice(0, reach[0]), slice(0, reach[1]), slice(0, reach[2])))
+    return replace(part, image_shape=shape3(shape))

@@ -16,6 +16,7 @@ from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.planner import all_plans, certain, closest_plan, placed, plan_case
 from nnunet_lowmem.errors import BudgetError, of_kinds
+from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.system.out_of_memory import error_of
 from nnunet_lowmem.types import Place, PreprocessedCase
@@ -151,15 +152,15 @@ class CasePlanning:
         self.begun, self._spills_image = plan, plan.placement.image is Place.DISK
         self._place_weights(plan)
 
-    def plan(self, name: str, case: PreprocessedCase, probabilities: bool) -> Plan:
-        """Plan what follows preprocessing.
+    def plan(self, name: str, case: PreprocessedCase, probabilities: bool, part: Part | None = None) -> Plan:
+        """Plan what follows preprocessing, of the part that is wanted.
 
         Raises
         ------
         BudgetError
             If no placement fits.
         """
-        self.exact = self.sizes.of_image(name, case, probabilities, self.header)
+        self.exact = self.sizes.of_image(name, case, probabilities, self.header, part)
         plan = self._plan(self.exact)
         self._place_weights(plan)
         return plan

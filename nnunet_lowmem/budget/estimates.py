@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
@@ -38,6 +38,8 @@ class Estimate:
         About what stock's command takes, with one process each for preprocessing and export.
     least_ram_bytes, least_ram_unspilled_bytes : int
         The smallest RAM budgets with which the case is predicted, with and without arrays on disk.
+    read_bytes : int
+        Of the files of images and mask.
     """
 
     case: str
@@ -48,6 +50,7 @@ class Estimate:
     stock_bytes: int = 0
     least_ram_bytes: int = 0
     least_ram_unspilled_bytes: int = 0
+    read_bytes: int = 0
 
     @property
     def readable(self) -> bool:
@@ -55,7 +58,7 @@ class Estimate:
         return self.facts is not None
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain data for scripts; sizes in bytes, shapes in the axis order of the network."""
+        """Return plain data for scripts; sizes in bytes, shapes in the axis order of the network, of a part its own."""
         told: dict[str, Any] = {"case": self.case, "fits": self.problem is None, "problem": self.problem}
         if self.arithmetic:
             told["arithmetic"] = self.arithmetic
@@ -65,7 +68,9 @@ class Estimate:
         return told | {
             "original_shape": self.facts.original_shape,
             "network_shape": self.facts.grid.image_shape,
-            "tiles": self.facts.grid.tile_count,
+            "tiles": self.facts.tiles,
+            "tiles_of_case": self.facts.tiles_of_case,
+            "read_bytes": self.read_bytes,
             "placement": {name: value.value if isinstance(value, Place) else value for name, value in chosen},
             "projected_bytes": {place.value: self.plan.projected_bytes(place) for place in Place},
             "reserved_bytes": {place.value: self.plan.budget.reserved(place) for place in Place},
@@ -85,19 +90,25 @@ def estimates(
     probabilities: bool,
     file_ending: str,
     arithmetic: str = "",
+    mask_of: Callable[[list[str]], str | None] = lambda files: None,
 ) -> Iterator[Estimate]:
-    """Estimate cases, each given as name, files and file of the previous stage."""
+    """Estimate cases, each given as name, files and file of the previous stage; `mask_of` finds the mask of files."""
     for name, files, previous_stage in cases:
         try:
             check_numbers(files, file_ending)
-            facts = sizes.of_files(name, files, previous_stage, probabilities)
+            mask = mask_of(files)
+            facts = sizes.of_files(name, files, previous_stage, probabilities, mask)
+            whole = replace(sizes, bbox=None).of_files(name, files, previous_stage, probabilities)
+            read_bytes = sizes.stored_bytes(files if mask is None else [*files, mask])
         except UsageError as error:
             yield Estimate(name, arithmetic, problem=str(error))
             continue
         plan = closest_plan(model, facts, budget)
-        least = [smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False)]
+        spilled, unspilled = (smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False))
         problem = None if plan.fits_everywhere() else refused(model, facts, plan)
-        yield Estimate(name, arithmetic, facts, plan, problem, stock_bytes(model, facts), *least)
+        yield Estimate(
+            name, arithmetic, facts, plan, problem, stock_bytes(model, whole), spilled, unspilled, read_bytes
+        )
 
 
 def stock_bytes(model: ModelFacts, facts: CaseFacts) -> int:

@@ -78,9 +78,11 @@ def print_report(report: CaseReport) -> None:
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     way = "" if report.arithmetic == "exact" else f"; network in {report.arithmetic}"
     reused = f"; {report.reused_tiles} constant tiles reused" if report.reused_tiles else ""
+    tiles, whole = report.tiles, report.tiles_of_case
+    of_case = f"; {tiles:,} of {whole:,} tiles" if tiles < whole else ""
     _console().print(
         f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
-        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}{way}{reused}"
+        f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}{way}{of_case}{reused}"
     )
 
 
@@ -122,6 +124,9 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
         shapes = ["x".join(map(str, shape)) for shape in (facts.original_shape, facts.grid.image_shape)]
         named = f"{estimate.case} in {estimate.arithmetic}" if estimate.arithmetic else estimate.case
         yield f"plan for {named}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
+        tiles, of_case = facts.tiles, facts.tiles_of_case
+        counted = f"{tiles:,} tiles" if tiles == of_case else f"{tiles:,} of {of_case:,} tiles"
+        yield f"  reads {format_gib(estimate.read_bytes)}; {counted} for each fold"
         limits = ((place, plan.budget.limit(place)) for place in Place)
         yield "  projected " + ", ".join(
             f"{place.value} {format_gib(plan.projected_bytes(place))} of {format_gib(limit)}"

@@ -43,8 +43,8 @@ def label_and_export(
     contest = HeadContest(rule, cropped)
     for logits in heads:
         contest.show(logits)
-    largest = contest.largest
-    assert largest is not None, "a model has at least one head"
+    # of a part that lies beyond the crop no plane is shown
+    largest = np.empty(cropped.shape, np.float16) if contest.largest is None else contest.largest
     total, close = _sum_of_exponentials(heads, largest)
     if sink is not None:
         _export_softmax(heads, geometry, largest, total, sink)

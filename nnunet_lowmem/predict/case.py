@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,15 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
 from nnunet_lowmem.labels.heads import ResampledHeads, label_heads, label_slabs
 from nnunet_lowmem.labels.labeller import Labelling
-from nnunet_lowmem.labels.probabilities import label_and_export, npz_sink
-from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
+from nnunet_lowmem.labels.parts import Part
+from nnunet_lowmem.labels.probabilities import ProbabilitySink, label_and_export, npz_sink
+from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.nnunet import adapter, model_keys, stock_calls
 from nnunet_lowmem.nnunet.rehearsing import rehearse
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
+from nnunet_lowmem.predict import parts
 from nnunet_lowmem.predict.jobs import Array, Files, Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import Load, facts_of_job
@@ -47,6 +50,28 @@ from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs, store_slabs, w
 from nnunet_lowmem.window.tiles import PredictedTiles
 
 logger = logging.getLogger(__name__)
+
+
+class Predicted(NamedTuple):
+    """What has been made of a case.
+
+    Attributes
+    ----------
+    result : Result
+        In the axis order and grid of the file; None where all files are written.
+    plan : Plan
+    case : PreprocessedCase
+        The case that the result is of: of a part, a case of its own.
+    reused, tiles, tiles_of_case : int
+        Of all folds: constant tiles that no network saw, tiles that were needed, and those of the whole case.
+    """
+
+    result: Result
+    plan: Plan
+    case: PreprocessedCase
+    reused: int
+    tiles: int
+    tiles_of_case: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class CaseRun:
         model_keys.check_case(setup.plans_manager.plans, configuration, preprocesses, exports=exports)
         if self.job.files is not None:
             check_headers(self.job.files.images, setup.plans_manager, setup.configuration_manager)
+        parts.check(setup, self.job)
         warm_up_kernels(setup)
 
     def planning(self, worker_bytes: int, pending: PendingWrite | None) -> CasePlanning:
@@ -122,54 +148,66 @@ class CaseRun:
         """Return the preprocessed case, under the plan by the header."""
         others = self.setup.steps.replaced(Step.ADAPTER, Step.READING, *IN_WORKERS_BEFORE)
         with foreign(self.clock if others else None):
-            return planning.preprocessing(lambda: load(self.job, self.setup, planning))
+            mask = parts.read_mask(self.setup, self.job)
+            case = planning.preprocessing(lambda: load(self.job, self.setup, planning))
+        return parts.with_wanted(case, mask, self.setup, of_file=not isinstance(self.job.source, Array))
 
-    def segmentation(self, case: PreprocessedCase, planning: CasePlanning) -> tuple[Result, Plan, int]:
-        """Return the segmentation, in the axis order and grid of the file, its plan, and how many tiles were reused.
-
-        Probabilities are returned, or written where the job has an output. None where all files are written.
-        """
-        setup, clock = self.setup, self.clock
-        geometry, rule = adapter.case_geometry(case.image.shape[1:], case.properties), self._label_rule()
+    def predicted(self, case: PreprocessedCase, planning: CasePlanning) -> Predicted:
+        """Return what is predicted of a case; probabilities are written where the job has an output."""
+        setup, clock, rule = self.setup, self.clock, self._label_rule()
+        geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
+        as_a_whole = rule is None or not self._is_ours(case)
+        part = planning.sizes.part(geometry, case.properties["spacing"], case.wanted, as_a_whole)
+        written = parts.as_case(case, part, setup)
         if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
             with clock.failing_in("writing"):
-                self._rehearse_writing(self.job.output, case.properties, geometry, rule)
-        logits = FoldLogits(setup, case, clock)
-        plan, folds = self._planned(case, logits, planning)
+                self._rehearse_writing(self.job.output, written.properties, rule)
+        logits = FoldLogits(setup, case, clock, part.grid)
+        planned = partial(planning.plan, self.job.name, case, self.probabilities, part)
+        plan, folds = self._planned(planned, logits, planning)
         recovery = planning.recovery(plan)
-        slabs: AbstractContextManager[Iterator[LogitsSlab]]
         with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", logits.tile_count):
             if self._is_ours(case):
-                slabs = logits.slabs(folds, threads, self.folder, recovery)
+                result = self._labels(
+                    logits.slabs(folds, threads, self.folder, recovery), logits, part, rule, threads, recovery
+                )
             else:
-                held = self._held_logits(case)
-                if not self._are_plain(held, logits):
-                    return self._converted_as_stock(held, case), plan, 0
-                slabs = nullcontext(iter([whole_slab(held.contiguous())]))
-                del held
-            result = self._labels(slabs, case, geometry, rule, logits, threads, recovery)
-        return result, plan, logits.reused
+                result = self._labels_of_held(logits, part, rule, threads, recovery)
+        if self.probabilities and self.job.output is not None and isinstance(result, np.ndarray):
+            with clock.failing_in("export"):
+                adapter.write_properties(written.properties, self.job.output + ".pkl")
+        folds_count = setup.weights.folds
+        return Predicted(result, plan, written, logits.reused, logits.tile_count, folds_count * part.tiles_of_case)
 
-    def _rehearse_writing(
-        self, output: str, properties: dict[str, Any], geometry: CaseGeometry, rule: LabelRule | None
-    ) -> None:
+    def _labels_of_held(
+        self, logits: FoldLogits, part: Part, rule: LabelRule | None, threads: RowThreads, recovery: Recovery
+    ) -> Result:
+        """Label logits that somebody else makes, or takes part in making: all at once."""
+        held = self._held_logits(logits.case)
+        if not self._are_plain(held, logits):
+            return self._converted_as_stock(held, logits.case, part)
+        slab = whole_slab(held.contiguous())
+        del held
+        return self._labels(nullcontext(iter([slab])), logits, part, rule, threads, recovery)
+
+    def _rehearse_writing(self, output: str, properties: dict[str, Any], rule: LabelRule | None) -> None:
         """Refuse the case before it is computed if its label map has no writer."""
         plans = self.setup.plans_manager
-        in_file = [geometry.original_shape[axis] for axis in plans.transpose_backward]
+        in_file = [int(properties["shape_before_cropping"][axis]) for axis in plans.transpose_backward]
         writer = plans.image_reader_writer_class
         rehearse(writer, output, self.setup.file_ending, properties, in_file, rule, self.folder)
 
     def _planned(
-        self, case: PreprocessedCase, logits: FoldLogits, planning: CasePlanning
+        self, planned: Callable[[], Plan], logits: FoldLogits, planning: CasePlanning
     ) -> tuple[Plan, Iterator[PredictedTiles]]:
         """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
         folds = logits.folds()
-        planning.plan(self.job.name, case, self.probabilities)
-        if self._is_ours(case):
+        planned()
+        if self._is_ours(logits.case) and logits.tile_count:
             with self.clock.stage("prediction", logits.tile_count):
-                folds = self._tried(folds, logits, planning)
+                folds = self._tried(planned, folds, logits, planning)
         self.beside(planning)
-        plan = planning.plan(self.job.name, case, self.probabilities)
+        plan = planned()
         for listener in self.listeners:
             with foreign(self.clock):
                 listener.plan(plan)
@@ -177,14 +215,14 @@ class CaseRun:
         return plan, folds
 
     def _tried(
-        self, folds: Iterator[PredictedTiles], logits: FoldLogits, planning: CasePlanning
+        self,
+        planned: Callable[[], Plan],
+        folds: Iterator[PredictedTiles],
+        logits: FoldLogits,
+        planning: CasePlanning,
     ) -> Iterator[PredictedTiles]:
         """Let the planning know what a tile takes, in the arithmetic that is found to be the best here."""
         network, first, tried_bytes = logits.network, None, 0
-
-        def planned() -> Plan:
-            return planning.plan(self.job.name, logits.case, self.probabilities)
-
         if network.ways.is_undecided or planning.model.unmeasured_bytes:
             first = next(folds)
             folds = chain([first], folds)
@@ -205,74 +243,64 @@ class CaseRun:
     def _labels(
         self,
         slabs: AbstractContextManager[Iterator[LogitsSlab]],
-        case: PreprocessedCase,
-        geometry: CaseGeometry,
-        rule: LabelRule | None,
         logits: FoldLogits,
+        part: Part,
+        rule: LabelRule | None,
         threads: RowThreads,
         recovery: Recovery,
     ) -> Result:
         """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions."""
-        setup = self.setup
-        resampling = adapter.logits_resampling(
-            setup.plans_manager, setup.configuration_manager, geometry, case.properties
-        )
-        if rule is None or not resampling.per_head:
+        setup, case, grid = self.setup, logits.case, logits.grid
+        if rule is None or not part.resampling.per_head:
             self._tell_of_held_logits(rule)
             with slabs as made:
-                whole = collect_slabs(made, setup.heads, logits.grid.image_shape)
-            return self._converted_as_stock(whole.cpu(), case)
+                whole = collect_slabs(made, setup.heads, grid.image_shape)
+            return self._converted_as_stock(whole.cpu(), case, part)
         targets = adapter.next_stage_targets(case, setup.plans_manager, setup.configuration_manager)
         how = Labelling(rule, threads, lambda: recovery.plan.placement.slab_limits, recovery.run)
-        placement, grid = recovery.plan.placement, logits.grid
+        placement = recovery.plan.placement
         with ExitStack() as stack:
             with slabs as made:
                 made = next_stages.label_along(made, targets, how, self.folder)
-                if rules.streams(resampling, rule, self.probabilities):
+                if rules.streams(part.resampling, rule, self.probabilities):
                     folder = self.folder if placement.label_map is Place.DISK else None
-                    return self._to_file_axes(label_slabs(made, resampling, geometry, how, self.clock, folder))
+                    labels = label_slabs(made, part.resampling, part.geometry, how, self.clock, folder)
+                    return self._to_file_axes(part.framed(labels))
                 folder = self.folder if placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(setup.heads, grid.image_shape, grid.roll_axis, folder))
                 store_slabs(made, store)
-            return self._by_heads(store, resampling, geometry, rule, threads, case.properties)
+            return self._by_heads(store, part, rule, threads)
 
-    def _by_heads(
-        self,
-        store: PlaneStore,
-        resampling: LogitsResampling,
-        geometry: CaseGeometry,
-        rule: LabelRule,
-        threads: RowThreads,
-        properties: dict[str, Any],
-    ) -> Result:
-        by_softmax = rules.takes_softmax(rule, self.probabilities)
+    def _by_heads(self, store: PlaneStore, part: Part, rule: LabelRule, threads: RowThreads) -> Result:
+        by_softmax, geometry = rules.takes_softmax(rule, self.probabilities), part.geometry
         passes = 1 if not (by_softmax and rule.ranked) else 3 if self.probabilities else 2
-        heads = ResampledHeads(store, resampling, geometry.cropped_shape, threads, self.clock.advance)
+        heads = ResampledHeads(store, part.resampling, geometry.cropped_shape, threads, self.clock.advance)
         with self.clock.stage("export", heads.heads * passes):
             if self.probabilities:
-                return self._with_probabilities(heads, geometry, rule, properties)
+                return self._with_probabilities(heads, part, rule)
             labels = label_and_export(heads, geometry, rule, None) if by_softmax else label_heads(heads, geometry, rule)
-            return self._to_file_axes(labels)
+            return self._to_file_axes(part.framed(labels))
 
-    def _with_probabilities(
-        self, heads: ResampledHeads, geometry: CaseGeometry, rule: LabelRule, properties: dict[str, Any]
-    ) -> Result:
+    def _with_probabilities(self, heads: ResampledHeads, part: Part, rule: LabelRule) -> Result:
         """Return (segmentation, probabilities), or write the probabilities and return the segmentation."""
         backward, output = self.setup.plans_manager.transpose_backward, self.job.output
+
+        def label(sink: ProbabilitySink) -> NDArray[Any]:
+            outside = chain([float(rule.ranked)], repeat(0.0))
+            given = label_and_export(heads, part.geometry, rule, lambda head: sink(part.framed(head, next(outside))))
+            return self._to_file_axes(part.framed(given))
+
         if output is None:
             collected: list[NDArray[np.float32]] = []
-            labels = label_and_export(heads, geometry, rule, lambda head: collected.append(head.copy()))
-            stacked = np.stack(collected).transpose([0, *(axis + 1 for axis in backward)])
-            return self._to_file_axes(labels), stacked
-        shape = tuple(geometry.original_shape[axis] for axis in backward)
+            labels = label(lambda head: collected.append(head.copy()))
+            return labels, np.stack(collected).transpose([0, *(axis + 1 for axis in backward)])
+        shape = tuple(part.shape[axis] for axis in backward)
         dtype = np.dtype(self.setup.options.probabilities_dtype)
         with (
             atomic_output(Path(output + ".npz")) as path,
             npz_sink(path, heads.heads, shape, backward, dtype) as sink,
         ):
-            labels = label_and_export(heads, geometry, rule, sink)
-        adapter.write_properties(properties, output + ".pkl")
-        return self._to_file_axes(labels)
+            return label(sink)
 
     def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:
         return labels.transpose(self.setup.plans_manager.transpose_backward)
@@ -313,7 +341,7 @@ class CaseRun:
         plain = isinstance(held, torch.Tensor) and held.dtype == torch.half and tuple(held.shape) == shape
         return plain and all(bool(torch.isfinite(head).all()) for head in held)
 
-    def _converted_as_stock(self, logits: Any, case: PreprocessedCase) -> Result:
+    def _converted_as_stock(self, logits: Any, case: PreprocessedCase, part: Part) -> Result:
         """Let nnU-Net's functions convert all logits at once, or what stands in their place; None where these wrote."""
         setup, output = self.setup, self.job.output
         others = setup.steps.replaced(Step.LABELS, Step.EXPORT, Step.RESAMPLING)
@@ -324,15 +352,33 @@ class CaseRun:
                 return None
             convert = stock_calls.conversion(writes=output is not None)
             arguments = (setup.plans_manager, setup.configuration_manager, self._label_manager(), case.properties)
-            return convert(logits, *arguments, return_probabilities=self.probabilities)  # type: ignore[no-any-return]  # stock's
+            result = convert(logits, *arguments, return_probabilities=self.probabilities)
+        return self._framed(result, part)
+
+    def _framed(self, result: Any, part: Part) -> Result:
+        """Cut what is asked for out of what nnU-Net's functions have made of a whole case."""
+        if not part.is_cut:
+            return result  # type: ignore[no-any-return]  # stock's
+        plans = self.setup.plans_manager
+
+        def framed(values: NDArray[Any], outside: float = 0) -> NDArray[Any]:
+            return self._to_file_axes(part.framed(values.transpose(plans.transpose_forward), outside))
+
+        if not isinstance(result, tuple):
+            return framed(result)
+        segmentation, heads = result
+        outside = chain([0.0 if self.setup.label_manager.has_regions else 1.0], repeat(0.0))
+        probabilities = np.empty((len(heads), *(part.shape[axis] for axis in plans.transpose_backward)), heads.dtype)
+        for own, head in zip(probabilities, heads, strict=True):
+            own[...] = framed(head, next(outside))
+        return framed(segmentation), probabilities
 
 
 def case_sizes(setup: Setup, model: Any) -> CaseSizes:
     """Return what finds the facts of cases for a predictor."""
     holds_logits = bool(setup.steps.replaced(Step.LOGITS, Step.WINDOW))
-    return CaseSizes(
-        setup.plans_manager, setup.configuration_manager, setup.label_manager, setup.tile_step_size, model, holds_logits
-    )
+    managers = setup.plans_manager, setup.configuration_manager, setup.label_manager
+    return CaseSizes(*managers, setup.tile_step_size, model, holds_logits, setup.bbox, setup.options.roi)
 
 
 def warm_up_kernels(setup: Setup) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_lowmem.boxes import box_within
 from nnunet_lowmem.errors import CasesFailedError, LowMemError, UsageError, WriteError, of_kinds, twin
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.options import Arithmetic
@@ -29,6 +30,7 @@ from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.system.clock import Progress, StageClock
 from nnunet_lowmem.system.memory_limits import free_disk_bytes
 from nnunet_lowmem.system.placing import place_of
+from nnunet_lowmem.types import BBox
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.headers import Library
 
@@ -227,7 +229,7 @@ def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> Non
     probability_bytes = setup.heads * np.dtype(setup.options.probabilities_dtype).itemsize if probabilities else 0
     shrinks = 1 if setup.file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
     library = counted_by(setup.plans_manager.image_reader_writer_class)
-    for folder, voxels in _voxels_by_folder(jobs, library).items():
+    for folder, voxels in _voxels_by_folder(jobs, library, setup.bbox).items():
         require_free_bytes(
             folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
         )
@@ -235,7 +237,7 @@ def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> Non
             _tell_size_of_probabilities(folder, voxels * probability_bytes)
 
 
-def _voxels_by_folder(jobs: Sequence[Job], library: Library) -> dict[Path, int]:
+def _voxels_by_folder(jobs: Sequence[Job], library: Library, bbox: BBox | None) -> dict[Path, int]:
     """Voxels that will be written to each folder, by headers."""
     voxels: dict[Path, int] = {}
     for job in jobs:
@@ -244,6 +246,8 @@ def _voxels_by_folder(jobs: Sequence[Job], library: Library) -> dict[Path, int]:
         with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
             # a header that promises more than its file can hold needs no space
             shape, _ = read_header(job.files.images[0], library).grid()
+            if bbox is not None:
+                shape = [within.stop - within.start for within in box_within(bbox, shape)]
             folder = place_of(job.recipe.outputs[0]).parent
             voxels[folder] = voxels.get(folder, 0) + math.prod(shape)
     return voxels

@@ -18,6 +18,7 @@ from nnunet_lowmem.nnunet.model import uncompiled
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.case import case_sizes, warm_up_kernels
 from nnunet_lowmem.predict.logits import TileNetwork, grid_of
+from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.types import Place, PreprocessedCase, once
@@ -39,6 +40,10 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
         (shown(model_files.case_name(files, ending)), files, files[0] if cascades else None)
         for files in model_files.list_cases(folder, ending)
     ]
+
+    def mask_of(files: list[str]) -> str | None:
+        return mask_file(setup.options.roi, model_files.case_name(files, ending), ending)
+
     network, ways = TileNetwork(setup), Ways(setup)
     undecided = [Arithmetic.BFLOAT16, Arithmetic.FLOAT32] if ways.is_undecided else []
     found = []
@@ -47,7 +52,7 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
             ways.take(arithmetic)
         model = network.facts(bytes_of_zeros(setup, budget, with_network).with_margin())
         sizes, label = case_sizes(setup, model), arithmetic.value if undecided else ""
-        found.append(estimates(cases, sizes, model, budget, probabilities, ending, label))
+        found.append(estimates(cases, sizes, model, budget, probabilities, ending, label, mask_of))
     if undecided:
         ways.forget()
     return chain.from_iterable(zip(*found, strict=True))

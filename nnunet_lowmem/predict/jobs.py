@@ -15,10 +15,11 @@ from nnunet_lowmem.predict.records import Recipe
 
 @dataclass(frozen=True)
 class Files:
-    """Images of all channels, and the segmentation of the previous stage of a cascade, if any."""
+    """Images of all channels; if any, the segmentation of the previous stage of a cascade, and the mask of a region."""
 
     images: list[str]
     stage: str | None = None
+    roi: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import adapter, model_files
 from nnunet_lowmem.predict.jobs import Files, Job, Refused
 from nnunet_lowmem.predict.listeners import logging_prints
+from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.system.atomic_files import try_output
@@ -69,7 +70,7 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
     endings = [ending, ".npz", ".pkl"] if probabilities else [ending]
     made_with = "" if outputs is None else checksum(setup, probabilities)
     columns = zip(cases, outputs or [None] * len(cases), stages, strict=True)
-    jobs = [_job_of_files(*column, endings, made_with) for column in columns]
+    jobs = [_job_of_files(*column, endings, made_with, setup.options.roi) for column in columns]
     if folder is None:
         return jobs
     jobs = [_unless_misnumbered(job, ending) for job in jobs]
@@ -82,13 +83,20 @@ def _job_of_files(
     stage: str | None,
     endings: Sequence[str],
     made_with: str,
+    roi: Any,
 ) -> Job:
     """Make a job of files; `endings` are those of what is written for a case, the label map first."""
-    images, recipe = [os.fspath(file) for file in files], None
+    images, recipe, mask, refusal = [os.fspath(file) for file in files], None, None, None
+    name = model_files.case_name(images, endings[0])
+    try:
+        mask = mask_file(roi, name, endings[0])
+    except UsageError as error:
+        refusal = error
     if output is not None:
-        inputs = tuple(map(Path, images if stage is None else [*images, stage]))
+        inputs = tuple(Path(file) for file in (*images, stage, mask) if file is not None)
         recipe = Recipe(tuple(Path(output + ending) for ending in endings), inputs, made_with)
-    return Job(model_files.case_name(images, endings[0]), output, Files(images, stage), recipe)
+    job = Job(name, output, Files(images, stage, mask), recipe)
+    return job if refusal is None else _refused(job, refusal)
 
 
 def _unless_misnumbered(job: Job, file_ending: str) -> Job:
@@ -96,7 +104,8 @@ def _unless_misnumbered(job: Job, file_ending: str) -> Job:
 
     A file without a number has no output that could have been made before.
     """
-    assert job.files is not None, "a case of a folder has files"
+    if job.files is None:  # it is refused
+        return job
     try:
         model_files.check_numbers(job.files.images, file_ending)
     except UsageError as error:

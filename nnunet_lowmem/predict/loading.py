@@ -79,7 +79,7 @@ def facts_of_job(sizes: CaseSizes, job: Job, probabilities: bool) -> CaseFacts |
     """
     source = job.source
     if isinstance(source, Files):
-        return sizes.of_files(job.name, source.images, source.stage, probabilities)
+        return sizes.of_files(job.name, source.images, source.stage, probabilities, source.roi)
     if isinstance(source, Array) and not source.by_adapter:
         return sizes.of_array(job.name, source.image, source.stage, source.properties, probabilities)
     return None

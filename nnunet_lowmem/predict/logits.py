@@ -224,6 +224,8 @@ class FoldLogits:
     case : PreprocessedCase
     clock : StageClock
         Its stage has as many steps as there are `tile_count` tiles.
+    grid : TileGrid or None
+        Which tiles; None is all of the case.
 
     Attributes
     ----------
@@ -236,12 +238,12 @@ class FoldLogits:
         Tiles that no network saw, so far.
     """
 
-    def __init__(self, setup: Setup, case: PreprocessedCase, clock: StageClock) -> None:
+    def __init__(self, setup: Setup, case: PreprocessedCase, clock: StageClock, grid: TileGrid | None = None) -> None:
         self._setup = setup
         self.case = case
         self._clock = clock
         self.network = TileNetwork(setup, clock)
-        self.grid = grid_of(setup, case)
+        self.grid = grid_of(setup, case) if grid is None else grid
         self.repeated: frozenset[Shape3] = frozenset()
         self.reused = 0
 

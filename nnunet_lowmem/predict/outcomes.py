@@ -38,6 +38,8 @@ class CaseReport:
         Constant tiles, of all folds, that the network did not see: one that was the same, bit by bit, told of them.
     arithmetic : str
         In which the network was run: "exact", "float32" or "bfloat16".
+    tiles, tiles_of_case : int
+        Of all folds: tiles that were needed, and those of the whole case; fewer where a part is asked for.
     """
 
     case: str
@@ -47,6 +49,8 @@ class CaseReport:
     measured_bytes: dict[str, int]
     reused_tiles: int = 0
     arithmetic: str = Arithmetic.EXACT.value
+    tiles: int = 0
+    tiles_of_case: int = 0
 
     @property
     def peak_bytes(self) -> int:

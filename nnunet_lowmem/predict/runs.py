@@ -165,7 +165,8 @@ class _Run:
             with clock.stage("preprocessing"):
                 planning = self._planning(run)
                 case = run.preprocessed(self._loaded, planning)
-            result, plan, reused = run.segmentation(case, planning)
+            predicted = run.predicted(case, planning)
+            result, case = predicted.result, predicted.case
             arithmetic = Ways(setup).arithmetic()
             run = replace(run, job=job.made_in(arithmetic))
             before, self._latest = self._latest, None
@@ -177,7 +178,17 @@ class _Run:
                 self._draw(run, case, result)
                 result = None
         peaks = clock.sampler.peaks_bytes() if clock.sampler is not None else {}
-        report = CaseReport(job.name, job.output, clock.seconds, plan, peaks, reused, arithmetic.value)
+        report = CaseReport(
+            job.name,
+            job.output,
+            clock.seconds,
+            predicted.plan,
+            peaks,
+            predicted.reused,
+            arithmetic.value,
+            predicted.tiles,
+            predicted.tiles_of_case,
+        )
         return heads.plain(result), report
 
     def _loaded(self, job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedCase:

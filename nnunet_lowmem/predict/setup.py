@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nnunet_lowmem.boxes import parse_box
 from nnunet_lowmem.budget.arrays import Budget
 from nnunet_lowmem.budget.machine import machine_budget, spill_folder
 from nnunet_lowmem.network import choices
@@ -25,6 +26,7 @@ from nnunet_lowmem.options import Arithmetic, Options, arithmetic, values_of
 from nnunet_lowmem.predict.records import fingerprint
 from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
+from nnunet_lowmem.types import BBox
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,11 @@ class Setup:
         return arithmetic(self.options.fast) if self.device.type == "cpu" else Arithmetic.EXACT
 
     @property
+    def bbox(self) -> BBox | None:
+        """The box that is asked for."""
+        return parse_box(self.options.bbox)
+
+    @property
     def file_ending(self) -> str:
         """Of images and label maps."""
         return str(self.dataset_json["file_ending"])
@@ -201,6 +208,10 @@ def checksum(setup: Setup, probabilities: bool) -> str:
         "probabilities": setup.options.probabilities_dtype if probabilities else None,
         "fast": setup.options.fast,
     }
+    if setup.bbox is not None:
+        description["bbox"] = setup.bbox
+    if setup.options.roi is not None:  # of a mask the record has size and time
+        description["roi"] = True
     weights = setup.weights.parameters
     if weights is None:  # the network is used as it is, whatever a client has made of it
         weights = [getattr(uncompiled(setup.steps.network()), "state_dict", dict)()]

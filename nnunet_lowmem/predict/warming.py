@@ -52,6 +52,7 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
         head, out = np.zeros((1, 4, 4, 4), np.uint16), np.empty((6, 6, 6), np.uint16)
         threads.run(cells_cpu.resample_rows, 36, head, *flat_tables(tables), out)
         slab = window.finish(4)
+        assert slab is not None, "its planes are asked for"
         for target in (labels[1:, 1:, 1:], np.zeros((6, 6, 6), label_type)):  # cropped, and not: other memory layouts
             labeller = SlabLabeller(tables, Labelling(rule, threads), target)
             labeller.add(slab)

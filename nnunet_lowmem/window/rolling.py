@@ -195,14 +195,20 @@ class RollingWindow:
             self._box(self._buffer, origin).add_(logits)
         self._box(self._weight_sum, origin).add_(self._importance)
 
+    def skip(self, start: Shape3) -> None:
+        """Leave out a tile that no voxel asks for; what it would have covered is divided all the same."""
+        origin = list(start)
+        origin[self._axis] += 1 - self._position
+        self._box(self._weight_sum, origin).add_(self._importance)
+
     def _box(self, tensor: torch.Tensor, origin: Sequence[int]) -> torch.Tensor:
         first = tensor.ndim - 3
         for axis in range(3):
             tensor = tensor.narrow(axis + first, origin[axis], self._grid.tile_shape[axis])
         return tensor
 
-    def finish(self, stop: int) -> LogitsSlab:
-        """Divide the planes before `stop` by their weights and return them.
+    def finish(self, stop: int) -> LogitsSlab | None:
+        """Divide the planes before `stop` by their weights and return those that are asked for, if any.
 
         Raises
         ------
@@ -240,20 +246,21 @@ class RollingWindow:
     def _is_finite(self, position: int) -> torch.Tensor:
         return torch.isfinite(self._final_plane(position)).all()
 
-    def _slab(self, start: int, stop: int) -> LogitsSlab:
-        """Cut the padding off: only an axis with a single tile is padded, so slabs themselves never are."""
+    def _slab(self, start: int, stop: int) -> LogitsSlab | None:
+        """Cut off the padding, and what the tiles of a box hold around it."""
         grid, axis = self._grid, self._axis
-        halo = 1 if start > 0 else 0
+        padding = grid.padding[axis]
+        first, last = max(start, padding), min(stop, padding + grid.image_shape[axis])
+        if first >= last:
+            return None
+        halo = 1 if first > padding else 0
         origin, shape = list(grid.padding), list(grid.image_shape)
-        if len(grid.starts[axis]) > 1:
-            origin[axis], shape[axis] = 1 - halo, stop - start + halo
-        else:
-            origin[axis], start, stop = 1 + grid.padding[axis], 0, grid.image_shape[axis]
+        origin[axis], shape[axis] = first - halo - start + 1, last - first + halo
         self._slab_made = LogitsSlab(
             axis=axis,
-            start=start,
-            stop=stop,
-            first=start - halo,
+            start=first - padding,
+            stop=last - padding,
+            first=first - halo - padding,
             buffer=self._buffer,
             origin=shape3(origin),
             shape=shape3(shape),
@@ -291,10 +298,15 @@ def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> st
         [start for start in grid.starts[axis] if start <= where[axis] < start + grid.tile_shape[axis]]
         for axis in range(3)
     ]
-    first, last = tuple(low for low, *_ in covering), tuple(high for *_, high in covering)
+    # of a box the tiles are named as in the whole image
+    moved = [max(0, offset) for offset in grid.offset]
+    first, last, at = (
+        tuple(map(sum, zip(found, moved, strict=True)))
+        for found in ([low for low, *_ in covering], [high for *_, high in covering], where)
+    )
     return (
-        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {plane} of axis "
-        f"{grid.roll_axis} (network space), the first at {tuple(where)} in the tiles that start at {first} to {last}. "
+        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {at[grid.roll_axis]} of "
+        f"axis {grid.roll_axis} (network space), the first at {at} in the tiles that start at {first} to {last}. "
         "Check the image for values far out of the ordinary: logits beyond half precision (65504) become infinite."
     )
 
@@ -310,10 +322,14 @@ def roll(
     for row_start, final in grid.rows():
         with torch.inference_mode():
             for start in grid.row_tiles(row_start):
+                if not grid.is_needed(start):
+                    window.skip(start)
+                    continue
                 window.add(tiles.next(window.attempt), start)
                 on_tile()
         if final > row_start:
-            yield window.finish(final)
+            if (slab := window.finish(final)) is not None:
+                yield slab
             window.advance(final)
 
 

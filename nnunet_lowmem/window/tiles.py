@@ -79,18 +79,18 @@ class TileSource:
 
     def _overlap(self, start: Shape3) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         inside, target = [], []
-        for axis in range(3):
-            first = start[axis] - self._grid.padding[axis]
+        for axis, size in enumerate(self._case.image.shape[1:]):
+            first = start[axis] + self._grid.offset[axis]
             low = max(first, 0)
-            high = min(first + self._grid.tile_shape[axis], self._grid.image_shape[axis])
+            high = min(first + self._grid.tile_shape[axis], size)
             inside.append(slice(low, high))
             target.append(slice(low - first, high - first))
         return tuple(inside), tuple(target)
 
 
 def _in_order(grid: TileGrid) -> Iterator[Shape3]:
-    """Give the starts of all tiles in stock's order; who holds this is not held by it."""
-    return (start for row, _ in grid.rows() for start in grid.row_tiles(row))
+    """Give the starts of all tiles that are computed, in stock's order; who holds this is not held by it."""
+    return (start for row, _ in grid.rows() for start in grid.row_tiles(row) if grid.is_needed(start))
 
 
 class PredictedTiles:

@@ -8,30 +8,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nnunet_lowmem.errors import UsageError, twin
-from nnunet_lowmem.types import Shape3, shape3
+from nnunet_lowmem.types import Box, Shape3, shape3
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Tiles over one padded image.
+    """Tiles over one padded image, or those of them that a box of the image needs.
 
     Attributes
     ----------
     image_shape : int, 3
-        Shape in network space before padding.
+        Shape in network space before padding; of the box.
     padding : int, 3
-        Planes added below each axis so that a tile fits.
+        Planes below each axis: added so that a tile fits, or what the tiles of a box hold before it.
     padded_shape : int, 3
+        What the tiles cover.
     tile_shape : int, 3
         The patch size; (1, y, x) for a two-dimensional configuration.
     starts : 3 tuples of int
         Tile starts per axis in padded coordinates. Rounding can repeat a start; the repeated tile counts twice.
     flat : bool
         Two-dimensional configuration: the network takes tiles without axis 0.
+    offset : int, 3
+        Position in the whole image of position 0 in padded coordinates.
+    needed : frozenset of starts, or None
+        The tiles that are computed; None is all of them.
     """
 
     image_shape: Shape3
@@ -40,6 +48,8 @@ class TileGrid:
     tile_shape: Shape3
     starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     flat: bool
+    offset: Shape3
+    needed: frozenset[Shape3] | None = None
 
     @property
     def roll_axis(self) -> int:
@@ -48,8 +58,10 @@ class TileGrid:
 
     @property
     def tile_count(self) -> int:
-        """Number of tiles."""
-        return math.prod(len(starts) for starts in self.starts)
+        """Number of tiles that are computed."""
+        if self.needed is None:
+            return math.prod(len(starts) for starts in self.starts)
+        return sum(start in self.needed for start in product(*self.starts))
 
     def rows(self) -> Iterator[tuple[int, int]]:
         """(start, end of the planes that are final after this row) for each row of tiles along the roll axis."""
@@ -62,6 +74,39 @@ class TileGrid:
         axis = self.roll_axis
         choices = [(row_start,) if a == axis else self.starts[a] for a in range(3)]
         yield from product(*choices)
+
+    def is_needed(self, start: Shape3) -> bool:
+        """Whether a tile is computed."""
+        return self.needed is None or start in self.needed
+
+    def part(self, box: Box) -> TileGrid:
+        """Return the tiles that touch a box of the image, which holds a voxel at least.
+
+        They are this grid's own, in the same order: what each voxel of the box gets does not depend on the box.
+        """
+        starts, padding, padded, offset = [], [], [], []
+        for axis, within in enumerate(box):
+            low, high = within.start - self.offset[axis], within.stop - self.offset[axis]
+            tile = self.tile_shape[axis]
+            touching = [start for start in self.starts[axis] if low - tile < start < high]
+            first = touching[0]
+            starts.append(tuple(start - first for start in touching))
+            padding.append(low - first)
+            padded.append(starts[-1][-1] + tile)
+            offset.append(self.offset[axis] + first)
+        return replace(
+            self,
+            image_shape=shape3(within.stop - within.start for within in box),
+            padding=shape3(padding),
+            padded_shape=shape3(padded),
+            starts=(starts[0], starts[1], starts[2]),
+            offset=shape3(offset),
+        )
+
+    def only(self, needed: NDArray[np.bool_]) -> TileGrid:
+        """Return the grid of which some tiles are computed; `needed` has a value for each, along the three axes."""
+        z, y, x = (np.asarray(starts)[chosen] for starts, chosen in zip(self.starts, np.nonzero(needed), strict=True))
+        return replace(self, needed=frozenset(zip(z.tolist(), y.tolist(), x.tolist(), strict=True)))
 
 
 def axis_starts(size: int, tile: int, step_size: float) -> tuple[int, ...]:
@@ -102,4 +147,5 @@ def tile_grid(image_shape: Shape3, patch_size: tuple[int, ...], step_size: float
         tile_shape=tile_shape,
         starts=(starts[0], starts[1], starts[2]),
         flat=flat,
+        offset=shape3(-(extra // 2) for extra in missing),
     )

@@ -70,6 +70,8 @@ RUNS = {
     "two-dimensional": Run(ct(labels=6, spacing=(2.0, 2.0), patch_size=(128, 128))),
     "NibabelIO": Run(ct(labels=5, reader="NibabelIO")),
     "NibabelIOWithReorient": Run(ct(labels=5, reader="NibabelIOWithReorient")),
+    "a box": Run(MANY, options={"bbox": "30:75,100:220,80:200"}),
+    "a region": Run(MANY, options={"region": True}),
     "regions": Run(ct(labels={"background": 0, "both": [1, 2], "one": [2]}, regions_class_order=(1, 2))),
 }
 

@@ -34,7 +34,7 @@ preprocessing
 volumes
 overrides
 system
-types errors names sizes options
+types errors names boxes sizes options
 """
 DEPTH = {room: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for room in row.split()}
 

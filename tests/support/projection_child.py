@@ -89,6 +89,11 @@ def predict_arrays(predictor: LowMemPredictor, images: str, output: str) -> None
     predictor.predict_from_list_of_npy_arrays([np.asfortranarray(array)], None, [properties], [f"{output}/case0"])
 
 
+def first_image(folder: str) -> Path:
+    """An image serves as a mask as well: few of its voxels are 0."""
+    return min(Path(folder).iterdir())
+
+
 def choose_bfloat16() -> None:
     """Run both ways as ever, and take bfloat16 whatever they show: with a tiny network it may be slower."""
     real = ways.try_both
@@ -138,6 +143,8 @@ def main() -> None:
         kernel_threads=options.get("threads", 2),
         report=options.get("report", False),
         fast=options.get("fast", False),
+        bbox=options.get("bbox"),
+        roi=first_image(options["images"]) if options.get("region") else None,
     )
     with PeakSampler(0.005) as sampler:
         predictor.initialize_from_trained_model_folder(options["model"], options.get("folds", [0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
-from numpy import empty
+from numpy import array, empty
 
 from nnunet_lowmem.window.tiling import axis_starts, tile_grid
 
@@ -94,3 +94,45 @@ def test_step_size_outside_its_range_is_refused(step):
 def test_patch_of_other_dimensions_is_refused(patch):
     with pytest.raises(ValueError, match="patch size must have two or three entries"):
         tile_grid((9, 9, 9), patch, 0.5)
+
+
+@settings(deadline=None)
+@given(shape=SHAPE, patch=PATCH, step=WIDE_STEP, data=st.data())
+def test_a_part_has_the_tiles_of_the_whole_that_touch_its_box(shape, patch, step, data):
+    whole = tile_grid(shape, patch, step)
+    starts = [data.draw(st.integers(0, size - 1)) for size in shape]
+    stops = [data.draw(st.integers(start + 1, size)) for start, size in zip(starts, shape, strict=True)]
+    part = whole.part(tuple(slice(*ends) for ends in zip(starts, stops, strict=True)))
+
+    def tiles(grid, offset):
+        return [tuple(array(tile) + offset) for row, _ in grid.rows() for tile in grid.row_tiles(row)]
+
+    touching = [
+        tile
+        for tile in tiles(whole, whole.offset)
+        if all(
+            start < tile[axis] + whole.tile_shape[axis] and tile[axis] < stop
+            for axis, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        )
+    ]
+    assert tiles(part, part.offset) == touching
+    assert part.tile_count == len(touching)
+    for axis in range(3):
+        assert part.offset[axis] + part.padding[axis] == starts[axis]
+        assert part.image_shape[axis] == stops[axis] - starts[axis]
+        assert part.padding[axis] + part.image_shape[axis] <= part.padded_shape[axis]
+    chosen = array([data.draw(st.booleans()) for _ in product(*part.starts)]).reshape([len(s) for s in part.starts])
+    needed = {tile for tile, is_chosen in zip(product(*part.starts), chosen.flat, strict=True) if is_chosen}
+    assert {tile for tile in product(*part.starts) if part.only(chosen).is_needed(tile)} == needed
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 1.0), min_size=2, max_size=2), st.integers(1280, 3000), st.data())
+def test_a_tenth_of_a_volume_of_ten_patches_an_axis_costs_three_tenths_of_its_tiles_at_most(shares, size, data):
+    third = 0.1 / (shares[0] * shares[1])
+    assume(0.1 <= third <= 1)
+    whole = tile_grid((size,) * 3, (128,) * 3, 0.5)
+    sides = [round(size * share) for share in (*shares, third)]
+    starts = [data.draw(st.integers(0, size - side)) for side in sides]
+    part = whole.part(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
+    assert part.tile_count <= 0.3 * whole.tile_count

@@ -1,0 +1,100 @@
+"""Boxes of voxels as text: what ``--bbox`` asks for, in the axes of a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.types import BBox, Box
+
+_RANGE = re.compile(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*")
+_HOW = "write z0:z1,y0:y1,x0:x1 in voxels of the file, the stop excluded; an end that is left out is the volume's"
+
+
+def parse_box(value: Any) -> BBox | None:
+    """Return what the option `bbox` asks for.
+
+    Parameters
+    ----------
+    value : str, or sequence of 3 slices or pairs, or None
+        Text as in ``10:50,0:128,:``; in Python ``[slice(10, 50), (0, 128), (None, None)]`` is the same.
+
+    Returns
+    -------
+    3 pairs of int or None
+        Start and stop along each axis, slowest axis of the file first; None where the volume's own end is meant.
+
+    Raises
+    ------
+    UsageError
+        If it is no box.
+    """
+    if value is None or (isinstance(value, str | tuple) and not value):  # a variable that is empty
+        return None
+    try:
+        pairs = tuple(map(_pair, value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"bbox {value!r} is no box: {_HOW}") from error
+    if len(pairs) != 3:
+        raise UsageError(f"bbox {value!r} has {len(pairs)} axes, 3 are needed: {_HOW}")
+    return pairs
+
+
+def _pair(bounds: Any) -> tuple[int | None, int | None]:
+    if isinstance(bounds, str):
+        match = _RANGE.fullmatch(bounds)
+        if match is None:
+            raise ValueError(bounds)
+        start, stop = (int(end) if end else None for end in match.groups())
+        return start, stop
+    if isinstance(bounds, slice):
+        if bounds.step not in (None, 1):
+            raise ValueError(bounds)
+        bounds = bounds.start, bounds.stop
+    start, stop = (None if end is None else index(end) for end in bounds)
+    return start, stop
+
+
+def box_within(bbox: BBox, shape: Sequence[int]) -> Box:
+    """Return the box in a volume of this shape, axes of the file.
+
+    Raises
+    ------
+    UsageError
+        If it holds no voxel of it, or others.
+    """
+    ends = [
+        (0 if start is None else start, size if stop is None else stop)
+        for (start, stop), size in zip(bbox, shape, strict=True)
+    ]
+    for (start, stop), size, axis in zip(ends, shape, "zyx", strict=True):
+        if not 0 <= start < stop <= size:
+            raise UsageError(
+                f"the box {in_words(ends)} does not lie in the volume of {tuple(shape)} voxels (z, y, x): along {axis} "
+                f"it goes from {start} to {stop}, there are {size}. {_HOW.capitalize()}"
+            )
+    z, y, x = (slice(start, stop) for start, stop in ends)
+    return z, y, x
+
+
+def check_mask_shape(found: Sequence[int], shape: Sequence[int]) -> None:
+    """Refuse a mask that is not of the image's shape.
+
+    Raises
+    ------
+    UsageError
+        With both.
+    """
+    if list(found) != list(shape):
+        raise UsageError(
+            f"the mask of the option roi has {tuple(found)} voxels, the image {tuple(shape)}: "
+            "resample the mask onto the image"
+        )
+
+
+def in_words(bbox: Sequence[tuple[int | None, int | None]]) -> str:
+    """Return a box as the flag takes it."""
+    return ",".join(":".join("" if end is None else str(end) for end in ends) for ends in bbox)
