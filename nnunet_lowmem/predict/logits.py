@@ -296,7 +296,9 @@ class FoldLogits:
             stack.enter_context(moves)
             stack.enter_context(self.network.threads())
             passes = (self._roll(tiles, window, fold) for fold, tiles in enumerate(folds))
-            yield stack.enter_context(closing(average_folds(passes, setup.weights.folds, store)))
+            axis = self.grid.roll_axis
+            first_plane = self.grid.offset[axis] + self.grid.padding[axis]
+            yield stack.enter_context(closing(average_folds(passes, setup.weights.folds, store, first_plane)))
 
     def whole(self) -> torch.Tensor:
         """Return all logits of the current weights: half, shape (heads, z, y, x)."""

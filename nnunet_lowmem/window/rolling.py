@@ -143,7 +143,7 @@ class RollingWindow:
         Stock adds it by broadcasting: one without heads is added to all of them, which is done here, and told.
         """
         heads = self._buffer.shape[0] if self._head is None else self._head.weights.shape[1]
-        shape = self._grid.tile_shape
+        shape, start = self._grid.tile_shape, self._grid.in_whole(start)
         due = (heads, *shape[1:]) if self._grid.flat else (heads, *shape)
         if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
             raise NetworkOutputError(
@@ -298,12 +298,7 @@ def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> st
         [start for start in grid.starts[axis] if start <= where[axis] < start + grid.tile_shape[axis]]
         for axis in range(3)
     ]
-    # of a box the tiles are named as in the whole image
-    moved = [max(0, offset) for offset in grid.offset]
-    first, last, at = (
-        tuple(map(sum, zip(found, moved, strict=True)))
-        for found in ([low for low, *_ in covering], [high for *_, high in covering], where)
-    )
+    first, last, at = map(grid.in_whole, ([low for low, *_ in covering], [high for *_, high in covering], where))
     return (
         f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {at[grid.roll_axis]} of "
         f"axis {grid.roll_axis} (network space), the first at {at} in the tiles that start at {first} to {last}. "
@@ -334,7 +329,7 @@ def roll(
 
 
 def average_folds(
-    passes: Iterable[Iterator[LogitsSlab]], folds: int, store: PlaneStore | None
+    passes: Iterable[Iterator[LogitsSlab]], folds: int, store: PlaneStore | None, first_plane: int = 0
 ) -> Generator[LogitsSlab, None, None]:
     """Yield the slabs of the mean over folds: each fold's final logits are added in half, then divided in float32.
 
@@ -345,6 +340,8 @@ def average_folds(
     folds : int
     store : PlaneStore or None
         Holds the running sum between folds; None for a single fold.
+    first_plane : int
+        Of a box: where its first plane lies in the whole image.
 
     Raises
     ------
@@ -354,12 +351,12 @@ def average_folds(
     for fold, slabs in enumerate(passes):
         for slab in slabs:
             if store is not None:
-                _join_sum(slab, store, fold, folds)
+                _join_sum(slab, store, fold, folds, first_plane)
             if fold == folds - 1:
                 yield slab
 
 
-def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int) -> None:
+def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int, first_plane: int) -> None:
     logits = slab.logits
     finite = []
     for position in range(slab.start, slab.stop):
@@ -376,7 +373,7 @@ def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int) -> Non
     if finite and not all(answers := torch.stack(finite).tolist()):
         raise NonFiniteLogitsError(
             f"the half-precision sum of the logits of {folds} folds is infinite in plane "
-            f"{slab.start + answers.index(False)} of axis {slab.axis} (network space): it may not exceed 65504, so the "
-            f"mean over folds not {65504 // folds}. Predict the folds one by one, or check the image for values far "
-            "out of the ordinary"
+            f"{first_plane + slab.start + answers.index(False)} of axis {slab.axis} (network space): it may not exceed "
+            f"65504, so the mean over folds not {65504 // folds}. Predict the folds one by one, or check the image for "
+            "values far out of the ordinary"
         )

@@ -7,7 +7,7 @@ visit slice after slice), written as pure integers so that the planner can use i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -74,6 +74,10 @@ class TileGrid:
         axis = self.roll_axis
         choices = [(row_start,) if a == axis else self.starts[a] for a in range(3)]
         yield from product(*choices)
+
+    def in_whole(self, position: Sequence[int]) -> Shape3:
+        """Return a position in padded coordinates as it is in those of the whole image, in which errors speak."""
+        return shape3(at + max(0, offset) for at, offset in zip(position, self.offset, strict=True))
 
     def is_needed(self, start: Shape3) -> bool:
         """Whether a tile is computed."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from factory import ModelSpec
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -134,6 +135,28 @@ def test_labels_are_stocks_and_no_tile_waits(spec, window_on_device, accelerator
     assert len(np.unique(expected)) > 2
     assert plans[0].placement.window is (Place.VRAM if window_on_device else Place.RAM)
     assert len(tiles) > len(spec.folds)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("name", ["argmax", "folds and mirroring", "argmax, window in RAM"])
+def test_labels_of_a_part_are_those_of_stocks_whole_run(name, accelerator, images, models, tmp_path):
+    (spec, window_on_device), files = CASES[name], images("head")
+    model, on_device = models(spec, files), window_on_device and accelerator == DEVICE
+    expected = stocks_labels(accelerator, model, spec.folds, tuple(files), on_device)
+    image = SimpleITK.ReadImage(files[0])
+    mask = np.zeros(expected.shape, np.uint8)
+    mask[2:9, 5:12, 3:30] = mask[30:33, 30:41, 20:30] = 1
+    written = SimpleITK.GetImageFromArray(mask)
+    written.CopyInformation(image)
+    SimpleITK.WriteImage(written, str(tmp_path / "mask.nii.gz"))
+    box = (slice(4, 31), slice(8, 20), slice(0, 25))
+    for options in ({"bbox": box}, {"bbox": box, "roi": tmp_path / "mask.nii.gz"}):
+        plans: list[Plan] = []
+        given = {"perform_everything_on_device": window_on_device, "on_plan": plans.append, **options}
+        with running(accelerator):
+            labels = labels_of(make_predictor(LowMemPredictor, model, spec.folds, DEVICE, **given), files)
+            assert torch.cuda.max_memory_allocated() <= plans[0].projected_bytes(Place.VRAM)
+        np.testing.assert_array_equal(labels, (np.where(mask, expected, 0) if "roi" in options else expected)[box])
 
 
 @ON_BOTH

@@ -294,6 +294,17 @@ def test_logits_that_are_not_finite_are_an_error(value, words):
         ours.predict_sliding_window_return_logits(image((40, 10, 6)))
 
 
+@pytest.mark.parametrize("box, plane", [(None, 0), ("12:28,:,:", 8)], ids=str)
+def test_what_is_not_finite_in_a_part_is_named_as_in_the_whole_image(box, plane):
+    """All is infinite: the first plane of the first tile tells."""
+    ours = predictor(LowMemPredictor, (8, 10, 6), SmallNetwork())
+    ours.bbox = box
+    ours.list_of_parameters[0]["layers.2.bias"].fill_(1e30)
+    told = rf"in plane {plane} of axis 0 .* at \({plane}, 0, 0\) in the tiles that start at \({plane}, 0, 0\) to"
+    with pytest.raises(NonFiniteLogitsError, match=told):
+        ours.predict_single_npy_array(image((40, 10, 6)).numpy(), {"spacing": [3.9, 4.2, 4.3]})
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_an_error(value):
     network = SmallNetwork()
@@ -377,8 +388,10 @@ def test_sum_over_folds_that_is_infinite_is_an_error(shape, values):
         weights["layers.2.bias"].fill_(value / 5)
     # no voxel in two tiles, or one fold's own sum would be infinite
     ours.use_gaussian, ours.tile_step_size = False, 1
-    with pytest.raises(NonFiniteLogitsError, match=f"of {len(values)} folds is infinite in plane 0"):
-        ours.predict_single_npy_array(image(shape).numpy(), {"spacing": [3.9, 4.2, 4.3]})
+    for bbox, plane in ((None, 0), ("3:,:,:", 3) if shape[0] > 8 else (":,11:,:", 11)):
+        ours.bbox = bbox
+        with pytest.raises(NonFiniteLogitsError, match=f"of {len(values)} folds is infinite in plane {plane}"):
+            ours.predict_single_npy_array(image(shape).numpy(), {"spacing": [3.9, 4.2, 4.3]})
 
 
 def test_infinity_is_an_error_in_stock_too():
