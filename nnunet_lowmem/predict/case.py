@@ -168,9 +168,8 @@ class CaseRun:
         recovery = planning.recovery(plan)
         with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", logits.tile_count):
             if self._is_ours(case):
-                result = self._labels(
-                    logits.slabs(folds, threads, self.folder, recovery), logits, part, rule, threads, recovery
-                )
+                slabs = logits.slabs(folds, threads, self.folder, recovery)
+                result = self._labels(slabs, logits, part, rule, threads, recovery)
             else:
                 result = self._labels_of_held(logits, part, rule, threads, recovery)
         if self.probabilities and self.job.output is not None and isinstance(result, np.ndarray):

@@ -83,14 +83,17 @@ def test_labels_in_random_boxes_are_those_of_stocks_whole_run(name, images, mode
     whole = read_voxels(tmp_path / "stock.nii.gz")
     assert len(np.unique(whole)) > 1, "a map of one value tells nothing"
     rng = random.Random(name)
-    for number in range(3):
+    for number in range(2):
         box = random_box(rng, whole.shape)
         report = predict_part(model, files, tmp_path / str(number), spec.folds, bbox=text_of(box))
         np.testing.assert_array_equal(read_voxels(tmp_path / f"{number}.nii.gz"), whole[slices_of(box)], str(box))
         assert report.tiles <= report.tiles_of_case
 
 
-@pytest.mark.parametrize("name", ["cropped", "regions", "two folds, mirrored", "torch's resampling", "slices"])
+@pytest.mark.parametrize(
+    "name",
+    ["cropped", "regions", pytest.param("two folds, mirrored", marks=pytest.mark.slow), "torch's resampling", "slices"],
+)
 def test_labels_in_a_region_are_those_of_the_whole_run_and_0_elsewhere(name, images, models, tmp_path):
     spec, image = MODELS[name]
     files = images(image)
@@ -137,7 +140,7 @@ def test_the_tiles_of_a_box_are_all_that_touch_what_its_voxels_are_interpolated_
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient"])
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "SLP"])
+@pytest.mark.parametrize("codes", [pytest.param("RAS", marks=pytest.mark.slow), "LPS", "SLP"])
 def test_a_box_lies_where_it_lies_in_the_whole_file_whoever_reads_it(reader, codes, images, models, tmp_path):
     skip_unless_there(reader)
     turned = SimpleITK.DICOMOrient(SimpleITK.ReadImage(images("head_margin")[0]), codes)
