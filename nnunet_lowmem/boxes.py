@@ -80,15 +80,23 @@ def box_within(bbox: BBox, shape: Sequence[int]) -> Box:
     return z, y, x
 
 
-def check_mask_shape(found: Sequence[int], shape: Sequence[int]) -> None:
+def check_mask_shape(found: Sequence[int], shape: Sequence[int], of_headers: bool = False) -> None:
     """Refuse a mask that is not of the image's shape.
+
+    Parameters
+    ----------
+    found, shape : int, 3
+        Of the mask and of the image.
+    of_headers : bool
+        As their files have it: a reader may order the axes of both anew, so in any order.
 
     Raises
     ------
     UsageError
         With both.
     """
-    if list(found) != list(shape):
+    ordered = sorted if of_headers else list
+    if ordered(found) != ordered(shape):
         raise UsageError(
             f"the mask of the option roi has {tuple(found)} voxels, the image {tuple(shape)}: "
             "resample the mask onto the image"

@@ -91,8 +91,8 @@ class CaseSizes:
         """Count a mask, which is read first."""
         mask = read_header(roi, counted_by(self.plans.image_reader_writer_class))
         shape, spacing = mask.grid()
-        if image is not None and sorted(shape) != sorted(image.grid()[0]):
-            check_mask_shape(shape, image.grid()[0])
+        if image is not None:
+            check_mask_shape(shape, image.grid()[0], of_headers=True)
         source = Source(1, mask.dtype, mask.voxels * mask.dtype.itemsize, mask.beside_bytes)
         grid = network_grid(shape, spacing, self.configuration)
         reading = input_bytes(source, grid, False, self.plans, self.configuration).reading

@@ -98,7 +98,9 @@ def estimates(
             check_numbers(files, file_ending)
             mask = mask_of(files)
             facts = sizes.of_files(name, files, previous_stage, probabilities, mask)
-            whole = replace(sizes, bbox=None).of_files(name, files, previous_stage, probabilities)
+            whole = facts
+            if sizes.bbox is not None:
+                whole = replace(sizes, bbox=None).of_files(name, files, previous_stage, probabilities)
             read_bytes = sizes.stored_bytes(files if mask is None else [*files, mask])
         except UsageError as error:
             yield Estimate(name, arithmetic, problem=str(error))
