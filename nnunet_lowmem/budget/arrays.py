@@ -35,7 +35,6 @@ THREAD_BYTES = 16 * MIB
 _LOOKUP_BYTES = 10
 # a process that has imported torch and nnU-Net, and compiled the kernels of preprocessing
 WORKER_BYTES = 640 * MIB
-_BUFFER_BYTES = 16 * MIB
 
 
 class Stage(Enum):
@@ -182,6 +181,8 @@ class CaseFacts:
         All logits, where somebody else makes them.
     region_bytes : int
         The mask of the region that is asked for.
+    writer_bytes : int
+        What writing the label map takes beside the map.
     tiles, tiles_of_case : int
         How many tiles are computed for a fold, and how many the whole case has.
     """
@@ -200,6 +201,7 @@ class CaseFacts:
     next_stages_bytes: int = 0
     held_logits_bytes: int = 0
     region_bytes: int = 0
+    writer_bytes: int = 0
     tiles: int = 0
     tiles_of_case: int = 0
 
@@ -264,11 +266,6 @@ class Allocation:
     stages: tuple[Stage, ...]
 
 
-def writer_bytes(label_map_bytes: int) -> int:
-    """Return what writing a label map takes beside the map."""
-    return label_map_bytes + _BUFFER_BYTES
-
-
 def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Iterator[Allocation]:
     """Every large array of a case under a placement."""
     compute = Place.VRAM if model.device == "cuda" else Place.RAM
@@ -305,7 +302,7 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
         held = case.held_logits_bytes
         yield Allocation("all logits, which an overridden method makes", ram, held, (Stage.PREDICTION, Stage.EXPORT))
     yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
-    yield Allocation("writer's copy of the label map", ram, writer_bytes(label_map_bytes), (Stage.WRITING,))
+    yield Allocation("what writing takes beside the label map", ram, case.writer_bytes, (Stage.WRITING,))
     if not case.streams:
         logits_bytes = finished_bytes(model, case)
         yield Allocation("finished logits", placement.planes, logits_bytes, (Stage.PREDICTION, Stage.EXPORT))

@@ -18,6 +18,7 @@ from nnunet_lowmem.labels import rules
 from nnunet_lowmem.labels.parts import Part, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
+from nnunet_lowmem.nnunet.label_writing import writer_bytes
 from nnunet_lowmem.preprocessing.case import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
@@ -45,6 +46,8 @@ class CaseSizes:
         The box that is asked for of every case, in the axes of its file.
     roi : path, array or None
         The option; what it is for a case that is in files is told with them.
+    file_ending : str
+        Of label maps.
     """
 
     plans: Any
@@ -55,6 +58,7 @@ class CaseSizes:
     holds_logits: bool = False
     bbox: BBox | None = None
     roi: Any = None
+    file_ending: str = ""
 
     def part(
         self, geometry: CaseGeometry, spacing: Sequence[float], wanted: Wanted | None, as_a_whole: bool | None = None
@@ -189,7 +193,8 @@ class CaseSizes:
         """Return the facts of a part of a case whose network grid has this shape."""
         channels = len(normalisers(self.plans, self.configuration))
         streams, export = self._export(part, probabilities)
-        network = math.prod(network_shape)
+        network, voxels = math.prod(network_shape), math.prod(part.geometry.original_shape)
+        writer_class = self.plans.image_reader_writer_class
         # with several folds, the sum and those of one fold
         held = HALF_BYTES * self.model.heads * network * min(self.model.folds, 2) if self.holds_logits else 0
         return CaseFacts(
@@ -203,6 +208,7 @@ class CaseSizes:
             image_bytes=channels * SINGLE_BYTES * network,
             export_bytes=export,
             held_logits_bytes=held,
+            writer_bytes=writer_bytes(writer_class, self.file_ending, voxels, self.model.label_bytes),
             tiles=part.grid.tile_count,
             tiles_of_case=part.tiles_of_case,
         )

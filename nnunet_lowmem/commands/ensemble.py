@@ -21,7 +21,8 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels.heads import HeadContest
 from nnunet_lowmem.labels.probabilities import npz_sink
 from nnunet_lowmem.labels.rules import LabelRule
-from nnunet_lowmem.nnunet.adapter import label_rule, write_properties, write_segmentation
+from nnunet_lowmem.nnunet.adapter import label_rule, write_properties
+from nnunet_lowmem.nnunet.label_writing import write_segmentation
 from nnunet_lowmem.nnunet.rehearsing import rehearse
 from nnunet_lowmem.system.atomic_files import atomic_output
 

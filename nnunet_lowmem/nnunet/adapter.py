@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json, save_pickle
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
@@ -26,7 +25,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
-from nnunet_lowmem.errors import ModelError, also, because
+from nnunet_lowmem.errors import ModelError, because
 from nnunet_lowmem.labels.next_stages import Target
 from nnunet_lowmem.labels.resampling import AxisTable, copy_axis, resampling_tables
 from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
@@ -36,7 +35,6 @@ from nnunet_lowmem.preprocessing.case import network_spacing
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.owned_folders import remove_stale
 from nnunet_lowmem.types import PreprocessedCase, shape3
-from nnunet_lowmem.volumes.verifying import verify_label_file
 
 try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
@@ -115,24 +113,6 @@ def outputs(wanted: Any) -> str | list[str] | None:
 def output_folder(target: str | list[str]) -> Path:
     """Return where stock puts what belongs to a run as a whole: the folder of the first output."""
     return Path(target if isinstance(target, str) else os.path.dirname(target[0]))
-
-
-def write_segmentation(
-    segmentation: NDArray[Any], properties: dict[str, Any], path: str, plans_manager: PlansManager
-) -> None:
-    """Write through the model's own writer; the file appears under its name when it is complete.
-
-    SimpleITK truncates files on a full disk without an error, so every file is decoded to its end first. nnU-Net's own
-    writers keep the shape; what others make of it is their business.
-    """
-    writer = plans_manager.image_reader_writer_class()
-    shape = segmentation.shape if writer.write_seg.__module__.startswith("nnunetv2.imageio.") else None
-    by_itk = isinstance(writer, SimpleITKIO)  # which raises a RuntimeError, whatever it is
-    with (
-        also(*[RuntimeError] * by_itk),
-        atomic_output(Path(path), partial(verify_label_file, shape=shape)) as partial_file,
-    ):
-        writer.write_seg(segmentation, str(partial_file), properties)
 
 
 def write_probabilities(probabilities: NDArray[Any], path: str) -> None:

@@ -377,7 +377,8 @@ def case_sizes(setup: Setup, model: Any) -> CaseSizes:
     """Return what finds the facts of cases for a predictor."""
     holds_logits = bool(setup.steps.replaced(Step.LOGITS, Step.WINDOW))
     managers = setup.plans_manager, setup.configuration_manager, setup.label_manager
-    return CaseSizes(*managers, setup.tile_step_size, model, holds_logits, setup.bbox, setup.options.roi)
+    ending = setup.file_ending
+    return CaseSizes(*managers, setup.tile_step_size, model, holds_logits, setup.bbox, setup.options.roi, ending)
 
 
 def warm_up_kernels(setup: Setup) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.budget.arrays import THREAD_BYTES, writer_bytes
+from nnunet_lowmem.budget.arrays import THREAD_BYTES
 
 _LOOK_S = 1.0
 
@@ -41,12 +41,17 @@ class PendingWrite:
         self._over = threading.Event()
 
     @staticmethod
-    def of(write: Callable[[], None], labels: NDArray[Any], cropped_shape: Sequence[int]) -> PendingWrite:
-        """Return that of a label map, which may lie on disk and is 0 beyond its cropped part."""
+    def of(
+        write: Callable[[], None], labels: NDArray[Any], cropped_shape: Sequence[int], writer_bytes: int
+    ) -> PendingWrite:
+        """Return that of a label map, which may lie on disk and is 0 beyond its cropped part.
+
+        `writer_bytes` is what writing takes beside the map.
+        """
         map_bytes = 0 if isinstance(labels, np.memmap) else labels.nbytes
         # nothing is written around the crop: those pages take no memory
         resident_bytes = min(map_bytes, math.prod(cropped_shape) * labels.itemsize)
-        all_bytes = map_bytes + writer_bytes(labels.nbytes) + THREAD_BYTES
+        all_bytes = map_bytes + writer_bytes + THREAD_BYTES
         return PendingWrite(write, all_bytes, all_bytes - resident_bytes)
 
     @property

@@ -20,7 +20,7 @@ from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.budget.planner import closest_plan
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.labels import heads
-from nnunet_lowmem.nnunet import adapter, stock_calls
+from nnunet_lowmem.nnunet import adapter, label_writing, stock_calls
 from nnunet_lowmem.predict.case import CaseRun
 from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Job
@@ -250,20 +250,24 @@ class _Run:
         """Write the files now, or beside the next case, if that is one of files."""
         writes = partial(self._write, run.setup, run.job, result, properties)
         if following is not None and following.files is not None and isinstance(result, np.ndarray):
-            self._latest = PendingWrite.of(writes, result, properties["shape_after_cropping_and_before_resampling"])
+            writer, ending = run.setup.plans_manager.image_reader_writer_class, run.setup.file_ending
+            written_bytes = label_writing.writer_bytes(writer, ending, result.size, result.itemsize)
+            cropped_shape = properties["shape_after_cropping_and_before_resampling"]
+            self._latest = PendingWrite.of(writes, result, cropped_shape, written_bytes)
             return
         with run.clock.stage("writing"):
             writes()
 
     def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:
-        """Write what is not written yet through the model's own writer; each file appears when it is complete."""
+        """Write what is not written yet as the model's own writer does; each file appears when it is complete."""
         assert job.output is not None, "a case without an output is not written"
         assert result is not None
         segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
         if probabilities is not None:
             adapter.write_probabilities(probabilities, job.output + ".npz")
             adapter.write_properties(properties, job.output + ".pkl")
-        adapter.write_segmentation(segmentation, properties, job.output + setup.file_ending, setup.plans_manager)
+        path = job.output + setup.file_ending
+        label_writing.write_segmentation(segmentation, properties, path, setup.plans_manager)
         for listener in self._listeners:
             listener.written(job)
 

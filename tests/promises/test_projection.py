@@ -68,6 +68,7 @@ RUNS = {
     "heads as a whole": Run(ct(labels=12, spacing=(4.0, 3.0, 3.0), patch_size=(24, 48, 48), resampling="torch")),
     "masked": Run(mr(True), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
     "two-dimensional": Run(ct(labels=6, spacing=(2.0, 2.0), patch_size=(128, 128))),
+    "SimpleITKIOWithReorient": Run(ct(labels=5, reader="SimpleITKIOWithReorient")),
     "NibabelIO": Run(ct(labels=5, reader="NibabelIO")),
     "NibabelIOWithReorient": Run(ct(labels=5, reader="NibabelIOWithReorient")),
     "a box": Run(MANY, options={"bbox": "30:75,100:220,80:200"}),

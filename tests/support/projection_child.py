@@ -24,7 +24,7 @@ from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.budget.planner import all_plans, certain
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.network.trial import Trial
-from nnunet_lowmem.nnunet import adapter
+from nnunet_lowmem.nnunet import label_writing
 from nnunet_lowmem.predict import case, ways
 from nnunet_lowmem.system.memory_held import PeakSampler
 from nnunet_lowmem.types import Place
@@ -70,7 +70,7 @@ class WatchedPlanning(CasePlanning):
 
 def slow_writer() -> None:
     """A writer that has all it needs and is not done before the next case is well under way."""
-    real = adapter.write_segmentation
+    real = label_writing.write_segmentation
 
     def write_slowly(segmentation, *arguments):
         copy = np.array(segmentation)
@@ -78,7 +78,7 @@ def slow_writer() -> None:
         time.sleep(6)
         del copy
 
-    adapter.write_segmentation = write_slowly
+    label_writing.write_segmentation = write_slowly
 
 
 def predict_arrays(predictor: LowMemPredictor, images: str, output: str) -> None:

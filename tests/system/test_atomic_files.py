@@ -364,7 +364,7 @@ class TestFullDisk:
     )
     def test_that_fills_while_a_label_map_is_written(self, small_disk, tmp_path, writer, ending, old):
         """Until the writer begins there is room enough; then others take all but a part of what it needs."""
-        from nnunet_lowmem.nnunet.adapter import (
+        from nnunet_lowmem.nnunet.label_writing import (
             write_segmentation,
         )  # torch, which the children of others need not import
 

@@ -21,7 +21,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_lowmem.errors import WriteError
-from nnunet_lowmem.nnunet.adapter import write_segmentation
+from nnunet_lowmem.nnunet.label_writing import write_segmentation
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
 
