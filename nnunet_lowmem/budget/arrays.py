@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.system.memory_limits import RamLimit
-from nnunet_lowmem.types import Place, Shape3, SlabLimits
-from nnunet_lowmem.window.tiling import TileGrid
+from nnunet_lowmem.types import Place, SlabLimits
 
 MIB = 2**20
 HALF_BYTES = 2
@@ -105,105 +105,6 @@ class Budget:
     def with_in_use(self, ram_bytes: int) -> Budget:
         """Return the budget with so much more RAM in use, or less."""
         return replace(self, reserved_ram_bytes=self.reserved_ram_bytes + ram_bytes)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the planner needs to know of a model.
-
-    Attributes
-    ----------
-    heads, channels, folds : int
-    weight_bytes : int
-        Of one fold's weights, as far as they are not yet where the network runs.
-    activation_bytes : int
-        Peak of the network on one tile, with the input, the head's output and its mirrored copies.
-    label_bytes : int
-        Of one voxel of the label map.
-    unmeasured_bytes : int
-        What the network may take beyond `activation_bytes`, as long as none of its tiles has been measured.
-    reused_bytes : int
-        Of the output of a constant tile that is kept for the others.
-    kept_bytes : int
-        The weights of all folds between predictions, as far as they can be moved from RAM to disk.
-    kept_place : Place or None
-        Where they are, if that is decided: what has been moved does not come back.
-    threads : int
-        Threads of the compiled kernels.
-    worker_bytes : int
-        Of a process that preprocesses the next case meanwhile; 0 without one.
-    device : str
-        Type of the network's device: "cpu", "cuda" or "mps".
-    window_on_device : bool
-        False keeps the window in RAM whatever fits (``--not_on_device``).
-    """
-
-    heads: int
-    channels: int
-    folds: int
-    weight_bytes: int
-    activation_bytes: int
-    label_bytes: int
-    unmeasured_bytes: int = 0
-    reused_bytes: int = 0
-    kept_bytes: int = 0
-    kept_place: Place | None = None
-    threads: int = 1
-    worker_bytes: int = 0
-    device: str = "cpu"
-    window_on_device: bool = True
-
-
-@dataclass(frozen=True)
-class CaseFacts:
-    """What the planner needs to know of a case.
-
-    Attributes
-    ----------
-    name : str
-    grid : TileGrid
-    original_shape, cropped_shape : int, 3
-    streams : bool
-        The resampling of logits is known as tables, so that no head is needed as a whole.
-    reading_bytes, preprocessing_bytes : int
-        Peak while the files are read; working arrays of preprocessing, the input image among them.
-    image_bytes : int
-        The preprocessed image.
-    previous_stage_bytes : int
-        Labels of the previous stage of a cascade, in network space.
-    export_bytes : int
-        Working arrays where heads are needed as a whole.
-    image_place : Place or None
-        Where the preprocessed image is, once it exists.
-    next_stages_bytes : int
-        Labels for the next stages of a cascade, which are made along with a validation.
-    held_logits_bytes : int
-        All logits, where somebody else makes them.
-    region_bytes : int
-        The mask of the region that is asked for.
-    writer_bytes : int
-        What writing the label map takes beside the map.
-    tiles, tiles_of_case : int
-        How many tiles are computed for a fold, and how many the whole case has.
-    """
-
-    name: str
-    grid: TileGrid
-    original_shape: Shape3
-    cropped_shape: Shape3
-    streams: bool
-    reading_bytes: int
-    preprocessing_bytes: int
-    image_bytes: int
-    previous_stage_bytes: int = 0
-    export_bytes: int = 0
-    image_place: Place | None = None
-    next_stages_bytes: int = 0
-    held_logits_bytes: int = 0
-    region_bytes: int = 0
-    writer_bytes: int = 0
-    tiles: int = 0
-    tiles_of_case: int = 0
 
 
 @dataclass(frozen=True)

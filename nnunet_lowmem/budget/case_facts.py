@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_lowmem.boxes import box_within, check_mask_shape
-from nnunet_lowmem.budget.arrays import HALF_BYTES, SINGLE_BYTES, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.arrays import HALF_BYTES, SINGLE_BYTES
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.input_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import rules

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts, Stage
+from nnunet_lowmem.budget.arrays import Budget, Stage
 from nnunet_lowmem.budget.case_facts import CaseSizes
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.planner import all_plans, certain, closest_plan, placed, plan_case

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.arrays import Budget
 from nnunet_lowmem.budget.case_facts import CaseSizes
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.planner import closest_plan, refused, smallest_ram_bytes
 from nnunet_lowmem.errors import UsageError

@@ -15,16 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from nnunet_lowmem.budget.arrays import (
-    MIB,
-    Budget,
-    CaseFacts,
-    ModelFacts,
-    Placement,
-    Stage,
-    allocations,
-    finished_bytes,
-)
+from nnunet_lowmem.budget.arrays import MIB, Budget, Placement, Stage, allocations, finished_bytes
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.refusals import Ways, refusal, too_small
 from nnunet_lowmem.errors import BudgetError

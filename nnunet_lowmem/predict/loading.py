@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_lowmem.budget.arrays import CaseFacts
 from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.case_plan import CasePlanning
+from nnunet_lowmem.budget.facts import CaseFacts
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.predict.jobs import Array, Files, Item, Job, Refused
 from nnunet_lowmem.predict.setup import Setup

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from nnunetv2.utilities.helpers import empty_cache
 
-from nnunet_lowmem.budget.arrays import ModelFacts
+from nnunet_lowmem.budget.facts import ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery, near_device_or_in_ram
 from nnunet_lowmem.errors import NetworkOutputError, NonFiniteLogitsError
 from nnunet_lowmem.network.exact import ExactNetwork, constant_bits

@@ -10,7 +10,8 @@ import torch
 from simulated_device import CUDA, simulated_device
 from torch import nn
 
-from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import MemoryExhaustedError

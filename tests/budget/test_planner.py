@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts, Stage
+from nnunet_lowmem.budget.arrays import Budget, Stage
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.planner import (
     Plan,
     all_plans,

@@ -26,7 +26,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from oracle import assert_same_array, make_predictor
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.budget.arrays import Budget, CaseFacts, ModelFacts
+from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import ModelError
