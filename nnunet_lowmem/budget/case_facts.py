@@ -20,7 +20,7 @@ from nnunet_lowmem.labels.parts import Part, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.label_writing import writer_bytes
-from nnunet_lowmem.preprocessing.case import network_grid
+from nnunet_lowmem.preprocessing.grids import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.types import BBox, Place, PreprocessedCase, Shape3, Wanted, shape3

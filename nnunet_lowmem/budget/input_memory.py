@@ -15,7 +15,8 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem.budget.arrays import SINGLE_BYTES
-from nnunet_lowmem.preprocessing.case import Grid, bounded_resampling, is_own
+from nnunet_lowmem.preprocessing.case import bounded_resampling, is_own
+from nnunet_lowmem.preprocessing.grids import Grid
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
 from nnunet_lowmem.preprocessing.spline import working_bytes
 

@@ -31,7 +31,7 @@ from nnunet_lowmem.labels.resampling import AxisTable, copy_axis, resampling_tab
 from nnunet_lowmem.labels.rules import CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import LABEL_MANAGER, RESAMPLINGS, Step
-from nnunet_lowmem.preprocessing.case import network_spacing
+from nnunet_lowmem.preprocessing.grids import network_spacing
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.owned_folders import remove_stale
 from nnunet_lowmem.types import PreprocessedCase, shape3

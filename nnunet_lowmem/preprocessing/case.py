@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
-from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
@@ -32,38 +31,18 @@ from nnunet_lowmem.preprocessing import spline
 from nnunet_lowmem.preprocessing.checks import check_case
 from nnunet_lowmem.preprocessing.crop import nonzero_box, nonzero_mask
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
+from nnunet_lowmem.preprocessing.grids import Grid, network_grid
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
 from nnunet_lowmem.preprocessing.reading import Volume, check_stored, read_channels
 from nnunet_lowmem.preprocessing.refusals import check_names, telling_colours
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import PreprocessedCase, Shape3, shape3
+from nnunet_lowmem.types import PreprocessedCase, Shape3
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
 _BLOCK_BYTES = 4 << 20
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
-
-
-class Grid(NamedTuple):
-    """The cropped image's grid and the network's, axes in network order, spacing in mm."""
-
-    shape: Shape3
-    spacing: list[float]
-    new_shape: Shape3
-    new_spacing: list[float]
-
-
-def network_spacing(spacing: Sequence[float], configuration: ConfigurationManager) -> list[float]:
-    """Return the spacing that an image gets; a two-dimensional configuration keeps the one between slices."""
-    return [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]
-
-
-def network_grid(shape: Sequence[int], spacing: Sequence[float], configuration: ConfigurationManager) -> Grid:
-    """Return the grids of an image of this shape and spacing, axes in network order."""
-    new_spacing = network_spacing(spacing, configuration)
-    new_shape = default_preprocessor.compute_new_shape(shape, spacing, new_spacing)
-    return Grid(shape3(shape), list(spacing), shape3(new_shape), new_spacing)
 
 
 class _Source(NamedTuple):

@@ -54,6 +54,7 @@ MAY_IMPORT_NNUNET = {
     "predictor",
     "preprocessing.case",
     "preprocessing.checks",
+    "preprocessing.grids",
     "preprocessing.normalisation",
     "preprocessing.reading",
     "trainers.low_mem_trainers",
