@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,29 @@ Attempt = Callable[[Callable[[], Any]], Any]
 def once(operation: Callable[[], Any]) -> Any:
     """Attempt an operation a single time."""
     return operation()
+
+
+#: Makes an array of a shape and a type: in RAM, or in a file.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+
+
+class NetworkImage(Protocol):
+    """What tiles are cut out of, float32: an array, or what is made of the input whenever it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, z, y, x."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what a part is returned as."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+
+    def __getitem__(self, key: tuple[slice, ...], /) -> Any:
+        """Return a part as an array, by one slice an axis."""
 
 
 class Place(Enum):
@@ -97,9 +120,9 @@ class PreprocessedCase:
 
     Attributes
     ----------
-    image : ndarray of float32, shape (channels, z, y, x)
-        In network space (transposed, cropped, normalised, resampled), bit-equal to stock nnU-Net's. May be backed by a
-        file.
+    image : NetworkImage, shape (channels, z, y, x)
+        In network space (transposed, cropped, normalised, resampled), bit-equal to stock nnU-Net's. An array, perhaps
+        backed by a file, but where it was allowed not to be kept.
     previous_stage : ndarray of integers, shape (z, y, x), or None
         Labels of the previous stage of a cascade in network space, -1 outside the nonzero mask.
     properties : dict
@@ -110,7 +133,7 @@ class PreprocessedCase:
         What is asked for of the original grid; None is all of it.
     """
 
-    image: NDArray[np.float32]
+    image: NetworkImage
     previous_stage: NDArray[np.integer[Any]] | None
     properties: dict[str, Any]
     next_stages: tuple[NextStage, ...] = ()

@@ -126,6 +126,8 @@ class Placement:
         Network planes whose labels are found at a time: all that are final, or few.
     block_bytes : int
         Working memory of labelling on a device: large or small, which is how many classes are interpolated at a time.
+    input : Place
+        The input image: RAM, or where it is stored, on disk.
     weights : Place
         Of all folds, where each is copied from before it is used: RAM or disk.
     """
@@ -138,6 +140,7 @@ class Placement:
     slab_planes: int | None = None
     block_bytes: int = 256 * MIB
     weights: Place = Place.RAM
+    input: Place = Place.RAM
 
     @property
     def slab_limits(self) -> SlabLimits:
@@ -147,6 +150,7 @@ class Placement:
     def in_words(self) -> str:
         """Name what is not in the fastest place."""
         places = {
+            "input": self.input,
             "window": self.window,
             "image": self.image,
             "label map": self.label_map,
@@ -176,9 +180,7 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
     label_map_bytes = math.prod(case.original_shape) * model.label_bytes
     ram = Place.RAM
 
-    yield Allocation("input image while it is read", ram, case.reading_bytes, (Stage.READING,))
-    yield Allocation("input image and working arrays", ram, case.preprocessing_bytes, (Stage.PREPROCESSING,))
-    yield Allocation("preprocessed image", placement.image, case.image_bytes, tuple(Stage)[1:])
+    yield from _input_allocations(case, placement)
     if case.previous_stage_bytes:
         yield Allocation("labels of the previous stage", ram, case.previous_stage_bytes, tuple(Stage)[1:])
     if case.region_bytes:
@@ -208,6 +210,26 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
         logits_bytes = finished_bytes(model, case)
         yield Allocation("finished logits", placement.planes, logits_bytes, (Stage.PREDICTION, Stage.EXPORT))
         yield Allocation("heads being resampled", ram, case.export_bytes, (Stage.EXPORT,))
+
+
+def _input_allocations(case: CaseFacts, placement: Placement) -> Iterator[Allocation]:
+    ram, given, from_preprocessing = Place.RAM, case.input, tuple(Stage)[1:]
+    is_on_disk = placement.input is Place.DISK
+    is_image = is_on_disk and given.is_image
+    kept_bytes = given.block_bytes if is_on_disk else given.kept_bytes
+    if is_on_disk:
+        stages = tuple(Stage) if is_image else (Stage.READING, Stage.PREPROCESSING)
+        yield Allocation("input image", Place.DISK, given.spilled_bytes or 0, stages)
+    reading_bytes = max(kept_bytes + case.reading_bytes, case.region_reading_bytes)
+    yield Allocation("input image while it is read", ram, reading_bytes, (Stage.READING,))
+    working_bytes = kept_bytes + case.preprocessing_bytes
+    yield Allocation("input image and working arrays", ram, working_bytes, (Stage.PREPROCESSING,))
+    if not is_image:
+        yield Allocation("preprocessed image", placement.image, case.image_bytes, from_preprocessing)
+        return
+    yield Allocation("mask of the normalisation", ram, given.mask_bytes, from_preprocessing)
+    tile_bytes = math.prod(case.grid.tile_shape) * given.tile_voxel_bytes
+    yield Allocation("tile of the input on its way", ram, tile_bytes, (Stage.PREDICTION,))
 
 
 def _window_allocations(

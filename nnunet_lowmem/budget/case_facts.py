@@ -23,6 +23,7 @@ from nnunet_lowmem.nnunet.label_writing import writer_bytes
 from nnunet_lowmem.preprocessing.grids import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
+from nnunet_lowmem.preprocessing.sources import AsRead
 from nnunet_lowmem.types import BBox, Place, PreprocessedCase, Shape3, Wanted, shape3
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.headers import Header
@@ -62,7 +63,11 @@ class CaseSizes:
     file_ending: str = ""
 
     def part(
-        self, geometry: CaseGeometry, spacing: Sequence[float], wanted: Wanted | None, as_a_whole: bool | None = None
+        self,
+        geometry: CaseGeometry,
+        spacing: Sequence[float],
+        wanted: Wanted | None,
+        as_a_whole: bool | None = None,
     ) -> Part:
         """Return what is computed of a case; `spacing` is the file's, mm. See `part_of`."""
         properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
@@ -86,10 +91,9 @@ class CaseSizes:
         """
         library = counted_by(self.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
-        stored_bytes = sum(header.voxels * header.dtype.itemsize for header in headers)
-        dtype = min((header.dtype for header in headers), key=lambda dtype: dtype.itemsize)
-        source = Source(len(files), dtype, stored_bytes, max(header.beside_bytes for header in headers))
-        facts = self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
+        facts = self._upper_bounds(
+            name, Source.of(headers), *headers[0].grid(), previous_stage is not None, probabilities
+        )
         return facts if roi is None else self._with_mask(facts, roi, headers[0])
 
     def _with_mask(self, facts: CaseFacts, roi: str, image: Header | None = None) -> CaseFacts:
@@ -98,10 +102,9 @@ class CaseSizes:
         shape, spacing = mask.grid()
         if image is not None:
             check_mask_shape(shape, image.grid()[0], of_headers=True)
-        source = Source(1, mask.dtype, mask.voxels * mask.dtype.itemsize, mask.beside_bytes)
         grid = network_grid(shape, spacing, self.configuration)
-        reading = input_bytes(source, grid, False, self.plans, self.configuration).reading
-        return replace(facts, region_bytes=mask.voxels, reading_bytes=max(facts.reading_bytes, reading))
+        read = input_bytes(Source.of([mask]), grid, False, self.plans, self.configuration)
+        return replace(facts, region_bytes=mask.voxels, region_reading_bytes=read.facts.kept_bytes + read.reading)
 
     def stored_bytes(self, files: Sequence[str]) -> int:
         """Return the bytes of files, and of those that they name."""
@@ -141,14 +144,16 @@ class CaseSizes:
         """Return what is known once the image is preprocessed; `before` tells what that took, `part` what is wanted."""
         geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
         part = self.part(geometry, case.properties["spacing"], case.wanted) if part is None else part
-        inputs = InputBytes(0, 0) if before is None else InputBytes(before.reading_bytes, before.preprocessing_bytes)
-        place = Place.DISK if isinstance(case.image, np.memmap) else Place.RAM
+        image, inputs = case.image, InputBytes(0, 0)
+        if before is not None:
+            inputs = InputBytes(before.reading_bytes, before.preprocessing_bytes, before.input)
         stage_bytes = 0 if case.previous_stage is None else case.previous_stage.nbytes
         mask = None if case.wanted is None else case.wanted.mask
         return replace(
             self._facts(name, part, geometry.network_shape, inputs, probabilities),
-            image_bytes=case.image.nbytes,
-            image_place=place,
+            image_bytes=image.nbytes,
+            image_place=Place.DISK if isinstance(image, np.memmap) else Place.RAM,
+            input=replace(inputs.facts, is_image=isinstance(image, AsRead)),
             previous_stage_bytes=stage_bytes,
             next_stages_bytes=self._next_stages(case),
             region_bytes=0 if mask is None else mask.nbytes,
@@ -206,6 +211,7 @@ class CaseSizes:
             streams=streams,
             reading_bytes=inputs.reading,
             preprocessing_bytes=inputs.preprocessing,
+            input=replace(inputs.facts, is_image=inputs.facts.is_image and not self.holds_logits),
             image_bytes=channels * SINGLE_BYTES * network,
             export_bytes=export,
             held_logits_bytes=held,

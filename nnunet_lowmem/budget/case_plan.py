@@ -20,7 +20,7 @@ from nnunet_lowmem.errors import BudgetError, of_kinds
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.system.out_of_memory import error_of
-from nnunet_lowmem.types import Place, PreprocessedCase
+from nnunet_lowmem.types import Allocate, Place, PreprocessedCase
 from nnunet_lowmem.volumes.planes import spilled_array
 
 
@@ -161,7 +161,7 @@ class CasePlanning:
         BudgetError
             If no placement fits.
         """
-        self.exact = self.sizes.of_image(name, case, probabilities, self.header, part)
+        self.exact = self.sizes.of_image(name, case, probabilities, self._as_begun(self.header), part)
         plan = self._plan(self.exact)
         self._place_weights(plan)
         return plan
@@ -173,6 +173,23 @@ class CasePlanning:
         plan = placed(model, self.exact, self.budget, plan.placement)
         return Recovery(plan, all_plans(model, self.exact, self.budget), self._place_weights)
 
+    def _as_begun(self, facts: CaseFacts | None) -> CaseFacts | None:
+        """Return facts of a case whose input is where preprocessing began with it."""
+        if facts is None or self.begun is None:
+            return facts
+        return replace(facts, input=replace(facts.input, place=self.begun.placement.input))
+
+    @property
+    def keeps_image(self) -> bool:
+        """Whether there is to be a preprocessed image beside the input."""
+        return self.header is None or not self.header.input.is_image or self.spill() is None
+
+    def spill(self) -> Allocate | None:
+        """Return what makes arrays for an input that is not kept in RAM; None where it is."""
+        if self.begun is None or self.begun.placement.input is not Place.DISK:
+            return None
+        return lambda shape, dtype: spilled_array(shape, dtype, self.folder)
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Make the preprocessed image where the plan wants it; called when its size is known.
 
@@ -183,7 +200,9 @@ class CasePlanning:
         """
         if self.header is None:
             return np.empty(shape, dtype)
-        plan = self._plan(self.sizes.with_network_shape(self.header, shape))
+        facts = self._as_begun(self.sizes.with_network_shape(self.header, shape))
+        assert facts is not None, "there is a header"
+        plan = self._plan(facts)
         self._place_weights(plan)
         if self._spills_image or plan.placement.image is Place.DISK:
             return spilled_array(shape, dtype, self.folder)

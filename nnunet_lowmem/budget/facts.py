@@ -1,4 +1,4 @@
-"""What the planner has to know: of a model, and of a case. Pure numbers."""
+"""What the planner has to know: of a model, of a case, and of the input that the case is made from. Pure numbers."""
 
 from __future__ import annotations
 
@@ -56,6 +56,36 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class InputFacts:
+    """The input image, as it is until it is preprocessed.
+
+    Attributes
+    ----------
+    kept_bytes : int
+        In RAM.
+    spilled_bytes : int or None
+        On disk, if it is not in RAM: nothing where it is read from its files part by part. None where it has to be in
+        RAM.
+    block_bytes : int
+        What is read of it at a time there.
+    is_image : bool
+        There it is the preprocessed image as well: tiles are normalised when they are read.
+    mask_bytes, tile_voxel_bytes : int
+        What that takes in RAM: where to normalise; and of a voxel of a tile, on its way.
+    place : Place or None
+        Where it is, once it is read.
+    """
+
+    kept_bytes: int = 0
+    spilled_bytes: int | None = None
+    block_bytes: int = 0
+    is_image: bool = False
+    mask_bytes: int = 0
+    tile_voxel_bytes: int = 0
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
 class CaseFacts:
     """What the planner needs to know of a case.
 
@@ -67,7 +97,7 @@ class CaseFacts:
     streams : bool
         The resampling of logits is known as tables, so that no head is needed as a whole.
     reading_bytes, preprocessing_bytes : int
-        Peak while the files are read; working arrays of preprocessing, the input image among them.
+        Beside the input image: while files are read; working arrays of preprocessing.
     image_bytes : int
         The preprocessed image.
     previous_stage_bytes : int
@@ -82,6 +112,9 @@ class CaseFacts:
         All logits, where somebody else makes them.
     region_bytes : int
         The mask of the region that is asked for.
+    region_reading_bytes : int
+        Peak while that mask is read, which is before the image is.
+    input : InputFacts
     writer_bytes : int
         What writing the label map takes beside the map.
     tiles, tiles_of_case : int
@@ -102,6 +135,8 @@ class CaseFacts:
     next_stages_bytes: int = 0
     held_logits_bytes: int = 0
     region_bytes: int = 0
+    region_reading_bytes: int = 0
+    input: InputFacts = InputFacts()
     writer_bytes: int = 0
     tiles: int = 0
     tiles_of_case: int = 0

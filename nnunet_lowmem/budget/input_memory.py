@@ -8,6 +8,7 @@ functions where they are called as they are. Each rule was checked against measu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +16,18 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem.budget.arrays import SINGLE_BYTES
-from nnunet_lowmem.preprocessing.case import bounded_resampling, is_own
+from nnunet_lowmem.budget.facts import InputFacts
+from nnunet_lowmem.preprocessing.case import bounded_resampling, is_copied, is_own, is_read_by_planes
 from nnunet_lowmem.preprocessing.grids import Grid
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
+from nnunet_lowmem.preprocessing.sources import is_streamed
 from nnunet_lowmem.preprocessing.spline import working_bytes
+from nnunet_lowmem.volumes.file_volume import is_readable_by_parts
+from nnunet_lowmem.volumes.headers import Header
 
+_PLANES_BYTES = 2**25
+# masked values, their difference from the mean and its quotient
+_MASKED_BYTES = 12
 # of a masked normalisation: masks, their filled copy, the masked values and their deviation
 _MASK_BYTES = 16
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
@@ -29,10 +37,19 @@ _STAGE_VOXEL_BYTES, _STAGE_NETWORK_BYTES = 20, 24
 
 
 class InputBytes(NamedTuple):
-    """Peaks in bytes: while files are read, and of the input and the working arrays of preprocessing."""
+    """What reading and preprocessing take.
+
+    Attributes
+    ----------
+    reading, preprocessing : int
+        Bytes beside the input: while files are read, and of working arrays.
+    facts : InputFacts
+        Of the input itself.
+    """
 
     reading: int
     preprocessing: int
+    facts: InputFacts = InputFacts()
 
 
 class Source(NamedTuple):
@@ -48,12 +65,29 @@ class Source(NamedTuple):
         Of all values that reading gives.
     beside_bytes : int
         Held beside these while a file is read.
+    spilled_bytes : int or None
+        Of the files that cannot be read part by part; None where one has values that only a library makes.
     """
 
     files: int
     dtype: np.dtype[Any]
     stored_bytes: int
     beside_bytes: int
+    spilled_bytes: int | None = None
+
+    @staticmethod
+    def of(headers: Sequence[Header]) -> Source:
+        """Return that of files."""
+        sizes = [header.voxels * header.dtype.itemsize for header in headers]
+        in_place = all(header.is_taken_as_stored for header in headers)
+        whole = [size for header, size in zip(headers, sizes, strict=True) if not is_readable_by_parts(header)]
+        return Source(
+            len(headers),
+            min((header.dtype for header in headers), key=lambda dtype: dtype.itemsize),
+            sum(sizes),
+            max(header.beside_bytes for header in headers),
+            sum(whole) if in_place else None,
+        )
 
 
 def input_bytes(
@@ -63,7 +97,7 @@ def input_bytes(
     plans_manager: Any,
     configuration_manager: Any,
 ) -> InputBytes:
-    """Bound what reading and preprocessing take beside the preprocessed image.
+    """Bound what reading and preprocessing take, but for the preprocessed image.
 
     Parameters
     ----------
@@ -81,32 +115,47 @@ def input_bytes(
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
     reader = plans_manager.image_reader_writer_class
-    reading, stored = _reading(reader, source, voxels, len(rules))
-    kept_bytes = min(source.dtype.itemsize, stored // max(1, len(rules) * voxels))
-    work = max(_normalising(rule, kept_bytes) for rule in rules) * voxels
+    is_ours = bool(source.files) and reader in (SimpleITKIO, NibabelIO)
+    reading, kept = _reading(is_ours, source, voxels, len(rules))
+    kept_bytes = min(source.dtype.itemsize, kept // max(1, len(rules) * voxels))
+    work = max(_normalising(rule, kept_bytes, is_ours) for rule in rules) * voxels
     work += _resampling(grid, configuration_manager, len(rules))
-    return InputBytes(reading, stored + work + stage)
+    facts = InputFacts(kept)
+    by_planes = is_read_by_planes(plans_manager.transpose_forward, grid, configuration_manager)
+    if is_ours and by_planes and all(map(is_streamed, rules)):
+        facts = _on_disk(source, kept, grid, is_copied(grid, configuration_manager), rules)
+    return InputBytes(reading, work + stage, facts)
 
 
-def _reading(reader: type, source: Source, voxels: int, channels: int) -> tuple[int, int]:
-    """Peak while reading, and what stays: all channels."""
-    if not source.files:
-        return 0, channels * voxels * SINGLE_BYTES
-    if reader in (SimpleITKIO, NibabelIO):
-        stored = source.stored_bytes
-        return stored + source.beside_bytes, stored
+def _on_disk(source: Source, kept: int, grid: Grid, is_image: bool, rules: Sequence[Any]) -> InputFacts:
+    """Return the facts of an input that need not be kept in RAM."""
+    plane = math.prod(grid.shape) // max(1, min(grid.shape))
+    stored_bytes = 2 * source.dtype.itemsize  # once more in the byte order of this machine, perhaps
+    block = max(_PLANES_BYTES, plane * (stored_bytes + SINGLE_BYTES + 1))
+    is_masked = any(map(needs_mask, rules))
+    tile = SINGLE_BYTES * (len(rules) + 1) + stored_bytes + is_masked * _MASKED_BYTES
+    mask = is_masked * math.prod(grid.shape)
+    return InputFacts(kept, source.spilled_bytes, min(block, kept), is_image, mask, tile)
+
+
+def _reading(is_ours: bool, source: Source, voxels: int, channels: int) -> tuple[int, int]:
+    """Return what reading takes beside the input, and that itself: all channels."""
+    if is_ours:
+        return source.beside_bytes, source.stored_bytes
     whole = channels * voxels * SINGLE_BYTES
-    return voxels * (8 * channels + SINGLE_BYTES) + source.stored_bytes, whole
+    if not source.files:
+        return 0, whole
+    return max(0, voxels * (8 * channels + SINGLE_BYTES) + source.stored_bytes - whole), whole
 
 
-def _normalising(rule: Any, stored_voxel_bytes: int) -> int:
+def _normalising(rule: Any, stored_voxel_bytes: int, is_ours: bool) -> int:
     """Bytes per voxel beside the stored channels.
 
-    Rules that look at a whole channel take it as float32, and numpy's deviation holds a copy.
+    Where a whole channel is normalised at once it is float32, and numpy's deviation holds a copy.
     """
-    if is_one_of(rule, VOXELWISE):
-        return 0
     masks = _MASK_BYTES if needs_mask(rule) else 0
+    if is_one_of(rule, VOXELWISE) or (is_ours and is_streamed(rule)):
+        return masks
     return masks + (4 if stored_voxel_bytes == SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
 
 

@@ -130,8 +130,9 @@ def _what_changes(plan: Plan, stage: Stage) -> str:
     chosen = plan.placement
     if stage is not Stage.PREDICTION:
         where = "on disk" if chosen.image is Place.DISK else f"in {chosen.image.value}"
-        weights = ", the weights on disk" if chosen.weights is Place.DISK else ""
-        return f"the image {where}, threads: {chosen.threads}{weights}"
+        others = {"the input": chosen.input, "the weights": chosen.weights}
+        on_disk = "".join(f", {name} on disk" for name, place in others.items() if place is Place.DISK)
+        return f"the image {where}, threads: {chosen.threads}{on_disk}"
     return (
         f"{chosen.in_words()}, {chosen.slab_planes or 'all'} planes labelled at a time in blocks of "
         f"{format_gib(chosen.block_bytes)}"

@@ -101,18 +101,20 @@ def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = 
 def smallest_ram_bytes(model: ModelFacts, case: CaseFacts, budget: Budget, spill: bool) -> int:
     """Return the least RAM that any placement projects, with or without arrays on disk."""
     frugal = [c for c in placements(model, case) if c.threads == 1 and c.slab_planes is not None]
-    fewest = min(map(_spills, frugal))  # what is on disk already stays there
-    frugal = [chosen for chosen in frugal if spill or _spills(chosen) == fewest]
+    spills = {chosen: _spills(chosen, case) for chosen in frugal}
+    fewest = min(spills.values())  # what is on disk already stays there
+    frugal = [chosen for chosen in frugal if spill or spills[chosen] == fewest]
     # in RAM no place is better than disk, so with spilling only what is on disk altogether has to be looked at
-    most = max(map(_spills, frugal))
-    plans = [placed(model, case, budget, chosen) for chosen in frugal if _spills(chosen) >= most - 1]
+    most = max(spills[chosen] for chosen in frugal)
+    plans = [placed(model, case, budget, chosen) for chosen in frugal if spills[chosen] >= most - 1]
     return min(plan.projected_bytes(Place.RAM) for plan in plans)
 
 
-def _spills(placement: Placement) -> int:
-    """Count the arrays on disk."""
-    chosen = [placement.window, placement.image, placement.label_map, placement.planes, placement.weights]
-    return chosen.count(Place.DISK)
+def _spills(chosen: Placement, case: CaseFacts) -> int:
+    """Count the arrays that are put on disk, where an input that is read from its files is already."""
+    input_place = chosen.input if case.input.spilled_bytes else Place.RAM
+    places = [input_place, chosen.window, chosen.image, chosen.label_map, chosen.planes, chosen.weights]
+    return places.count(Place.DISK)
 
 
 def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
@@ -123,6 +125,10 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     if model.device == "cuda" and model.window_on_device:
         windows = [(Place.VRAM, 0), (Place.RAM, 8), (Place.DISK, 16)]
     images = either if case.image_place is None else ((case.image_place, 0),)
+    inputs: tuple[tuple[Place, float], ...] = ((case.input.place or Place.RAM, 0),)
+    if case.input.place is None and case.input.spilled_bytes is not None:
+        # read tile by tile, it takes less time than a preprocessed image on disk
+        inputs = ((Place.RAM, 0), (Place.DISK, 1.5 if case.input.is_image else 3))
     planes: tuple[tuple[Place, int], ...] = (
         ((Place.RAM, 0), (Place.DISK, 1)) if small else ((Place.DISK, 0), (Place.RAM, 1))
     )
@@ -135,7 +141,7 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
         # mapped pages, read once for each fold: less than anything else
         weights = ((Place.RAM, 0), (Place.DISK, 0.5))
     choices = sorted(
-        product(windows, images, either, planes, threads, slabs, blocks, weights),
+        product(windows, images, either, planes, threads, slabs, blocks, weights, inputs),
         key=lambda chosen: sum(cost for _, cost in chosen),
     )
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order

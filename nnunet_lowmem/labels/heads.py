@@ -17,7 +17,7 @@ from nnunet_lowmem.labels.rules import HEADS_PER_CALL, CaseGeometry, LabelRule, 
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Shape3
-from nnunet_lowmem.volumes.planes import PlaneStore, spilled_array
+from nnunet_lowmem.volumes.planes import PlaneStore, give_back, spilled_array
 from nnunet_lowmem.window.slabs import LogitsSlab
 
 
@@ -52,6 +52,7 @@ def label_slabs(
             done = labeller.done
             labeller.add(slab)
             clock.advance(labeller.done - done)
+        give_back(whole)
     labeller.finish()
     return whole
 

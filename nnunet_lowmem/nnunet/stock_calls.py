@@ -97,13 +97,14 @@ def network_input(case: PreprocessedCase, label_manager: Any) -> torch.Tensor:
     -------
     float32 tensor, shape (channels + foreground labels of the previous stage, z, y, x)
     """
+    image = np.asarray(case.image)
     if case.previous_stage is None:
-        return torch.from_numpy(case.image)
+        return torch.from_numpy(image)
     known = [getattr(module, "convert_labelmap_to_one_hot", None) for module in (predict_from_raw_data, data_iterators)]
     replaced = [function for function in known if function and not is_stocks(function, "convert_labelmap_to_one_hot")]
     encode: Any = replaced[0] if replaced else known[1]
-    one_hot = encode(case.previous_stage, label_manager.foreground_labels, case.image.dtype)
-    return torch.from_numpy(np.vstack((case.image, one_hot)))
+    one_hot = encode(case.previous_stage, label_manager.foreground_labels, image.dtype)
+    return torch.from_numpy(np.vstack((image, one_hot)))
 
 
 def item_of_adapter(

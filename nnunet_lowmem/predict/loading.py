@@ -41,6 +41,8 @@ def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedC
     }
     model = (setup.plans_manager, setup.configuration_manager, setup.dataset_json)
     if isinstance(source, Files):
+        if planning is not None:
+            options |= {"spill": planning.spill(), "keeps_image": planning.keeps_image}
         return preprocess_case(source.images, source.stage, *model, **options)
     if isinstance(source, Array) and not source.by_adapter:
         return preprocess_array(source.image, source.stage, source.properties, *model, **options)

@@ -22,6 +22,7 @@ from nnunet_lowmem.predict.jobs import Array, Files, Job, Refused, Stored
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
 from nnunet_lowmem.preprocessing.reading import counted_by, read_channels
+from nnunet_lowmem.preprocessing.sources import AsRead
 from nnunet_lowmem.types import Box, PreprocessedCase, Wanted
 from nnunet_lowmem.volumes.formats import read_header
 
@@ -127,7 +128,7 @@ def read_mask(setup: Setup, job: Job) -> Mask | None:
     channels, properties = read_channels(reader, [file], setup.options.accept_nan)
     if len(channels) != 1:
         raise UsageError(f"{file} has {len(channels)} channels: a mask has one")
-    return Mask(channels[0] != 0, properties, file)
+    return Mask(np.asarray(channels[0][:] != 0), properties, file)
 
 
 def with_wanted(case: PreprocessedCase, mask: Mask | None, setup: Setup, of_file: bool) -> PreprocessedCase:
@@ -187,4 +188,6 @@ def as_case(case: PreprocessedCase, part: Part, setup: Setup) -> PreprocessedCas
         "bbox_used_for_cropping": [[within.start, within.stop] for within in part.crop],
         "shape_after_cropping_and_before_resampling": tuple(within.stop - within.start for within in part.crop),
     }
-    return replace(case, image=case.image[(slice(None), *part.network)], properties=properties, wanted=None)
+    image = case.image
+    within = image.within(part.network) if isinstance(image, AsRead) else image[(slice(None), *part.network)]
+    return replace(case, image=within, properties=properties, wanted=None)

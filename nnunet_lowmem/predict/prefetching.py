@@ -168,7 +168,7 @@ def preprocess_to_files(argument: dict[str, Any], report: Report) -> dict[str, s
     )
     report("handing over")
     if not isinstance(case.image, np.memmap):  # a preprocessor that is not nnU-Net's own allocates by itself
-        np.save(image_path, case.image)
+        np.save(image_path, np.asarray(case.image))
     properties_path.write_bytes(pickle.dumps((case.previous_stage, case.properties)))
     return {"image": str(image_path), "properties": str(properties_path)}
 

@@ -234,8 +234,11 @@ class _Run:
             with suppress(UsageError):  # told of when its turn comes
                 case = facts_of_job(planning.sizes, job, self._probabilities)
                 if case is not None:  # else one that cannot be right
-                    facts.append(replace(case, image_place=Place.DISK))  # which is where the worker puts it
-        largest = max((max(case.reading_bytes, case.preprocessing_bytes) for case in facts), default=0)
+                    # the worker reads into RAM, and puts the image on disk
+                    given = replace(case.input, place=Place.RAM)
+                    facts.append(replace(case, image_place=Place.DISK, input=given))
+        sizes = (case.input.kept_bytes + max(case.reading_bytes, case.preprocessing_bytes) for case in facts)
+        largest = max(sizes, default=0)
         model = replace(planning.model, worker_bytes=WORKER_BYTES + largest)
         if all(closest_plan(model, case, planning.budget).fits_everywhere() for case in facts):
             self._worker_bytes = model.worker_bytes

@@ -2,8 +2,9 @@
 
 Stock's ``DefaultPreprocessor`` casts everything to float32, makes a −1/0 segmentation beside the image, normalises,
 casts to float64 and resamples image and segmentation. Here the image stays in its own type, is cast and normalised
-block by block while `spline` resamples it, and a segmentation exists only where the model needs one. Peak memory of a
-CT: the image in the file's type, the result, and about ``2 * sqrt(planes)`` planes of float64.
+block by block while `spline` resamples it, and a segmentation exists only where the model needs one. Peak memory: the
+image in the file's type, the result, and about ``2 * sqrt(planes)`` planes of float64. Where that is too much, the
+image stays in its file, or in one of raw voxels; and where nothing is resampled, the result is what is read of it.
 
 A stage that is not nnU-Net's own is called as it is: another preprocessor class (then all of it), a normalisation other
 than nnU-Net's five (with the whole channel, as stock calls it), another resampling function or other arguments than
@@ -15,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ImageNormalization
@@ -33,27 +34,24 @@ from nnunet_lowmem.preprocessing.crop import nonzero_box, nonzero_mask
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
 from nnunet_lowmem.preprocessing.grids import Grid, network_grid
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
-from nnunet_lowmem.preprocessing.reading import Volume, check_stored, read_channels
+from nnunet_lowmem.preprocessing.reading import check_stored, read_by, read_channels
 from nnunet_lowmem.preprocessing.refusals import check_names, telling_colours
+from nnunet_lowmem.preprocessing.sources import (
+    AsRead,
+    Source,
+    Volume,
+    depth_of_blocks,
+    is_streamed,
+    keeps_order,
+    source_of,
+    view,
+    whole_source,
+)
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import PreprocessedCase, Shape3
+from nnunet_lowmem.types import Allocate, NetworkImage, PreprocessedCase, Shape3
 
-Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-
-_BLOCK_BYTES = 4 << 20
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
-
-
-class _Source(NamedTuple):
-    """A channel that is cast, and normalised where the rule is voxel by voxel, when it is read."""
-
-    volume: Volume
-    normaliser: ImageNormalization | None
-
-    def read(self, planes: slice, rows: slice) -> NDArray[np.float32]:
-        block = self.volume[planes, rows].astype(np.float32, order="C")
-        return block if self.normaliser is None else self.normaliser.run(block)
 
 
 def preprocess_case(
@@ -65,6 +63,8 @@ def preprocess_case(
     *,
     threads: int = 1,
     allocate: Allocate = np.empty,
+    spill: Allocate | None = None,
+    keeps_image: bool = True,
     verbose: bool = False,
     accept_nan: bool = False,
 ) -> PreprocessedCase:
@@ -82,6 +82,10 @@ def preprocess_case(
         Threads for reading blocks and resampling.
     allocate : callable
         ``allocate(shape, dtype)`` makes the preprocessed image, float32 of shape (channels, z, y, x); in a file, say.
+    spill : callable or None
+        As `allocate`, for the voxels of files that cannot be read part by part: nothing of the input is kept in RAM.
+    keeps_image : bool
+        False lets the image be normalised whenever it is read, where nothing is resampled.
     verbose : bool
         Handed to a preprocessor that is not nnU-Net's own.
     accept_nan : bool
@@ -111,11 +115,12 @@ def preprocess_case(
         )
         return _from_preprocessor(result, result[2], previous_stage_file is not None, allocate)
     with telling_colours(image_files, reader, len(configuration_manager.normalization_schemes)) as read:
-        channels, properties = read_channels(reader, image_files, accept_nan)
+        channels, properties = read_channels(reader, image_files, accept_nan, spill)
         read.append(len(channels))
     previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
-    case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
-    return case.preprocess(threads, allocate)
+    with read_by(reader):
+        case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
+        return case.preprocess(threads, allocate, keeps_image)
 
 
 def check_headers(
@@ -185,15 +190,26 @@ def preprocess_array(
         raise twin(UsageError, ValueError)(
             f"The image has the shape {image.shape}; four axes are needed: channels, and three of space."
         )
-    if accept_nan and image.dtype.kind == "f" and not np.isfinite(image).all():
+    if accept_nan and image.dtype.kind == "f" and not all(map(_is_finite, image)):
         image = image.copy(order="K")
     for number, channel in enumerate(image):
         check_values(channel, f"channel {number}", accept_nan)
     interleaved = len(image) > 1 and not image.flags.c_contiguous
     # float32 sums depend on strides; the copy keeps what stock's cast of the whole array makes of them
-    channels = list(image.astype(np.float32) if interleaved else image)
+    channels: list[Volume] = list(image.astype(np.float32) if interleaved else image)
     case = _Case(channels, interleaved, previous_stage, properties, plans_manager, configuration_manager)
     return case.preprocess(threads, allocate)
+
+
+def _is_writeable(channel: Volume) -> bool:
+    """Whether a channel may be normalised in place."""
+    return isinstance(channel, np.ndarray) and channel.dtype == np.float32 and channel.flags.writeable
+
+
+def _is_finite(channel: NDArray[Any]) -> bool:
+    """Whether all values are numbers as float32, which nnU-Net takes them for."""
+    with np.errstate(over="ignore"):
+        return all(np.isfinite(plane.astype(np.float32, copy=False)).all() for plane in channel)
 
 
 def _from_preprocessor(
@@ -217,7 +233,8 @@ class _Case:
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
     ) -> None:
-        self.channels = channels  # emptied on the way, so that a channel's memory is free once it is normalised
+        # emptied on the way, so that a channel's memory is free once it is normalised
+        self.channels = channels
         self.own_channels = own_channels  # whether they may be overwritten
         self.configuration = configuration_manager
         self.properties = properties
@@ -226,12 +243,15 @@ class _Case:
         self._check(previous_stage)
         self.grid = self._crop()
         self.segmentation = self._make_segmentation(previous_stage)
+        self.mask: NDArray[np.bool_] | None = None
+        if self.segmentation is not None and any(map(needs_mask, self.normalisers)):
+            self.mask = self.segmentation[0] >= 0
         self.has_previous_stage = previous_stage is not None
 
-    def preprocess(self, threads: int, allocate: Allocate) -> PreprocessedCase:
+    def preprocess(self, threads: int, allocate: Allocate, keeps_image: bool = True) -> PreprocessedCase:
         _logger.debug("preprocessing %s", self.grid)
         with RowThreads(threads) as pool:
-            image = self._resample_image(pool, allocate)
+            image = self._resample_image(pool, allocate, keeps_image)
         return PreprocessedCase(image, self._resample_previous_stage(), self.properties)
 
     def _check(self, previous_stage: NDArray[Any] | None) -> None:
@@ -249,13 +269,13 @@ class _Case:
 
     def _view(self, volume: Volume) -> Volume:
         """Axes in network order, cropped to the nonzero box."""
-        return volume.transpose(self.order)[self.crop]
+        return view(volume, self.order, self.crop)
 
     def _crop(self) -> Grid:
         box = nonzero_box(self.channels)
         self.crop = tuple(slice(*box[axis]) for axis in self.order)
         shape: Shape3 = self._view(self.channels[0]).shape
-        self.properties["shape_before_cropping"] = self.channels[0].transpose(self.order).shape
+        self.properties["shape_before_cropping"] = tuple(self.channels[0].shape[axis] for axis in self.order)
         self.properties["bbox_used_for_cropping"] = [box[axis] for axis in self.order]
         self.properties["shape_after_cropping_and_before_resampling"] = shape
         spacing = [self.properties["spacing"][axis] for axis in self.order]
@@ -279,19 +299,26 @@ class _Case:
         segmentation[(segmentation == 0) & outside] = _OUTSIDE
         return segmentation[None]
 
-    def _next_source(self, normaliser: ImageNormalization) -> _Source:
+    def _next_source(self, normaliser: ImageNormalization) -> Source:
         """Take the first channel off the list."""
-        if is_one_of(normaliser, VOXELWISE):
-            return _Source(self._view(self.channels.pop(0)), normaliser)
-        if self.own_channels and self.channels[0].dtype == np.float32 and self.channels[0].flags.writeable:
-            whole = self.channels.pop(0)
+        if self._is_streamed(normaliser, self.channels[0]):
+            return source_of(self.channels.pop(0), self.order, self.crop, normaliser, self.mask)
+        if self.own_channels and _is_writeable(self.channels[0]):
+            whole: Volume = self.channels.pop(0)
         else:
             whole = self.channels.pop(0).astype(np.float32)
         segmentation = None if self.segmentation is None else self.segmentation[0]
-        return _Source(normaliser.run(self._view(whole), segmentation), None)
+        return whole_source(normaliser.run(self._view(whole), segmentation))
 
-    def _resample_image(self, pool: RowThreads, allocate: Allocate) -> NDArray[np.float32]:
+    @staticmethod
+    def _is_streamed(normaliser: ImageNormalization, channel: Volume) -> bool:
+        return is_streamed(normaliser) and (is_one_of(normaliser, VOXELWISE) or keeps_order(channel))
+
+    def _resample_image(self, pool: RowThreads, allocate: Allocate, keeps_image: bool) -> NetworkImage:
         function = self.configuration.resampling_fn_data
+        all_streamed = all(map(self._is_streamed, self.normalisers, self.channels))
+        if all_streamed and not keeps_image and is_copied(self.grid, self.configuration):
+            return AsRead([self._next_source(normaliser) for normaliser in self.normalisers])
         own = bounded_resampling(function, self.grid)
         if own is not None:
             image = allocate((len(self.normalisers), *self.grid.new_shape), np.dtype(np.float32))
@@ -318,7 +345,7 @@ class _Case:
 
 def bounded_resampling(
     function: partial[Any], grid: Grid
-) -> Callable[[_Source, NDArray[np.float32], RowThreads], None] | None:
+) -> Callable[[Source, NDArray[np.float32], RowThreads], None] | None:
     """Our own way to the result of nnU-Net's resampling `function`, or None where there is none."""
     if function.func is not default_resampling.resample_data_or_seg_to_shape or lookup.found(Step.RESAMPLING):
         return None
@@ -338,18 +365,30 @@ def bounded_resampling(
     return partial(_zoom_slices, axis)
 
 
-def _zoom(source: _Source, target: NDArray[np.float32], pool: RowThreads) -> None:
-    spline.zoom_cubic(source.read, source.volume.shape, target, pool)
+def is_copied(grid: Grid, configuration: ConfigurationManager) -> bool:
+    """Whether an image is resampled by nnU-Net's function, to the voxels that it has."""
+    return bounded_resampling(configuration.resampling_fn_data, grid) is _copy
 
 
-def _zoom_slices(axis: int, source: _Source, target: NDArray[np.float32], pool: RowThreads) -> None:
-    source = source._replace(volume=np.moveaxis(source.volume, axis, 0))
-    spline.zoom_cubic_slices(source.read, source.volume.shape, np.moveaxis(target, axis, 0), pool)
+def is_read_by_planes(order: Sequence[int], grid: Grid, configuration: ConfigurationManager) -> bool:
+    """Whether blocks that are read on the way lie together in a file, whose fastest axis is the last of `order`."""
+    own = bounded_resampling(configuration.resampling_fn_data, grid)
+    across = isinstance(own, partial) and own.args[0] == 2  # slice after slice along the last axis
+    return order[2] == 2 and not across
 
 
-def _copy(source: _Source, target: NDArray[np.float32], pool: RowThreads) -> None:
-    planes, rows, columns = target.shape
-    depth = max(1, _BLOCK_BYTES // (4 * rows * columns))
+def _zoom(source: Source, target: NDArray[np.float32], pool: RowThreads) -> None:
+    spline.zoom_cubic(source.read, source.shape, target, pool)
+
+
+def _zoom_slices(axis: int, source: Source, target: NDArray[np.float32], pool: RowThreads) -> None:
+    along = np.moveaxis(target, axis, 0)
+    rows, columns = (size for other, size in enumerate(source.shape) if other != axis)
+    spline.zoom_cubic_slices(partial(source.read_along, axis), (source.shape[axis], rows, columns), along, pool)
+
+
+def _copy(source: Source, target: NDArray[np.float32], pool: RowThreads) -> None:
+    planes, depth = len(target), depth_of_blocks(target.shape)
 
     def copy(begin: int, end: int) -> None:
         for block in range(begin, end):

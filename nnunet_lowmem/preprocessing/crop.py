@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_fill_holes
 
-Volume = NDArray[Any]
+from nnunet_lowmem.preprocessing.sources import Volume
 
 
 def _is_nonzero(volume: Volume, plane: int) -> NDArray[np.bool_]:

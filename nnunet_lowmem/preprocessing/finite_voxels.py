@@ -9,21 +9,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.volumes.file_volume import FileVolume
 
 _PLANES_BYTES = 2**24
 _logger = logging.getLogger(__name__)
 
 
-def check_values(voxels: NDArray[Any], name: str, accept_nan: bool) -> None:
+def check_values(voxels: NDArray[Any] | FileVolume, name: str, accept_nan: bool) -> bool:
     """Refuse NaN and infinity, or set them to 0; in place, a few planes at a time.
 
     Parameters
     ----------
-    voxels : array
-        Slowest axis first; changed only if `accept_nan`.
+    voxels : array or FileVolume
+        Slowest axis first; changed only if `accept_nan`, and if it is an array.
     name : str
         Of the file.
     accept_nan : bool
+
+    Returns
+    -------
+    bool
+        Whether all of them were numbers.
 
     Raises
     ------
@@ -31,8 +37,8 @@ def check_values(voxels: NDArray[Any], name: str, accept_nan: bool) -> None:
         With their number and the first index, unless they are accepted.
     """
     if voxels.dtype.kind != "f":
-        return
-    depth = max(1, _PLANES_BYTES // max(1, voxels[:1].nbytes))
+        return True
+    depth = max(1, _PLANES_BYTES * len(voxels) // max(1, voxels.size * voxels.dtype.itemsize))
     count, first = 0, None
     for start in range(0, len(voxels), depth):
         planes = voxels[start : start + depth]
@@ -47,8 +53,9 @@ def check_values(voxels: NDArray[Any], name: str, accept_nan: bool) -> None:
         if accept_nan:
             planes[wrong] = 0
     if first is None:
-        return
+        return True
     found = f"{name}: {count} of {voxels.size} voxels are NaN or infinite, the first at index {first}, x first"
     if not accept_nan:
         raise UsageError(f"{found}; mend the image, or have them set to 0 with --accept_nan")
     _logger.warning("%s; they are set to 0", found)
+    return False

@@ -14,9 +14,18 @@ from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import NORMALISATION, Step
 from nnunet_lowmem.overrides.lookup import is_class
 
+Normaliser = ImageNormalization
+"""Of one channel; nnU-Net's."""
+
 #: These look at one voxel at a time.
 VOXELWISE = ("CTNormalization", "NoNormalization", "RGBTo01Normalization")
-_WITHOUT_MASK = (*VOXELWISE, "RescaleTo01Normalization")
+#: Of those: refuses values below 0 and above 255.
+BOUNDED = ("RGBTo01Normalization",)
+#: By mean and deviation of the channel, or of what a mask leaves of it.
+ZSCORE = ("ZScoreNormalization",)
+#: By the smallest and the largest value of the channel.
+RESCALING = ("RescaleTo01Normalization",)
+_WITHOUT_MASK = (*VOXELWISE, *RESCALING)
 
 
 def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> list[ImageNormalization]:
@@ -36,7 +45,7 @@ def normalisers(plans: PlansManager, configuration: ConfigurationManager) -> lis
 
 def needs_mask(normaliser: ImageNormalization) -> bool:
     """Whether a normalisation looks at the segmentation beside the image."""
-    if is_one_of(normaliser, ("ZScoreNormalization",)):
+    if is_one_of(normaliser, ZSCORE):
         return bool(normaliser.use_mask_for_norm)
     return not is_one_of(normaliser, _WITHOUT_MASK)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,17 @@ from nnunet_lowmem.errors import UsageError, because, of_kinds, twin
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
+from nnunet_lowmem.preprocessing.sources import Volume
+from nnunet_lowmem.types import Allocate
+from nnunet_lowmem.volumes.file_volume import FileVolume, channels_in, is_readable_by_parts
 from nnunet_lowmem.volumes.formats import is_volume, read_header, read_voxels, verify_voxels
 from nnunet_lowmem.volumes.headers import Header, Library, last_line
-
-Volume = NDArray[Any]
-"""One channel, shape (x, y, z) in nnU-Net's order of axes, of any real type."""
 
 _logger = logging.getLogger(__name__)
 
 
 def read_channels(
-    reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool = False
+    reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool = False, spill: Allocate | None = None
 ) -> tuple[list[Volume], dict[str, Any]]:
     """Read the channels of one case.
 
@@ -47,10 +48,13 @@ def read_channels(
         One file per channel, as a rule.
     accept_nan : bool
         Set NaN and infinity to 0 instead of refusing them.
+    spill : callable or None
+        Where voxels go that should not be in RAM; of files that can be read part by part none are kept. The model's own
+        reader does not ask.
 
     Returns
     -------
-    channels : list of ndarray, each of shape (x, y, z)
+    channels : list of ndarray or FileVolume, each of shape (x, y, z) in nnU-Net's order of axes
         Cast to float32 they equal the channels that `reader` returns.
     properties : dict
         Equal to those that `reader` returns.
@@ -63,7 +67,7 @@ def read_channels(
     is_replaced = bool(lookup.found(Step.READING, reader))
     with read_by(reader):
         if not is_replaced and reader in _OWN and all(map(is_volume, files)):
-            return _OWN[reader](files, accept_nan)
+            return _OWN[reader](files, accept_nan, spill)
         for file in files:
             check_stored(file, reader, accept_nan)
         if is_replaced:
@@ -128,20 +132,22 @@ def count_channels(file: str, header: Header, reader: type) -> int:
     return header.shape[0] if len(header.shape) == 4 else 1
 
 
-def _read_with_simpleitk(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
-    headers, arrays = _read_volumes(files, SimpleITKIO, accept_nan)
-    arrays = [array[None] if array.ndim == 2 else array for array in arrays]
-    check_grid(files, [array.shape for array in arrays], [header.place["spacing"] for header in headers])
+def _read_with_simpleitk(
+    files: Sequence[str], accept_nan: bool, spill: Allocate | None
+) -> tuple[list[Volume], dict[str, Any]]:
+    headers, channels = _read_volumes(files, SimpleITKIO, accept_nan, spill)
+    check_grid(files, [_array_shape(header) for header in headers], [header.place["spacing"] for header in headers])
     for name in ("origin", "direction"):
         _warn_if_different(files, name, [header.place[name] for header in headers])
-    channels = [channel for array in arrays for channel in (array if array.ndim == 4 else [array])]
     _, spacing = headers[0].grid()
     return channels, {"sitk_stuff": dict(headers[0].place), "spacing": list(np.abs(spacing))}
 
 
-def _read_with_nibabel(files: Sequence[str], accept_nan: bool) -> tuple[list[Volume], dict[str, Any]]:
-    headers, channels = _read_volumes(files, NibabelIO, accept_nan)
-    check_grid(files, [channel.shape for channel in channels], [header.spacing for header in headers])
+def _read_with_nibabel(
+    files: Sequence[str], accept_nan: bool, spill: Allocate | None
+) -> tuple[list[Volume], dict[str, Any]]:
+    headers, channels = _read_volumes(files, NibabelIO, accept_nan, spill)
+    check_grid(files, [_array_shape(header) for header in headers], [header.spacing for header in headers])
     _warn_if_different(files, "affine", [header.place["affine"] for header in headers])
     affine = headers[0].place["affine"].copy()
     return channels, {"nibabel_stuff": {"original_affine": affine}, "spacing": list(headers[0].spacing)}
@@ -150,20 +156,40 @@ def _read_with_nibabel(files: Sequence[str], accept_nan: bool) -> tuple[list[Vol
 _OWN = {SimpleITKIO: _read_with_simpleitk, NibabelIO: _read_with_nibabel}
 
 
-def _read_volumes(files: Sequence[str], reader: type, accept_nan: bool) -> tuple[list[Header], list[Volume]]:
-    """Read files, of which the headers are checked first."""
+def _read_volumes(
+    files: Sequence[str], reader: type, accept_nan: bool, spill: Allocate | None
+) -> tuple[list[Header], list[Volume]]:
+    """Read the channels of files, of which the headers are checked first."""
     headers = [read_header(file, counted_by(reader)) for file in files]
     for file, header in zip(files, headers, strict=True):
         count_channels(file, header, reader)
-    return headers, [_read_volume(header, file, accept_nan) for header, file in zip(headers, files, strict=True)]
+    channels: list[Volume] = []
+    for header, file in zip(headers, files, strict=True):
+        if spill is not None and is_readable_by_parts(header):
+            volumes = _guarded(channels_in, header, file)
+            channels.extend(_checked(volume, file, accept_nan) for volume in volumes)
+        else:
+            voxels = _read_volume(header, file, accept_nan, spill or np.empty)
+            channels.extend(voxels.reshape(-1, *_array_shape(header)[-3:]))
+    return headers, channels
 
 
-def _read_volume(header: Header, file: str, accept_nan: bool) -> Volume:
+def _array_shape(header: Header) -> tuple[int, ...]:
+    """Return the shape of what a file holds, a picture's with a first axis of one plane."""
+    return (1, *header.shape) if len(header.shape) == 2 else header.shape
+
+
+def _checked(volume: FileVolume, file: str, accept_nan: bool) -> FileVolume:
+    is_finite = check_values(volume, file, accept_nan)
+    return volume if is_finite else replace(volume, zeroes=True)
+
+
+def _read_volume(header: Header, file: str, accept_nan: bool, allocate: Allocate) -> NDArray[Any]:
     """Read one file: as it is stored where the library's values follow from that alone, else as the library does."""
     if _stored_kind(header) == "c":
         _logger.warning("%s holds complex numbers; as in nnU-Net, their real parts are taken", file)
     if header.is_read_in_place:
-        voxels = read_voxels(header)
+        voxels = read_voxels(header, allocate)
         check_values(voxels, file, accept_nan)
         native = voxels.dtype.newbyteorder("=")
         voxels = voxels if voxels.dtype == native else voxels.byteswap(inplace=True).view(native)

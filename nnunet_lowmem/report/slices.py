@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nnunet_lowmem.nnunet import adapter
-from nnunet_lowmem.types import PreprocessedCase
+from nnunet_lowmem.types import NetworkImage, PreprocessedCase
 
 #: Longer side of a slice.
 LONGEST_PIXELS = 384
@@ -32,7 +32,7 @@ class Volume:
 
     Attributes
     ----------
-    image : float32, shape (z, y, x)
+    image : float32, shape (channels, z, y, x)
         In network space.
     labels : integers, shape (z, y, x)
         In the cropped grid of the file.
@@ -44,7 +44,7 @@ class Volume:
         Where the cropped grid lies in that of the file.
     """
 
-    image: NDArray[np.float32]
+    image: NetworkImage
     labels: NDArray[np.integer[Any]]
     spacing: Sequence[float]
     directions: NDArray[np.float64] | None
@@ -56,7 +56,7 @@ def labelled_volume(case: PreprocessedCase, segmentation: NDArray[Any], transpos
     """Return views of the first channel and the labels, in the axes of the network."""
     geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
     return Volume(
-        image=case.image[0],
+        image=case.image,
         labels=segmentation.transpose(transpose_forward)[geometry.crop],
         spacing=[case.properties["spacing"][axis] for axis in transpose_forward],
         directions=_directions(case.properties, transpose_forward),
@@ -198,9 +198,11 @@ def _upright(plane: NDArray[Any], view: _View) -> NDArray[Any]:
 
 
 def _image_plane(volume: Volume, view: _View, position: int) -> NDArray[np.float32]:
-    planes, cropped = volume.image.shape[view.axis], volume.labels.shape[view.axis]
+    planes, cropped = volume.image.shape[1 + view.axis], volume.labels.shape[view.axis]
     nearest = min(int((position + 0.5) * planes / cropped), planes - 1)
-    plane = _upright(np.take(volume.image, nearest, view.axis), view)
+    key = [slice(0, 1), *[slice(None)] * 3]
+    key[1 + view.axis] = slice(nearest, nearest + 1)
+    plane = _upright(volume.image[tuple(key)][0].squeeze(view.axis), view)
     # in the proportions of the body
     sizes = [volume.labels.shape[axis] * float(volume.spacing[axis]) for axis in (view.rows, view.columns)]
     rows, columns = (max(_SHORTEST_PIXELS, round(size * LONGEST_PIXELS / max(sizes))) for size in sizes)

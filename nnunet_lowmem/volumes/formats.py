@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.names import shown
+from nnunet_lowmem.types import Allocate
 from nnunet_lowmem.volumes import gipl_files, meta_image, nifti_files, nrrd_files, pictures, tiff_pages
 from nnunet_lowmem.volumes.headers import Header, Layout, Library, itk_header, last_line
 from nnunet_lowmem.volumes.stored_parts import Contents
@@ -164,13 +165,15 @@ def _state(file: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def read_voxels(header: Header) -> NDArray[Any]:
+def read_voxels(header: Header, allocate: Allocate = np.empty) -> NDArray[Any]:
     """Read the voxels as stored, decoding all that holds them to its end.
 
     Parameters
     ----------
     header : Header
         With a layout whose type is known.
+    allocate : callable
+        ``allocate(shape, dtype)`` makes the array, in a file perhaps.
 
     Returns
     -------
@@ -185,8 +188,8 @@ def read_voxels(header: Header) -> NDArray[Any]:
     layout = header.layout
     assert layout is not None, "the layout is known"
     assert layout.dtype is not None, "the type is known"
+    voxels = allocate(header.shape, layout.dtype)
     with _named(str(header.path)):
-        voxels = np.empty(header.shape, layout.dtype)
         target, start = voxels.reshape(-1).view(np.uint8).data, 0
         for part in layout.parts:
             part.read_into(target[start : start + part.needed_bytes])

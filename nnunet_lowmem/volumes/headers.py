@@ -117,9 +117,14 @@ class Header:
         return layout.dtype.newbyteorder("=") == self.dtype
 
     @property
+    def is_taken_as_stored(self) -> bool:
+        """Whether the stored values are those that nnU-Net works with; of complex numbers it takes the real parts."""
+        return self.is_read_in_place and self.dtype.kind != "c"
+
+    @property
     def beside_bytes(self) -> int:
         """What reading holds beside the array that it gives: the values as stored, and as the library has them."""
-        if self.is_read_in_place and self.dtype.kind != "c":
+        if self.is_taken_as_stored:
             return 0
         library_bytes = self.voxels * self.components * self.dtype.itemsize if self.read_with is Library.ITK else 0
         return self.needed_bytes + library_bytes

@@ -6,11 +6,15 @@ belong to the system's cache and not to this process.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,6 +127,21 @@ def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: P
     with _told(folder), tempfile.TemporaryFile(dir=folder) as file:
         platform.reserve(file.fileno(), size_bytes)
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def give_back(array: NDArray[Any]) -> None:
+    """Let the pages of a mapped file go that this process has touched, as far as the system knows how.
+
+    What was written stays: in the system's cache, then in the file. Pages that are mapped count for whoever goes by the
+    resident set of a process (Slurm, Dask), though no budget here and no kernel that is short of memory counts them.
+    """
+    base, is_shared = cast(Any, array), False
+    while isinstance(base, np.ndarray):
+        is_shared = is_shared or (isinstance(base, np.memmap) and base.mode != "c")  # of one's own pages nothing stays
+        base = base.base
+    if is_shared and isinstance(base, mmap.mmap) and sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def why_unspillable(folder: Path) -> str:

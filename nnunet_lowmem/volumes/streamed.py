@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.volumes.formats import format_of
+from nnunet_lowmem.volumes.planes import give_back
 from nnunet_lowmem.volumes.stored_parts import Encoding, Part, first_bytes
 
 _BLOCK_BYTES = 2**22
@@ -84,7 +85,8 @@ def few_voxels(labels: NDArray[Any]) -> NDArray[Any]:
     ndarray
         Axes and type are those of `labels`. All values are the largest label: by that, writers choose a type.
     """
-    return np.full([min(extent, _EXTENT) for extent in labels.shape], labels.max(), labels.dtype)
+    largest = max(block.max() for block in _parts(labels, labels.itemsize))
+    return np.full([min(extent, _EXTENT) for extent in labels.shape], largest, labels.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,17 @@ def _with_sizes(header: bytes, row: _Row, old: Sequence[int], new: Sequence[int]
 
 def _blocks(labels: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[memoryview]:
     """Values in order, fastest axis last, a few MiB at a time."""
-    count = max(1, _BLOCK_BYTES * len(labels) // max(1, labels.size * dtype.itemsize))
+    for part in _parts(labels, dtype.itemsize):
+        yield np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data
+
+
+def _parts(labels: NDArray[Any], itemsize: int) -> Iterator[NDArray[Any]]:
+    """Give views of a map in order, of a few MiB each; what was mapped for one is given back."""
+    count = max(1, _BLOCK_BYTES * len(labels) // max(1, labels.size * itemsize))
     for start in range(0, len(labels), count):
-        block = labels[start : start + count]
-        if block.size * dtype.itemsize > _BLOCK_BYTES and block.ndim > 1:
-            yield from _blocks(block[0], dtype)
+        part = labels[start : start + count]
+        if part.size * itemsize > _BLOCK_BYTES and part.ndim > 1:
+            yield from _parts(part[0], itemsize)
         else:
-            yield np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data
+            yield part
+            give_back(part)

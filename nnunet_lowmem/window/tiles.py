@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle, product
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from nnunet_lowmem.network.exact import constant_bits
 from nnunet_lowmem.network.tile_memory import Taken, measured
 from nnunet_lowmem.types import Attempt, PreprocessedCase, Shape3
+from nnunet_lowmem.volumes.planes import give_back
 from nnunet_lowmem.window.host_buffer import HostBuffer
 from nnunet_lowmem.window.tiling import TileGrid
 
@@ -52,6 +54,8 @@ class TileSource:
             tile = buffer.room(shape, torch.float32).zero_()
         view = tile.numpy()[(slice(None), *target)]
         view[: image.shape[0]] = image[(slice(None), *inside)]
+        if isinstance(image, np.memmap):
+            give_back(image)
         if self._case.previous_stage is not None:
             stage = self._case.previous_stage[inside]
             for channel, label in enumerate(self._stage_labels, start=image.shape[0]):
@@ -72,10 +76,14 @@ class TileSource:
 
     def _may_be_constant(self, start: Shape3) -> bool:
         inside, _ = self._overlap(start)
-        sample = self._case.image[0][inside]
-        middle = sample[tuple(size // 2 for size in sample.shape)]
-        corners = sample[tuple(slice(None, None, max(1, size - 1)) for size in sample.shape)]
-        return bool((corners == middle).all())
+        middle = self._voxel((part.start + part.stop) // 2 for part in inside)
+        corners = product(*((part.start, part.stop - 1) for part in inside))
+        return all(self._voxel(corner) == middle for corner in corners)
+
+    def _voxel(self, place: Iterable[int]) -> float:
+        """One of the first channel."""
+        voxel = self._case.image[(slice(0, 1), *(slice(index, index + 1) for index in place))]
+        return float(voxel.item())
 
     def _overlap(self, start: Shape3) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         inside, target = [], []

@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=15)
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--spacing", type=float, default=1.5)
+    parser.add_argument("--ending", default=".nii.gz", help="of images and label maps (default: %(default)s)")
     parser.add_argument("--folds", type=int, default=1)
     parser.add_argument("--regions", action="store_true", help="as many regions instead of labels")
     parser.add_argument("--steps", type=int, default=200, help="of fitting, per fold")
@@ -161,6 +162,7 @@ def main() -> None:
         print(f"fold {fold}: loss {fit(fitted, image, args.steps, fold):.3f}")
         save_fold(args.folder / f"fold_{fold}", with_heads(fitted, plans, args.heads), plans, dataset)
     (args.folder / "plans.json").write_text(json.dumps(plans, indent=1))
+    dataset["file_ending"] = args.ending
     (args.folder / "dataset.json").write_text(json.dumps(dataset, indent=1))
 
 

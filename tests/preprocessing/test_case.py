@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,12 @@ from preprocessing_oracle import (
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.preprocessing import spline
 from nnunet_lowmem.preprocessing.case import preprocess_array, preprocess_case
+from nnunet_lowmem.preprocessing.sources import AsRead
+from nnunet_lowmem.types import PreprocessedCase
 
 MASK = (True, True, True)
+#: Not resampled by the function of nnU-Net's that is known, so that the image has to be kept.
+KEPT = ("no_resampling",)
 
 
 @dataclass(frozen=True)
@@ -148,12 +154,42 @@ def test_equals_stock(case: Case, tmp_path) -> None:
     expected = stock(files, previous, case.model)
     actual = preprocess_case(files, previous, *case.model.managers(), LABELS, threads=2)
     assert_same(actual, expected, case.previous_stage)
+    _assert_same_from_disk(case, files, previous, actual, tmp_path)
     properties = actual.properties
     cropped = properties["shape_after_cropping_and_before_resampling"]
     assert (cropped != properties["shape_before_cropping"]) == case.crops
     assert (actual.image.shape[1:] != cropped) == case.resamples
     if case.previous_stage:
         assert set(np.unique(actual.previous_stage)) == {-1, 0, 1, 2}
+
+
+def _assert_same_from_disk(
+    case: Case, files: list[str], previous: str | None, expected: PreprocessedCase, folder: Path
+) -> None:
+    """Nothing of the input in RAM: part by part out of its files and, compressed, out of a file of raw voxels."""
+    compressed = [file + ".gz" for file in files]
+    for file, smaller in zip(files, compressed, strict=True):
+        Path(smaller).write_bytes(gzip.compress(Path(file).read_bytes(), 1))
+    for paths, spills in ((files, 0), (compressed, len(files))):
+        made: list[np.ndarray] = []
+
+        def spill(shape: tuple[int, ...], dtype: np.dtype, made: list[np.ndarray] = made) -> np.ndarray:
+            made.append(np.memmap(folder / f"spilled_{len(made)}", mode="w+", shape=shape, dtype=dtype))
+            return made[-1]
+
+        managers = case.model.managers()
+        actual = preprocess_case(paths, previous, *managers, LABELS, spill=spill, keeps_image=False)
+        assert len(made) == spills
+        image, stage = np.asarray(actual.image), expected.previous_stage
+        due = expected.image, stage if stage is None else stage[None], expected.properties
+        assert_same(replace(actual, image=image), due, case.previous_stage)
+        if isinstance(actual.image, AsRead):
+            box = tuple(slice(size // 3, size - size // 4) for size in image.shape[1:])
+            assert np.array_equal(actual.image[(slice(None), *box)], image[(slice(None), *box)])
+            part = actual.image.within(box)
+            assert part.shape == (len(image), *(len(range(*cut.indices(10**6))) for cut in box))
+            assert np.array_equal(part[:1, 1:, :, :-1], image[(slice(None), *box)][:1, 1:, :, :-1])
+        assert isinstance(actual.image, AsRead) == (not case.resamples and case.name not in KEPT)
 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)

@@ -360,9 +360,12 @@ def test_accepted_nan_counts_as_zero(tmp_path, caplog):
     assert np.array_equal(actual.image, expected.image)
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e39])
 @pytest.mark.parametrize("accept", [False, True])
-def test_arrays_in_memory(accept):
-    image = SimpleITK.GetArrayFromImage(spoilt(float("nan")))[None]
+def test_arrays_in_memory(accept, value):
+    """Of 64-bit numbers, too, of which float32 makes infinity."""
+    image = SimpleITK.GetArrayFromImage(spoilt(float("nan")))[None].astype(np.float64)
+    image[np.isnan(image)] = value
     before = image.copy()
     arguments = (image, None, {"spacing": [3.0, 3.0, 3.0]}, *Model().managers(), LABELS)
     if accept:

@@ -49,8 +49,9 @@ def ct(**changes) -> ModelSpec:
     return ModelSpec(**{**common, "spacing": (3.0, 2.0, 2.0), "patch_size": (32, 64, 64), **changes})
 
 
-def mr(mask: bool) -> ModelSpec:
-    return ct(channels=("a", "b", "c"), normalisation=("ZScoreNormalization",) * 3, use_mask_for_norm=(mask,) * 3)
+def mr(mask: bool, **changes) -> ModelSpec:
+    rules = {"normalisation": ("ZScoreNormalization",) * 3, "use_mask_for_norm": (mask,) * 3}
+    return ct(channels=("a", "b", "c"), **rules, **changes)
 
 
 FOLDS = ct(labels=30, spacing=(5.0, 4.0, 4.0), patch_size=(24, 48, 48), folds=(0, 1, 2), mirror_axes=(0, 1, 2))
@@ -67,6 +68,13 @@ RUNS = {
     "bfloat16, mirrored, three folds": Run(FOLDS, options={"folds": [0, 1, 2], "mirroring": True, "fast": "bfloat16"}),
     "heads as a whole": Run(ct(labels=12, spacing=(4.0, 3.0, 3.0), patch_size=(24, 48, 48), resampling="torch")),
     "masked": Run(mr(True), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32),
+    # nothing is resampled: tiles are normalised as they are read, out of the files or of what is spilled of them
+    "masked, on its grid": Run(
+        mr(True, spacing=(3.0, 1.4, 1.4), file_ending=".nii"), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32
+    ),
+    "compressed, on its grid": Run(
+        mr(False, spacing=(3.0, 1.4, 1.4)), (256, 256, 100), (1.4, 1.4, 3.0), SimpleITK.sitkFloat32
+    ),
     "two-dimensional": Run(ct(labels=6, spacing=(2.0, 2.0), patch_size=(128, 128))),
     "SimpleITKIOWithReorient": Run(ct(labels=5, reader="SimpleITKIOWithReorient")),
     "NibabelIO": Run(ct(labels=5, reader="NibabelIO")),
@@ -96,7 +104,8 @@ def predict(models, tmp_path_factory):
     def write_images(name: str, run: Run, shape, spacing) -> Path:
         folder = tmp_path_factory.mktemp(name)
         for channel in range(len(run.spec.channels)):
-            SimpleITK.WriteImage(scan(shape, spacing, run.voxels), str(folder / f"case_{channel:04d}.nii.gz"))
+            file = folder / f"case_{channel:04d}{run.spec.file_ending}"
+            SimpleITK.WriteImage(scan(shape, spacing, run.voxels), str(file))
         return folder
 
     images: dict[str, Path] = {}
@@ -172,6 +181,13 @@ def test_spilling_changes_no_label_and_holds_under_a_hard_limit(predict, name, s
         told = predict_within(predict, name, free, share)
         spilled = [name for name, place in told["cases"][0]["placement"].items() if place == "disk"]
         assert bool(spilled) == (share < 1), spilled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["masked, on its grid", "compressed, on its grid"])
+def test_an_input_on_disk_changes_no_label_and_holds_under_a_hard_limit(predict, name):
+    told = predict_within(predict, name, predict(name), 0)
+    assert told["cases"][0]["placement"]["input"] == "disk"
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_few_planes_are_read(tmp_path):
     labels = np.zeros((160, 512, 512), np.uint8)
     labels[80:90, 100:300, 200:220] = 3
     tracemalloc.start()
-    drawn = overlays(Volume(image, labels, (2.0, 0.7, 0.7), None, (0, 0, 0), labels.shape))
+    drawn = overlays(Volume(image[None], labels, (2.0, 0.7, 0.7), None, (0, 0, 0), labels.shape))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(drawn) == 3
