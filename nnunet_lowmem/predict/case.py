@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem.budget.case_facts import CaseSizes
@@ -26,12 +25,13 @@ from nnunet_lowmem.labels.labeller import Labelling
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.labels.probabilities import ProbabilitySink, label_and_export, npz_sink
 from nnunet_lowmem.labels.rules import LabelRule
-from nnunet_lowmem.nnunet import adapter, model_keys, stock_calls
+from nnunet_lowmem.nnunet import adapter, model_keys
 from nnunet_lowmem.nnunet.rehearsing import rehearse
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
 from nnunet_lowmem.predict import parts
+from nnunet_lowmem.predict.held_logits import HeldLogits, label_manager
 from nnunet_lowmem.predict.jobs import Array, Files, Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import Load, facts_of_job
@@ -43,7 +43,7 @@ from nnunet_lowmem.preprocessing.case import check_headers
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.clock import StageClock
-from nnunet_lowmem.system.threads import RowThreads, torch_threads
+from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Place, PreprocessedCase, Result
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.slabs import LogitsSlab, collect_slabs, store_slabs, whole_slab
@@ -182,9 +182,9 @@ class CaseRun:
         self, logits: FoldLogits, part: Part, rule: LabelRule | None, threads: RowThreads, recovery: Recovery
     ) -> Result:
         """Label logits that somebody else makes, or takes part in making: all at once."""
-        held = self._held_logits(logits.case)
-        if not self._are_plain(held, logits):
-            return self._converted_as_stock(held, logits.case, part)
+        held = self._held.made(logits.case)
+        if not self._held.are_plain(held, logits.grid.image_shape):
+            return self._held.converted(held, logits.case, part)
         slab = whole_slab(held.contiguous())
         del held
         return self._labels(nullcontext(iter([slab])), logits, part, rule, threads, recovery)
@@ -251,10 +251,10 @@ class CaseRun:
         """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions."""
         setup, case, grid = self.setup, logits.case, logits.grid
         if rule is None or not part.resampling.per_head:
-            self._tell_of_held_logits(rule)
+            self._held.tell(rule)
             with slabs as made:
                 whole = collect_slabs(made, setup.heads, grid.image_shape)
-            return self._converted_as_stock(whole.cpu(), case, part)
+            return self._held.converted(whole.cpu(), case, part)
         targets = adapter.next_stage_targets(case, setup.plans_manager, setup.configuration_manager)
         how = Labelling(rule, threads, lambda: recovery.plan.placement.slab_limits, recovery.run)
         placement = recovery.plan.placement
@@ -304,73 +304,20 @@ class CaseRun:
     def _to_file_axes(self, labels: NDArray[Any]) -> NDArray[Any]:
         return labels.transpose(self.setup.plans_manager.transpose_backward)
 
-    def _label_manager(self) -> Any:
-        """Return the label manager that stock asks: where it writes files, it makes a new one."""
-        setup = self.setup
-        written = self.job.output is not None
-        return setup.plans_manager.get_label_manager(setup.dataset_json) if written else setup.label_manager
+    @property
+    def _held(self) -> HeldLogits:
+        return HeldLogits(self.setup, self.job, self.clock, self.probabilities)
 
     def _label_rule(self) -> LabelRule | None:
         """How logits become labels; None where nnU-Net's, or somebody's, functions have to be asked."""
-        return None if self.setup.steps.replaced(Step.EXPORT) else adapter.label_rule(self._label_manager())
+        if self.setup.steps.replaced(Step.EXPORT):
+            return None
+        return adapter.label_rule(label_manager(self.setup, self.job))
 
     def _is_ours(self, case: PreprocessedCase) -> bool:
         """Whether nobody else takes part in making the logits, and the image is what our tiles are."""
         is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"
         return is_single and not self.setup.steps.replaced(Step.LOGITS, Step.WINDOW)
-
-    def _held_logits(self, case: PreprocessedCase) -> Any:
-        """All logits of a case, as nnU-Net's method returns them, where somebody else takes part in making them."""
-        data = stock_calls.network_input(case, self.setup.label_manager)
-        TileNetwork(self.setup).ways.prepare()
-        with torch_threads(TileNetwork(self.setup).most_threads()), foreign(self.clock):
-            logits = self.setup.steps.predict_logits(data)
-        return logits.cpu().detach() if isinstance(logits, torch.Tensor) else logits
-
-    def _tell_of_held_logits(self, rule: LabelRule | None) -> None:
-        """Say why all logits are held, unless that has been said of what is replaced."""
-        manager = type(self.setup.label_manager).__name__
-        what = "the resampling of logits" if rule else f"label manager {manager}"
-        if not self.setup.steps.replaced(Step.LABELS, Step.EXPORT, Step.RESAMPLING):
-            logger.warning("%s is not nnU-Net's own: all logits are held for it, so memory is not bounded", what)
-
-    def _are_plain(self, held: Any, logits: FoldLogits) -> bool:
-        """Whether our kernels may read logits that somebody else has made."""
-        shape = (self.setup.heads, *logits.grid.image_shape)
-        plain = isinstance(held, torch.Tensor) and held.dtype == torch.half and tuple(held.shape) == shape
-        return plain and all(bool(torch.isfinite(head).all()) for head in held)
-
-    def _converted_as_stock(self, logits: Any, case: PreprocessedCase, part: Part) -> Result:
-        """Let nnU-Net's functions convert all logits at once, or what stands in their place; None where these wrote."""
-        setup, output = self.setup, self.job.output
-        others = setup.steps.replaced(Step.LABELS, Step.EXPORT, Step.RESAMPLING)
-        with self.clock.stage("export"), foreign(self.clock if others else None):
-            if output is not None and setup.steps.replaced(Step.EXPORT):
-                model = (setup.configuration_manager, setup.plans_manager, setup.dataset_json)
-                stock_calls.export()(logits, case.properties, *model, output, self.probabilities)
-                return None
-            convert = stock_calls.conversion(writes=output is not None)
-            arguments = (setup.plans_manager, setup.configuration_manager, self._label_manager(), case.properties)
-            result = convert(logits, *arguments, return_probabilities=self.probabilities)
-        return self._framed(result, part)
-
-    def _framed(self, result: Any, part: Part) -> Result:
-        """Cut what is asked for out of what nnU-Net's functions have made of a whole case."""
-        if not part.is_cut:
-            return result  # type: ignore[no-any-return]  # stock's
-        plans = self.setup.plans_manager
-
-        def framed(values: NDArray[Any], outside: float = 0) -> NDArray[Any]:
-            return self._to_file_axes(part.framed(values.transpose(plans.transpose_forward), outside))
-
-        if not isinstance(result, tuple):
-            return framed(result)
-        segmentation, heads = result
-        outside = chain([0.0 if self.setup.label_manager.has_regions else 1.0], repeat(0.0))
-        probabilities = np.empty((len(heads), *(part.shape[axis] for axis in plans.transpose_backward)), heads.dtype)
-        for own, head in zip(probabilities, heads, strict=True):
-            own[...] = framed(head, next(outside))
-        return framed(segmentation), probabilities
 
 
 def case_sizes(setup: Setup, model: Any) -> CaseSizes:
