@@ -16,7 +16,7 @@ from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.input_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import rules
-from nnunet_lowmem.labels.parts import Part, part_of
+from nnunet_lowmem.labels.parts import Part, Span, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.label_writing import writer_bytes
@@ -68,6 +68,7 @@ class CaseSizes:
         spacing: Sequence[float],
         wanted: Wanted | None,
         as_a_whole: bool | None = None,
+        span: Span | None = None,
     ) -> Part:
         """Return what is computed of a case; `spacing` is the file's, mm. See `part_of`."""
         properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
@@ -75,7 +76,7 @@ class CaseSizes:
         grid = tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size)
         if as_a_whole is None:
             as_a_whole = self.holds_logits or adapter.label_rule(self.labels) is None
-        return part_of(grid, geometry, resampling, wanted, as_a_whole)
+        return part_of(grid, geometry, resampling, wanted, as_a_whole, span)
 
     def of_files(
         self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool, roi: str | None = None

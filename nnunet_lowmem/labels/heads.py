@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,23 +37,35 @@ def label_slabs(
     how: Labelling,
     clock: StageClock,
     folder: Path | None = None,
+    keeper: Keeper | None = None,
 ) -> NDArray[Any]:
     """Label slabs as they come, into a file of `folder` if one is given; needs a resampling that is known as tables.
+
+    A `keeper` is told of planes that are final.
 
     Returns
     -------
     uint8 or uint16 array, original grid in the axis order of the network
     """
     assert resampling.tables is not None
-    whole, cropped = empty_label_map(geometry, how.rule, folder)
+
+    def make() -> NDArray[Any]:
+        return empty_label_map(geometry, how.rule, folder)[0]
+
+    whole = make() if keeper is None else keeper.label_map(make)
+    cropped = whole[geometry.crop]
     labeller = SlabLabeller(resampling.tables, how, cropped)
     for slab in slabs:
         with clock.stage("export", cropped.shape[slab.axis]):
             done = labeller.done
             labeller.add(slab)
             clock.advance(labeller.done - done)
+        if keeper is not None and labeller.written:
+            keeper.labelled(whole, slab.axis, geometry.crop[slab.axis].start + labeller.written)
         give_back(whole)
     labeller.finish()
+    if keeper is not None and labeller.written:
+        keeper.labelled(whole, slab.axis, geometry.crop[slab.axis].start + labeller.written, ends=True)
     return whole
 
 
@@ -62,6 +74,16 @@ def plain(result: Any) -> Any:
     if isinstance(result, tuple):
         return tuple(map(plain, result))
     return np.asarray(result) if isinstance(result, np.memmap) else result
+
+
+class Keeper(Protocol):
+    """Keeps planes of a label map as they become final, for another process to go on from there."""
+
+    def label_map(self, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """Return the map that is written, axes of the network: of zeros where nothing is known of it yet."""
+
+    def labelled(self, labels: NDArray[Any], axis: int, planes: int, ends: bool = False) -> None:
+        """Take note: the first `planes` along an axis are final; `ends` where no more follow of a part."""
 
 
 class HeadContest:

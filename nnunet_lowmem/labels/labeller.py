@@ -62,8 +62,8 @@ class SlabLabeller:
 
     Attributes
     ----------
-    done : int
-        Output planes that are labelled.
+    done, written : int
+        Output planes that are labelled, and those of which the labels are there: others are on their way from a device.
     """
 
     def __init__(self, tables: tuple[AxisTable, ...], how: Labelling, labels: NDArray[Any]) -> None:
@@ -73,7 +73,7 @@ class SlabLabeller:
         self._outbox: HostBuffer | None = None
         self._arriving: tuple[torch.Tensor, NDArray[Any]] | None = None
         self._axis = 0
-        self.done = 0
+        self.done = self.written = 0
 
     def add(self, slab: LogitsSlab) -> None:
         """Label every output plane whose neighbours are now final."""
@@ -99,7 +99,9 @@ class SlabLabeller:
         tables = (*self._tables[: slab.axis], own, *self._tables[slab.axis + 1 :])
         labels = self._labels[(*[slice(None)] * slab.axis, slice(self.done, ready))]
         if slab.buffer.device.type == "cpu":
+            self._write_arrived()  # of a window that has been moved from a device meanwhile
             self._label_on_cpu(part, tables, labels)
+            self.written = ready
         else:
             winners = cells_torch.winners(part.logits, tables, self._how.rule.ranked, limits.block_bytes)
             self._write_arrived()
@@ -118,7 +120,7 @@ class SlabLabeller:
             self._outbox.wait()
             for winners, plane in zip(*self._arriving, strict=True):
                 plane[...] = self._how.rule.values[winners.numpy()]
-            self._arriving = None
+            self._arriving, self.written = None, self.done
 
     def _label_on_cpu(self, part: LogitsSlab, tables: tuple[AxisTable, ...], labels: NDArray[Any]) -> None:
         rule, run = self._how.rule, self._how.threads.run

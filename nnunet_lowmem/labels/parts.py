@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,14 @@ from nnunet_lowmem.labels.resampling import AxisTable, linear_axis
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.types import Box, Shape3, Wanted, shape3
 from nnunet_lowmem.window.tiling import TileGrid
+
+
+class Span(NamedTuple):
+    """Planes [start, stop) along an axis, counted from the first that is wanted."""
+
+    axis: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ def part_of(
     resampling: LogitsResampling,
     wanted: Wanted | None,
     as_a_whole: bool = False,
+    span: Span | None = None,
 ) -> Part:
     """Return the part that is wanted of a case.
 
@@ -89,12 +98,15 @@ def part_of(
         None is everything.
     as_a_whole : bool
         All logits are needed, whatever is wanted. They are, too, where the resampling is not known as tables.
+    span : Span or None
+        Only these planes of what is wanted are labelled now.
     """
-    if wanted is None:
+    if wanted is None and span is None:
         frame, network = _whole(geometry.original_shape), _whole(geometry.network_shape)
         return Part(grid, geometry, resampling, frame, geometry.crop, network, grid.tile_count)
+    wanted = wanted or Wanted(_whole(geometry.original_shape))
     mask = None if wanted.mask is None else wanted.mask[wanted.box]
-    inside = _inside(wanted.box, mask, geometry.crop)
+    inside = _inside(wanted.box, mask, geometry.crop, span)
     crop = _in_frame(inside, geometry.crop, wanted.box)
     if as_a_whole or resampling.tables is None or not resampling.per_head:
         sizes = zip(geometry.network_shape, geometry.cropped_shape, strict=True)
@@ -114,7 +126,7 @@ def part_of(
     return Part(tiles, own, replace(resampling, tables=tables), wanted.box, crop, network, grid.tile_count, mask)
 
 
-def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box) -> Box:
+def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box, span: Span | None = None) -> Box:
     """Return the box of the cropped grid in which something is labelled; (0, 0, 0) voxels if there is none."""
     bounds = []
     for axis, (wanted, cropped) in enumerate(zip(frame, crop, strict=True)):
@@ -122,6 +134,8 @@ def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box) -> Box:
         if mask is not None:
             at = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
             low, high = (low + int(at[0]), low + int(at[-1]) + 1) if at.size else (low, low)
+        if span is not None and span.axis == axis:
+            low, high = max(low, wanted.start + span.start), min(high, wanted.start + span.stop)
         bounds.append((max(low, cropped.start) - cropped.start, min(high, cropped.stop) - cropped.start))
     return _box([(0, 0)] * 3 if any(low >= high for low, high in bounds) else bounds)
 

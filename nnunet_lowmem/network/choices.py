@@ -18,10 +18,14 @@ _logger = logging.getLogger(__name__)
 
 
 def key_of(model: Any, tile_shape: tuple[int, ...]) -> str:
-    """Return the name of a choice: it depends on the model, described by JSON-like data, and on all below."""
-    told = {
-        "model": model,
-        "tile": list(tile_shape),
+    """Return the name of a choice: it depends on the model, described by JSON-like data, on tiles and machine."""
+    told = {"model": model, "tile": list(tile_shape)} | machine()
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def machine() -> dict[str, Any]:
+    """Return what the bits of a network's output depend on beside the network, on the CPU."""
+    return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": platform.processor(),
@@ -29,7 +33,6 @@ def key_of(model: Any, tile_shape: tuple[int, ...]) -> str:
         # what oneDNN is allowed to use
         "onednn": [os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def remembered(key: str) -> Trial | None:

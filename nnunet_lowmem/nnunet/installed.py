@@ -1,4 +1,4 @@
-"""Versions of what is installed, for a reader to see: nothing here is decided by them.
+"""Versions of what is installed, for a reader to see, and to tell whether a case may be continued.
 
 nnU-Net may come from a distribution of another name, and there is no metadata in a source tree or a frozen program.
 """

@@ -20,7 +20,7 @@ from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
-from nnunet_lowmem.labels.heads import ResampledHeads, label_heads, label_slabs
+from nnunet_lowmem.labels.heads import Keeper, ResampledHeads, label_heads, label_slabs
 from nnunet_lowmem.labels.labeller import Labelling
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.labels.probabilities import ProbabilitySink, label_and_export, npz_sink
@@ -38,6 +38,7 @@ from nnunet_lowmem.predict.loading import Load, facts_of_job
 from nnunet_lowmem.predict.logits import FoldLogits, TileNetwork
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.unfinished import unfinished_of
 from nnunet_lowmem.predict.warming import warm_up
 from nnunet_lowmem.preprocessing.case import check_headers
 from nnunet_lowmem.system.allocator import return_freed_memory
@@ -157,26 +158,46 @@ class CaseRun:
         setup, clock, rule = self.setup, self.clock, self._label_rule()
         geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
         as_a_whole = rule is None or not self._is_ours(case)
-        part = planning.sizes.part(geometry, case.properties["spacing"], case.wanted, as_a_whole)
-        written = parts.as_case(case, part, setup)
+        part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
+        part = part_of()
+        written, keeper = parts.as_case(case, part, setup), None
         if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
             with clock.failing_in("writing"):
                 self._rehearse_writing(self.job.output, written.properties, rule)
+        if not as_a_whole and rule is not None and rules.streams(part.resampling, rule, self.probabilities):
+            keeper = unfinished_of(setup, self.job, part, rule.dtype)
+        if keeper is not None and keeper.found:
+            part = part_of(keeper.rest)
         logits = FoldLogits(setup, case, clock, part.grid)
         planned = partial(planning.plan, self.job.name, case, self.probabilities, part)
         plan, folds = self._planned(planned, logits, planning)
-        recovery = planning.recovery(plan)
-        with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", logits.tile_count):
-            if self._is_ours(case):
-                slabs = logits.slabs(folds, threads, self.folder, recovery)
-                result = self._labels(slabs, logits, part, rule, threads, recovery)
-            else:
-                result = self._labels_of_held(logits, part, rule, threads, recovery)
+        spans = () if keeper is None else keeper.spans(part, logits.seconds)
+        turns = [part_of(span) for span in spans] or [part]
+        tiles, reused, result = setup.weights.folds * sum(turn.grid.tile_count for turn in turns), 0, None
+        recovery = planning.recovery(plan)  # of all at once: a turn takes no more
+        with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", tiles):
+            for turn in turns:
+                if spans:
+                    logits, folds = self._turn(turn, case, planning)
+                if self._is_ours(case):
+                    slabs = logits.slabs(folds, threads, self.folder, recovery)
+                    result = self._labels(slabs, logits, turn, rule, threads, recovery, keeper)
+                else:
+                    result = self._labels_of_held(logits, turn, rule, threads, recovery)
+                reused += logits.reused
         if self.probabilities and self.job.output is not None and isinstance(result, np.ndarray):
             with clock.failing_in("export"):
                 adapter.write_properties(written.properties, self.job.output + ".pkl")
-        folds_count = setup.weights.folds
-        return Predicted(result, plan, written, logits.reused, logits.tile_count, folds_count * part.tiles_of_case)
+        return Predicted(result, plan, written, reused, tiles, setup.weights.folds * part.tiles_of_case)
+
+    def _turn(
+        self, turn: Part, case: PreprocessedCase, planning: CasePlanning
+    ) -> tuple[FoldLogits, Iterator[PredictedTiles]]:
+        """Begin with one of several parts, of which the first tile has been measured."""
+        logits = FoldLogits(self.setup, case, self.clock, turn.grid)
+        if planning.model.reused_bytes:  # there is room for what is kept
+            logits.find_repeated()
+        return logits, logits.folds()
 
     def _labels_of_held(
         self, logits: FoldLogits, part: Part, rule: LabelRule | None, threads: RowThreads, recovery: Recovery
@@ -247,6 +268,7 @@ class CaseRun:
         rule: LabelRule | None,
         threads: RowThreads,
         recovery: Recovery,
+        keeper: Keeper | None = None,
     ) -> Result:
         """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions."""
         setup, case, grid = self.setup, logits.case, logits.grid
@@ -263,7 +285,7 @@ class CaseRun:
                 made = next_stages.label_along(made, targets, how, self.folder)
                 if rules.streams(part.resampling, rule, self.probabilities):
                     folder = self.folder if placement.label_map is Place.DISK else None
-                    labels = label_slabs(made, part.resampling, part.geometry, how, self.clock, folder)
+                    labels = label_slabs(made, part.resampling, part.geometry, how, self.clock, folder, keeper)
                     return self._to_file_axes(part.framed(labels))
                 folder = self.folder if placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(setup.heads, grid.image_shape, grid.roll_axis, folder))

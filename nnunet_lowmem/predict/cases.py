@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
             report.skipped.append(SkippedCase(job.name, standing.value))
             logger.info("case %s is skipped: %s", job.name, standing.value)
         else:
-            remaining.append(job)
+            remaining.append(replace(job, continues=True))
             logger.info("case %s is predicted: %s", job.name, standing.value)
     return remaining
 

@@ -77,12 +77,15 @@ class Job:
         What it is made from.
     recipe : Recipe or None
         What a done-record of the case is about; None where nothing is recorded.
+    continues : bool
+        Goes on with what an earlier run has left of it.
     """
 
     name: str
     output: str | None
     source: Files | Array | Item | Stored | Refused
     recipe: Recipe | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", shown(self.name))

@@ -201,7 +201,9 @@ class TileNetwork:
         setup = self._setup
         collapses, self._collapses = self._collapses, False  # a constant tile takes no less than any other here
         with self.threads():
+            since_s = time.perf_counter()
             taken = measure_ahead(tiles, attempt, setup.device)
+            setup.memo.tile_s = time.perf_counter() - since_s
         self._collapses = collapses
         measured = self.tile_bytes().after(taken and taken.with_more(4 * math.prod(setup.tile_shape)))
         assert setup.memo.tile is not None, "it has just been asked for"
@@ -246,6 +248,11 @@ class FoldLogits:
         self.grid = grid_of(setup, case) if grid is None else grid
         self.repeated: frozenset[Shape3] = frozenset()
         self.reused = 0
+
+    @property
+    def seconds(self) -> float:
+        """About how long the network takes for all of them, by the tile that was measured; 0 where none was."""
+        return self._setup.memo.tile_s * self.tile_count
 
     @property
     def tile_count(self) -> int:

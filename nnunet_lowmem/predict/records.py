@@ -102,7 +102,7 @@ class Recipe:
         try:
             _append(folder / f"{owned_name(_KIND, _UNIQUE)}{_ENDING}", {
                 "outputs": {path.name: _content(path) for path in self.outputs},
-                "inputs": list(map(_state, self.inputs)),
+                "inputs": states(self.inputs),
                 "made_with": self.made_with,
                 "arithmetic": self.arithmetic.value,
                 "time_ns": time.time_ns(),
@@ -117,7 +117,7 @@ class Recipe:
         record = self._record(records or Records())
         if record is None:
             return Standing.UNRECORDED if all(map(_is_whole, self.outputs)) else Standing.DAMAGED
-        if record.get("inputs") != list(map(_state, self.inputs)):
+        if record.get("inputs") != states(self.inputs):
             return Standing.CHANGED_INPUT
         return Standing.DONE if record.get("made_with") == self.made_with else Standing.OTHER_MODEL
 
@@ -224,6 +224,17 @@ def _tidy(folder: Path, own: Path) -> None:
 
 
 # -- states of files ---------------------------------------------------------------------------------------------------
+
+
+def states(paths: Iterable[Path]) -> list[list[str | int]]:
+    """Return what tells inputs from changed ones.
+
+    Raises
+    ------
+    OSError
+        If one is there and cannot be asked.
+    """
+    return list(map(_state, paths))
 
 
 def _state(path: Path) -> list[str | int]:

@@ -72,6 +72,8 @@ class Memo:
         Of the tensors of a fold that hold denormal weights, at most.
     tile : (network, circumstances, TileBytes), or None
         What it takes for a tile, as long as it is this network under these circumstances.
+    tile_s : float
+        How long the tile took that was measured last; it warms up what later ones find.
     """
 
     ways: tuple[Any, dict[Arithmetic, FastNetwork | ExactNetwork | None]] = field(default_factory=lambda: (None, {}))
@@ -80,6 +82,7 @@ class Memo:
     proven: tuple[Any, dict[Any, bool]] = field(default_factory=lambda: (None, {}))
     denormal: tuple[Any, int] | None = None
     tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
+    tile_s: float = 0.0
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()

@@ -64,7 +64,7 @@ class Task:
     def predict(
         self, recovery: Recovery, folder, capacity_bytes: int, with_data: bool = True
     ) -> tuple[np.ndarray, int]:
-        labels = np.zeros(self.output, np.uint8)
+        labels, written = np.zeros(self.output, np.uint8), []
         chosen = recovery.plan.placement
         accelerator = simulated_device(capacity_bytes, with_data=with_data)
         with RowThreads(1) as threads, accelerator as device, torch.inference_mode():
@@ -79,7 +79,10 @@ class Task:
             with recovery.followed_by(lambda plan: window.move_to(plan.placement.window, folder)):
                 for slab in roll(tiles, self.grid, window, lambda: None, None):
                     labeller.add(slab)
+                    written.append((slab.axis, np.moveaxis(labels, slab.axis, 0)[: labeller.written].copy()))
             labeller.finish()
+        for axis, planes in written:  # what is told to be there was there, wherever the window has been moved meanwhile
+            np.testing.assert_array_equal(planes, np.moveaxis(labels, axis, 0)[: len(planes)])
         return labels, device.peak_bytes
 
 
