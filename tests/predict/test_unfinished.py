@@ -25,7 +25,6 @@ from nnunet_lowmem.predict.outcomes import CaseReport
 
 SMALL = {"patch_size": (12, 24, 24)}
 MODELS: dict[str, tuple[ModelSpec, str, dict[str, Any]]] = {
-    "z-score": (ModelSpec(**SMALL), "head", {}),
     "cropped, transposed": (ModelSpec(**SMALL, transpose_forward=(1, 2, 0)), "head_margin", {}),
     "regions": (ModelSpec(**SMALL, **REGIONS, transpose_forward=(2, 0, 1)), "head_margin", {}),
     "a box": (ModelSpec(**SMALL), "head_margin", {"bbox": "4:40,:,10:"}),
