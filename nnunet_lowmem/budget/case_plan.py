@@ -202,7 +202,8 @@ class CasePlanning:
             return np.empty(shape, dtype)
         facts = self._as_begun(self.sizes.with_network_shape(self.header, shape))
         assert facts is not None, "there is a header"
-        plan = self._plan(facts)
+        # there is to be one, whatever the header says
+        plan = self._plan(replace(facts, input=replace(facts.input, is_image=False)))
         self._place_weights(plan)
         if self._spills_image or plan.placement.image is Place.DISK:
             return spilled_array(shape, dtype, self.folder)

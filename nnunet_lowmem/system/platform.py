@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -249,6 +250,13 @@ def file_system_number(path: Path) -> int:
     told = (ctypes.c_long * 64)()  # more than struct statfs, whose first word is the number
     failed = ctypes.CDLL(None).statfs(os.fsencode(path), ctypes.byref(told))
     return 0 if failed else int(told[0]) & 0xFFFFFFFF
+
+
+def give_back(mapping: mmap.mmap) -> None:
+    """Let the pages of a shared mapping go that this process has touched, if it is known how; what they hold stays."""
+    if _LINUX:
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:

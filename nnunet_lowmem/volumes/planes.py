@@ -6,10 +6,8 @@ belong to the system's cache and not to this process.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,9 +137,8 @@ def give_back(array: NDArray[Any]) -> None:
     while isinstance(base, np.ndarray):
         is_shared = is_shared or (isinstance(base, np.memmap) and base.mode != "c")  # of one's own pages nothing stays
         base = base.base
-    if is_shared and isinstance(base, mmap.mmap) and sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            base.madvise(mmap.MADV_DONTNEED)
+    if is_shared and isinstance(base, mmap.mmap):
+        platform.give_back(base)
 
 
 def why_unspillable(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from factory import ModelSpec
 from images import SUPPORT
 from model_table import REGIONS
@@ -94,7 +95,7 @@ def test_continues_behind_the_last_final_plane(name, images, models, tmp_path, m
 
 def test_a_long_case_of_several_folds_is_computed_in_parts(images, models, tmp_path, monkeypatch):
     files, folds = images("head_margin"), (0, 1)
-    model = models(ModelSpec(patch_size=(8, 24, 24), folds=folds, mirror_axes=(1,)), files)
+    model = models(ModelSpec(patch_size=(8, 32, 32), folds=folds, mirror_axes=(1,)), files)
     at_once, _ = predict(model, files, tmp_path / "whole", folds=folds)
     assert left_in(tmp_path) == []
     monkeypatch.setattr(unfinished, "PART_S", 1e-6)
@@ -192,12 +193,14 @@ def test_a_disk_that_is_full_costs_a_warning(images, models, tmp_path, monkeypat
 KILLED = """
 import sys
 import time
+import torch
 from oracle import make_predictor, predict_ours
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.predict import unfinished
 
 unfinished.EVERY_S = 0.0
-model, file, output = sys.argv[1:]
+model, file, output, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # bits may depend on them, and labels are never of two kinds of run
 def tell(progress):
     time.sleep(0.02 * (progress.stage == "prediction"))
     print(progress.stage, progress.done, flush=True)
@@ -210,7 +213,7 @@ def test_a_process_that_was_killed_is_continued_by_another(images, models, tmp_p
     files = images("head")
     model = models(ModelSpec(**SMALL), files)
     all_tiles, _ = predict(model, files, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, model, *files, str(tmp_path / "case")]
+    command = [sys.executable, "-c", KILLED, model, *files, str(tmp_path / "case"), str(torch.get_num_threads())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=SUPPORT) as process:
         assert process.stdout is not None
         for line in process.stdout:
