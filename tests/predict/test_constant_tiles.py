@@ -30,8 +30,8 @@ def model(models, images) -> str:
 
 def masked_array() -> np.ndarray:
     """One half and more is exactly -1, as masked background is after normalisation; air is nonzero for nnU-Net."""
-    array = np.full((1, 60, 62, 50), -1, np.float32)
-    array[:, :24] = np.random.default_rng(0).standard_normal((1, 24, 62, 50), dtype=np.float32) * 40 + 60
+    array = np.full((1, 60, 34, 26), -1, np.float32)
+    array[:, :24] = np.random.default_rng(0).standard_normal((1, 24, 34, 26), dtype=np.float32) * 40 + 60
     return array
 
 

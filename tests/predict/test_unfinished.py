@@ -95,7 +95,7 @@ def test_continues_behind_the_last_final_plane(name, images, models, tmp_path, m
 
 def test_a_long_case_of_several_folds_is_computed_in_parts(images, models, tmp_path, monkeypatch):
     files, folds = images("head_margin"), (0, 1)
-    model = models(ModelSpec(patch_size=(8, 32, 32), folds=folds, mirror_axes=(1,)), files)
+    model = models(ModelSpec(patch_size=(8, 32, 32), folds=folds), files)
     at_once, _ = predict(model, files, tmp_path / "whole", folds=folds)
     assert left_in(tmp_path) == []
     monkeypatch.setattr(unfinished, "PART_S", 1e-6)
