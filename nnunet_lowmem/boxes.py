@@ -1,9 +1,9 @@
-"""Boxes of voxels as text: what ``--bbox`` asks for, in the axes of a file."""
+"""Boxes of voxels: as text, what ``--bbox`` asks for in the axes of a file; and what is left of one without others."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -77,6 +77,65 @@ def box_within(bbox: BBox, shape: Sequence[int]) -> Box:
                 f"it goes from {start} to {stop}, there are {size}. {_HOW.capitalize()}"
             )
     z, y, x = (slice(start, stop) for start, stop in ends)
+    return z, y, x
+
+
+def common(one: Box, other: Box) -> Box | None:
+    """Return what two boxes share, None for nothing."""
+    z, y, x = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return (z, y, x) if all(part.start < part.stop for part in (z, y, x)) else None
+
+
+def bounds(boxes: Sequence[Box]) -> Box:
+    """Return the smallest box that holds all of several; of none, one without a voxel."""
+    z, y, x = (
+        slice(min((b[a].start for b in boxes), default=0), max((b[a].stop for b in boxes), default=0)) for a in range(3)
+    )
+    return z, y, x
+
+
+def along_last(axis: int) -> list[int]:
+    """Return the three axes, that one last."""
+    return sorted(range(3), key=lambda other: other == axis)
+
+
+def without(box: Box, taken: Iterable[Box], order: Sequence[int] = (0, 1, 2)) -> list[Box]:
+    """Return boxes that are together what others leave of one.
+
+    Parameters
+    ----------
+    box : 3 slices
+    taken : iterable of boxes
+    order : sequence of int
+        The axes, in the order in which is cut: along the first nothing is cut more often than it has to be.
+    """
+    left = [box]
+    for other in taken:
+        left = [piece for part in left for piece in _without(part, other, order)]
+    return left
+
+
+def _without(box: Box, other: Box, order: Sequence[int]) -> Iterator[Box]:
+    shared = common(box, other)
+    if shared is None:
+        yield box
+        return
+    middle = list(box)
+    for axis in order:
+        before, after = slice(box[axis].start, shared[axis].start), slice(shared[axis].stop, box[axis].stop)
+        middle[axis] = shared[axis]
+        for beside in (before, after):
+            if beside.start < beside.stop:
+                z, y, x = (beside if at == axis else part for at, part in enumerate(middle))
+                yield z, y, x
+
+
+def joined(one: Box, other: Box) -> Box | None:
+    """Return the box of two of which the second begins where the first ends, None if they are others."""
+    differing = [axis for axis in range(3) if one[axis] != other[axis]]
+    if len(differing) != 1 or one[differing[0]].stop != other[differing[0]].start:
+        return None
+    z, y, x = (slice(a.start, b.stop) for a, b in zip(one, other, strict=True))
     return z, y, x
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 
 from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.system.memory_limits import RamLimit
-from nnunet_lowmem.types import Place, SlabLimits
+from nnunet_lowmem.types import Place, Shape3, SlabLimits
 
 MIB = 2**20
 HALF_BYTES = 2
@@ -130,6 +130,8 @@ class Placement:
         The input image: RAM, or where it is stored, on disk.
     weights : Place
         Of all folds, where each is copied from before it is used: RAM or disk.
+    columns : int, 3
+        Into how many pieces planes are cut along each axis, each predicted by itself.
     """
 
     window: Place = Place.RAM
@@ -141,6 +143,7 @@ class Placement:
     block_bytes: int = 256 * MIB
     weights: Place = Place.RAM
     input: Place = Place.RAM
+    columns: Shape3 = (1, 1, 1)
 
     @property
     def slab_limits(self) -> SlabLimits:
@@ -158,7 +161,8 @@ class Placement:
             "weights": self.weights,
         }
         spilled = [name for name, place in places.items() if place is Place.DISK]
-        return f"window in {self.window.value}" + (f"; on disk: {', '.join(spilled)}" if spilled else "")
+        cut = f" for one of {count} columns" if (count := math.prod(self.columns)) > 1 else ""
+        return f"window in {self.window.value}{cut}" + (f"; on disk: {', '.join(spilled)}" if spilled else "")
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class Allocation:
 
 def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Iterator[Allocation]:
     """Every large array of a case under a placement."""
+    case = case.cut(placement.columns)
     compute = Place.VRAM if model.device == "cuda" else Place.RAM
     predict = (Stage.PREDICTION,)
     with_window = (Stage.LOADING, Stage.PREDICTION)

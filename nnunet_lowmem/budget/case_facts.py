@@ -16,7 +16,7 @@ from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.input_memory import InputBytes, Source, input_bytes
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import rules
-from nnunet_lowmem.labels.parts import Part, Span, part_of
+from nnunet_lowmem.labels.parts import Part, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.label_writing import writer_bytes
@@ -24,7 +24,7 @@ from nnunet_lowmem.preprocessing.grids import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.preprocessing.sources import AsRead
-from nnunet_lowmem.types import BBox, Place, PreprocessedCase, Shape3, Wanted, shape3
+from nnunet_lowmem.types import BBox, Box, Place, PreprocessedCase, Shape3, Wanted, shape3
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.headers import Header
 from nnunet_lowmem.window.tiling import TileGrid, tile_grid
@@ -68,7 +68,7 @@ class CaseSizes:
         spacing: Sequence[float],
         wanted: Wanted | None,
         as_a_whole: bool | None = None,
-        span: Span | None = None,
+        within: Box | None = None,
     ) -> Part:
         """Return what is computed of a case; `spacing` is the file's, mm. See `part_of`."""
         properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
@@ -76,7 +76,7 @@ class CaseSizes:
         grid = tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size)
         if as_a_whole is None:
             as_a_whole = self.holds_logits or adapter.label_rule(self.labels) is None
-        return part_of(grid, geometry, resampling, wanted, as_a_whole, span)
+        return part_of(grid, geometry, resampling, wanted, as_a_whole, within)
 
     def of_files(
         self, name: str, files: Sequence[str], previous_stage: str | None, probabilities: bool, roi: str | None = None
@@ -150,13 +150,15 @@ class CaseSizes:
             inputs = InputBytes(before.reading_bytes, before.preprocessing_bytes, before.input)
         stage_bytes = 0 if case.previous_stage is None else case.previous_stage.nbytes
         mask = None if case.wanted is None else case.wanted.mask
+        facts = self._facts(name, part, geometry.network_shape, inputs, probabilities)
         return replace(
-            self._facts(name, part, geometry.network_shape, inputs, probabilities),
+            facts,
             image_bytes=image.nbytes,
             image_place=Place.DISK if isinstance(image, np.memmap) else Place.RAM,
             input=replace(inputs.facts, is_image=isinstance(image, AsRead)),
             previous_stage_bytes=stage_bytes,
             next_stages_bytes=self._next_stages(case),
+            may_be_cut=facts.may_be_cut and not case.next_stages,
             region_bytes=0 if mask is None else mask.nbytes,
         )
 
@@ -219,6 +221,7 @@ class CaseSizes:
             writer_bytes=writer_bytes(writer_class, self.file_ending, voxels, self.model.label_bytes),
             tiles=part.grid.tile_count,
             tiles_of_case=part.tiles_of_case,
+            may_be_cut=streams and not part.is_cut and not self.holds_logits,
         )
 
     def _export(self, part: Part, probabilities: bool) -> tuple[bool, int]:

@@ -54,6 +54,13 @@ class Estimate:
     read_bytes: int = 0
 
     @property
+    def tiles(self) -> int:
+        """How many are computed for each fold, those that several columns need as often."""
+        if self.facts is None or self.plan is None:
+            return 0
+        return self.facts.cut(self.plan.placement.columns).tiles
+
+    @property
     def readable(self) -> bool:
         """Whether the header could be read."""
         return self.facts is not None
@@ -69,7 +76,7 @@ class Estimate:
         return told | {
             "original_shape": self.facts.original_shape,
             "network_shape": self.facts.grid.image_shape,
-            "tiles": self.facts.tiles,
+            "tiles": self.tiles,
             "tiles_of_case": self.facts.tiles_of_case,
             "read_bytes": self.read_bytes,
             "placement": {name: value.value if isinstance(value, Place) else value for name, value in chosen},

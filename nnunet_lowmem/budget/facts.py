@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nnunet_lowmem.types import Place, Shape3
+from nnunet_lowmem.types import Place, Shape3, shape3
 from nnunet_lowmem.window.tiling import TileGrid
 
 
@@ -119,6 +119,8 @@ class CaseFacts:
         What writing the label map takes beside the map.
     tiles, tiles_of_case : int
         How many tiles are computed for a fold, and how many the whole case has.
+    may_be_cut : bool
+        Into columns: slabs are labelled as they come, and nobody needs whole ones.
     """
 
     name: str
@@ -140,3 +142,13 @@ class CaseFacts:
     writer_bytes: int = 0
     tiles: int = 0
     tiles_of_case: int = 0
+    may_be_cut: bool = False
+
+    def cut(self, columns: Shape3) -> CaseFacts:
+        """Return the facts of the largest of several columns; tiles are those of all."""
+        if columns == (1, 1, 1):
+            return self
+        grid, tiles = self.grid.cut(columns)
+        sizes = zip(self.cropped_shape, grid.image_shape, self.grid.image_shape, strict=True)
+        cropped = [size if piece == whole else min(size, size * piece // whole + 2) for size, piece, whole in sizes]
+        return replace(self, grid=grid, cropped_shape=shape3(cropped), tiles=tiles)

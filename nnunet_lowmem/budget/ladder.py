@@ -142,7 +142,11 @@ def _what_changes(plan: Plan, stage: Stage) -> str:
 def _fixed(plan: Plan, stage: Stage) -> tuple[object, ...]:
     """Return what cannot be changed while a case is predicted; before, nothing is fixed."""
     chosen = plan.placement
-    return (chosen.image, chosen.label_map, chosen.planes, chosen.threads) if stage is Stage.PREDICTION else ()
+    return (
+        (chosen.image, chosen.label_map, chosen.planes, chosen.threads, chosen.columns)
+        if stage is Stage.PREDICTION
+        else ()
+    )
 
 
 def near_device_or_in_ram(attempt: Callable[[Place], T]) -> T:

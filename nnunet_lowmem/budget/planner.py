@@ -20,10 +20,14 @@ from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.refusals import Ways, refusal, too_small
 from nnunet_lowmem.errors import BudgetError
-from nnunet_lowmem.types import Place
+from nnunet_lowmem.types import Place, Shape3
 
 # a sum over folds below this stays in RAM: a file would save nothing that matters
 _SMALL_BYTES = 64 * MIB
+# what a window on disk costs, beside the other choices, and as a share of all tiles (docs/benchmarks.md)
+_DISK_COST, _DISK_SHARE = 16, 0.15
+# columns with more tiles than this, for each of the whole case, are no way to predict
+_MOST_TILES = 2.0
 
 
 def plan_case(model: ModelFacts, case: CaseFacts, budget: Budget) -> Plan:
@@ -121,9 +125,9 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     """All placements in the order of what they cost in time."""
     small = finished_bytes(model, case) <= _SMALL_BYTES
     either = ((Place.RAM, 0), (Place.DISK, 2))
-    windows = [(Place.RAM, 0), (Place.DISK, 16)]
+    windows = [(Place.RAM, 0), (Place.DISK, _DISK_COST)]
     if model.device == "cuda" and model.window_on_device:
-        windows = [(Place.VRAM, 0), (Place.RAM, 8), (Place.DISK, 16)]
+        windows = [(Place.VRAM, 0), (Place.RAM, 8), (Place.DISK, _DISK_COST)]
     images = either if case.image_place is None else ((case.image_place, 0),)
     inputs: tuple[tuple[Place, float], ...] = ((case.input.place or Place.RAM, 0),)
     if case.input.place is None and case.input.spilled_bytes is not None:
@@ -134,14 +138,23 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     )
     planes = planes if model.folds > 1 or not case.streams else ((Place.RAM, 0),)
     threads = ((model.threads, 0), (1, 4)) if model.threads > 1 else ((1, 0),)
-    slabs = ((None, 0), (8, 1))
+    slabs: tuple[tuple[int | None, int], ...] = ((None, 0), (8, 1))
     blocks = ((256 * MIB, 0), (16 * MIB, 1)) if model.device == "cuda" else ((256 * MIB, 0),)
     weights: tuple[tuple[Place, float], ...] = ((model.kept_place or Place.RAM, 0),)
     if model.kept_bytes and model.kept_place is None:
         # mapped pages, read once for each fold: less than anything else
         weights = ((Place.RAM, 0), (Place.DISK, 0.5))
-    choices = sorted(
-        product(windows, images, either, planes, threads, slabs, blocks, weights, inputs),
-        key=lambda chosen: sum(cost for _, cost in chosen),
-    )
+    rest = images, either, planes, threads
+    choices = list(product(windows, *rest, slabs, blocks, weights, inputs, [((1, 1, 1), 0.0)]))
+    # what is cut may be as small as can be otherwise
+    choices += product(windows[:-1], *rest, slabs[-1:], blocks[-1:], weights, inputs, _columns(case))
+    choices.sort(key=lambda chosen: sum(cost for _, cost in chosen))
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
+
+
+def _columns(case: CaseFacts) -> list[tuple[Shape3, float]]:
+    """Return into which columns a case may be cut, and what the tiles cost that more than one of them needs."""
+    if not case.may_be_cut or not case.tiles:
+        return []
+    tiles = [(counts, case.grid.cut(counts)[1] / case.grid.tile_count) for counts in case.grid.columns()]
+    return [(counts, 0.5 + _DISK_COST * (share - 1) / _DISK_SHARE) for counts, share in tiles if share <= _MOST_TILES]

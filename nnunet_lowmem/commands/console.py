@@ -80,6 +80,8 @@ def print_report(report: CaseReport) -> None:
     reused = f"; {report.reused_tiles} constant tiles reused" if report.reused_tiles else ""
     tiles, whole = report.tiles, report.tiles_of_case
     of_case = f"; {tiles:,} of {whole:,} tiles" if tiles < whole else ""
+    if tiles > whole:
+        of_case = f"; {tiles:,} tiles for {whole:,}, since cuts need some again"
     _console().print(
         f"{report.case}: {times}; RAM measured {format_gib(report.peak_bytes)}, "
         f"projected {format_gib(report.plan.projected_bytes(Place.RAM))}{way}{of_case}{reused}"
@@ -124,8 +126,8 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
         shapes = ["x".join(map(str, shape)) for shape in (facts.original_shape, facts.grid.image_shape)]
         named = f"{estimate.case} in {estimate.arithmetic}" if estimate.arithmetic else estimate.case
         yield f"plan for {named}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
-        tiles, of_case = facts.tiles, facts.tiles_of_case
-        counted = f"{tiles:,} tiles" if tiles == of_case else f"{tiles:,} of {of_case:,} tiles"
+        tiles, of_case = estimate.tiles, facts.tiles_of_case
+        counted = f"{tiles:,} tiles" if tiles >= of_case else f"{tiles:,} of {of_case:,} tiles"
         yield f"  reads {format_gib(estimate.read_bytes)}; {counted} for each fold"
         limits = ((place, plan.budget.limit(place)) for place in Place)
         yield "  projected " + ", ".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.labels import cells_cpu
 from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
+from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.labels.resampling import flat_tables
 from nnunet_lowmem.labels.rules import HEADS_PER_CALL, CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Box, Shape3
 from nnunet_lowmem.volumes.planes import PlaneStore, give_back, spilled_array
 from nnunet_lowmem.window.slabs import LogitsSlab
 
@@ -36,36 +37,54 @@ def label_slabs(
     geometry: CaseGeometry,
     how: Labelling,
     clock: StageClock,
+    keeper: Keeper,
     folder: Path | None = None,
-    keeper: Keeper | None = None,
+    more: bool = False,
 ) -> NDArray[Any]:
-    """Label slabs as they come, into a file of `folder` if one is given; needs a resampling that is known as tables.
+    """Label slabs as they come; needs a resampling that is known as tables.
 
-    A `keeper` is told of planes that are final.
+    Parameters
+    ----------
+    slabs : iterable of LogitsSlab
+        Of a box of the case, or of all of it.
+    resampling : LogitsResampling
+    geometry : CaseGeometry
+        Of the box, and where in the label map it lies.
+    how : Labelling
+    clock : StageClock
+    keeper : Keeper
+        Gives the map that is written, and is told of what is final.
+    folder : Path or None
+        For the file of that map; None keeps it in RAM.
+    more : bool
+        Other boxes of the case follow.
 
     Returns
     -------
     uint8 or uint16 array, original grid in the axis order of the network
     """
     assert resampling.tables is not None
-
-    def make() -> NDArray[Any]:
-        return empty_label_map(geometry, how.rule, folder)[0]
-
-    whole = make() if keeper is None else keeper.label_map(make)
-    cropped = whole[geometry.crop]
+    whole, crop = keeper.label_map(lambda: empty_label_map(geometry, how.rule, folder)[0]), geometry.crop
+    cropped, told = whole[crop], 0
     labeller = SlabLabeller(resampling.tables, how, cropped)
+
+    def tell(ends: bool) -> None:
+        nonlocal told
+        final = list(crop)
+        final[slab.axis] = slice(crop[slab.axis].start + told, crop[slab.axis].start + labeller.written)
+        told = labeller.written
+        keeper.labelled(whole, (final[0], final[1], final[2]), ends)
+
     for slab in slabs:
         with clock.stage("export", cropped.shape[slab.axis]):
             done = labeller.done
             labeller.add(slab)
             clock.advance(labeller.done - done)
-        if keeper is not None and labeller.written:
-            keeper.labelled(whole, slab.axis, geometry.crop[slab.axis].start + labeller.written)
+        tell(ends=False)
         give_back(whole)
     labeller.finish()
-    if keeper is not None and labeller.written:
-        keeper.labelled(whole, slab.axis, geometry.crop[slab.axis].start + labeller.written, ends=True)
+    if labeller.written:
+        tell(ends=more)
     return whole
 
 
@@ -76,14 +95,31 @@ def plain(result: Any) -> Any:
     return np.asarray(result) if isinstance(result, np.memmap) else result
 
 
-class Keeper(Protocol):
-    """Keeps planes of a label map as they become final, for another process to go on from there."""
+class Keeper:
+    """Holds the label map of a case, which may be labelled box after box; whoever keeps it for later overrides.
+
+    Attributes
+    ----------
+    found : list of boxes
+        What is labelled to begin with, axes of the network.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Box] = []
+        self._labels: NDArray[Any] | None = None
 
     def label_map(self, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return the map that is written, axes of the network: of zeros where nothing is known of it yet."""
+        """Return the map that is written, which `make` makes when it is asked for first."""
+        if self._labels is None:
+            self._labels = make()
+        return self._labels
 
-    def labelled(self, labels: NDArray[Any], axis: int, planes: int, ends: bool = False) -> None:
-        """Take note: the first `planes` along an axis are final; `ends` where no more follow of a part."""
+    def counts(self, part: Part, columns: Shape3, seconds: float) -> Shape3:
+        """Return into how many boxes a part that takes `seconds` is cut along each axis, if there are these columns."""
+        return columns
+
+    def labelled(self, labels: NDArray[Any], box: Box, ends: bool = False) -> None:
+        """Take note: a box is final; `ends` where others follow, each of which is final at its end."""
 
 
 class HeadContest:

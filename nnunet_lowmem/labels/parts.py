@@ -8,23 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_lowmem.boxes import along_last, common
 from nnunet_lowmem.labels.resampling import AxisTable, linear_axis
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.types import Box, Shape3, Wanted, shape3
 from nnunet_lowmem.window.tiling import TileGrid
-
-
-class Span(NamedTuple):
-    """Planes [start, stop) along an axis, counted from the first that is wanted."""
-
-    axis: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,9 @@ class Part:
         if self.is_cut and values.shape != self.shape:
             values = np.array(values[self.frame])
         if self.mask is not None:
-            for plane, inside in zip(values, self.mask, strict=True):
+            # ours are 0 beyond the crop
+            box = ... if self.is_cut or outside else self.crop
+            for plane, inside in zip(values[box], self.mask[box], strict=True):
                 plane[~inside] = outside
         return values
 
@@ -84,7 +80,7 @@ def part_of(
     resampling: LogitsResampling,
     wanted: Wanted | None,
     as_a_whole: bool = False,
-    span: Span | None = None,
+    within: Box | None = None,
 ) -> Part:
     """Return the part that is wanted of a case.
 
@@ -98,15 +94,15 @@ def part_of(
         None is everything.
     as_a_whole : bool
         All logits are needed, whatever is wanted. They are, too, where the resampling is not known as tables.
-    span : Span or None
-        Only these planes of what is wanted are labelled now.
+    within : 3 slices or None
+        Only this box of the frame is labelled now.
     """
-    if wanted is None and span is None:
+    if wanted is None and within is None:
         frame, network = _whole(geometry.original_shape), _whole(geometry.network_shape)
         return Part(grid, geometry, resampling, frame, geometry.crop, network, grid.tile_count)
     wanted = wanted or Wanted(_whole(geometry.original_shape))
     mask = None if wanted.mask is None else wanted.mask[wanted.box]
-    inside = _inside(wanted.box, mask, geometry.crop, span)
+    inside = _inside(wanted.box, mask, geometry.crop, within)
     crop = _in_frame(inside, geometry.crop, wanted.box)
     if as_a_whole or resampling.tables is None or not resampling.per_head:
         sizes = zip(geometry.network_shape, geometry.cropped_shape, strict=True)
@@ -126,7 +122,30 @@ def part_of(
     return Part(tiles, own, replace(resampling, tables=tables), wanted.box, crop, network, grid.tile_count, mask)
 
 
-def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box, span: Span | None = None) -> Box:
+def cut(part: Part, counts: Shape3, rest: Sequence[Box]) -> list[Box]:
+    """Cut what is labelled of a part, as far as it is left to do, into so many boxes along each axis, or fewer.
+
+    Each begins with the first voxel that is interpolated from a row of tiles, so that two need as few of the same tiles
+    as can be. Those of a column follow each other.
+
+    Returns
+    -------
+    list of boxes
+        Of the frame. Empty where the resampling is not known as tables.
+    """
+    if part.resampling.tables is None:
+        return []
+    ends = []
+    for axis, (count, crop, table) in enumerate(zip(counts, part.crop, part.resampling.tables, strict=True)):
+        firsts = [start for start, _ in part.grid.pieces(axis, count)][1:]
+        inner = {crop.start + int(np.searchsorted(table.high, first)) for first in firsts}
+        ends.append(list(pairwise(sorted({crop.start, *inner, crop.stop}))))
+    order = along_last(part.grid.roll_axis)
+    found = [_box(box[order.index(axis)] for axis in range(3)) for box in product(*(ends[axis] for axis in order))]
+    return [shared for box in found for left in rest if (shared := common(box, left)) is not None]
+
+
+def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box, within: Box | None = None) -> Box:
     """Return the box of the cropped grid in which something is labelled; (0, 0, 0) voxels if there is none."""
     bounds = []
     for axis, (wanted, cropped) in enumerate(zip(frame, crop, strict=True)):
@@ -134,8 +153,8 @@ def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box, span: Span | 
         if mask is not None:
             at = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
             low, high = (low + int(at[0]), low + int(at[-1]) + 1) if at.size else (low, low)
-        if span is not None and span.axis == axis:
-            low, high = max(low, wanted.start + span.start), min(high, wanted.start + span.stop)
+        if within is not None:
+            low, high = max(low, wanted.start + within[axis].start), min(high, wanted.start + within[axis].stop)
         bounds.append((max(low, cropped.start) - cropped.start, min(high, cropped.stop) - cropped.start))
     return _box([(0, 0)] * 3 if any(low >= high for low, high in bounds) else bounds)
 

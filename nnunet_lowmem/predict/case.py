@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_lowmem.boxes import along_last, bounds, without
 from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.budget.ladder import Recovery
@@ -22,7 +23,7 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
 from nnunet_lowmem.labels.heads import Keeper, ResampledHeads, label_heads, label_slabs
 from nnunet_lowmem.labels.labeller import Labelling
-from nnunet_lowmem.labels.parts import Part
+from nnunet_lowmem.labels.parts import Part, cut
 from nnunet_lowmem.labels.probabilities import ProbabilitySink, label_and_export, npz_sink
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.nnunet import adapter, model_keys
@@ -160,28 +161,30 @@ class CaseRun:
         as_a_whole = rule is None or not self._is_ours(case)
         part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
         part = part_of()
-        written, keeper = parts.as_case(case, part, setup), None
+        written, keeper = parts.as_case(case, part, setup), Keeper()
         if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
             with clock.failing_in("writing"):
                 self._rehearse_writing(self.job.output, written.properties, rule)
         if not as_a_whole and rule is not None and rules.streams(part.resampling, rule, self.probabilities):
-            keeper = unfinished_of(setup, self.job, part, rule.dtype)
-        if keeper is not None and keeper.found:
-            part = part_of(keeper.rest)
+            keeper = unfinished_of(setup, self.job, part, rule.dtype) or keeper
+        rest = without(part.crop, keeper.found, along_last(part.grid.roll_axis))
+        if keeper.found:
+            part = part_of(bounds(rest))
         logits = FoldLogits(setup, case, clock, part.grid)
         planned = partial(planning.plan, self.job.name, case, self.probabilities, part)
         plan, folds = self._planned(planned, logits, planning)
-        spans = () if keeper is None else keeper.spans(part, logits.seconds)
-        turns = [part_of(span) for span in spans] or [part]
+        boxes = cut(part, keeper.counts(part, plan.placement.columns, logits.seconds), rest)
+        turns = [part_of(box) for box in boxes] if len(boxes) > 1 else [part]
         tiles, reused, result = setup.weights.folds * sum(turn.grid.tile_count for turn in turns), 0, None
         recovery = planning.recovery(plan)  # of all at once: a turn takes no more
         with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", tiles):
             for turn in turns:
-                if spans:
+                if turn is not part:
                     logits, folds = self._turn(turn, case, planning)
                 if self._is_ours(case):
                     slabs = logits.slabs(folds, threads, self.folder, recovery)
-                    result = self._labels(slabs, logits, turn, rule, threads, recovery, keeper)
+                    more = turn is not turns[-1]
+                    result = self._labels(slabs, logits, turn, rule, threads, recovery, keeper, more)
                 else:
                     result = self._labels_of_held(logits, turn, rule, threads, recovery)
                 reused += logits.reused
@@ -269,6 +272,7 @@ class CaseRun:
         threads: RowThreads,
         recovery: Recovery,
         keeper: Keeper | None = None,
+        more: bool = False,
     ) -> Result:
         """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions."""
         setup, case, grid = self.setup, logits.case, logits.grid
@@ -285,7 +289,8 @@ class CaseRun:
                 made = next_stages.label_along(made, targets, how, self.folder)
                 if rules.streams(part.resampling, rule, self.probabilities):
                     folder = self.folder if placement.label_map is Place.DISK else None
-                    labels = label_slabs(made, part.resampling, part.geometry, how, self.clock, folder, keeper)
+                    given = part.resampling, part.geometry, how, self.clock, keeper or Keeper(), folder, more
+                    labels = label_slabs(made, *given)
                     return self._to_file_axes(part.framed(labels))
                 folder = self.folder if placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(setup.heads, grid.image_shape, grid.roll_axis, folder))

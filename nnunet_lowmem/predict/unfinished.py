@@ -1,7 +1,7 @@
 """Labels of a case that is not finished yet, beside the file to be: a run that was killed goes on where it was.
 
-Whatever ends a process leaves this file alone; it goes when the case is done. Chunks are appended, each a stack of
-planes with a checksum, so that what a kill or a power cut has torn is the last one and shows itself. A run that
+Whatever ends a process leaves this file alone; it goes when the case is done. Chunks are appended, each a box of the
+label map with a checksum, so that what a kill or a power cut has torn is the last one and shows itself. A run that
 continues reads the file of another and begins its own, so no two processes write to one.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -26,8 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nnunet_lowmem.boxes import joined
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.labels.parts import Part, Span
+from nnunet_lowmem.labels.heads import Keeper
+from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.network import choices
 from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.overrides.bypassed import Step
@@ -38,20 +39,20 @@ from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.system.owned_folders import is_left_over, owned_name
 from nnunet_lowmem.system.placing import flush
-from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.types import Box, Shape3, shape3
 from nnunet_lowmem.volumes.formats import read_header
 
 logger = logging.getLogger(__name__)
 
 _KIND = "lowmem_unfinished"
-#: Seconds between two chunks: what a kill costs, beside one window.
+#: Seconds between two looks at what is final: what a kill costs, beside one window.
 EVERY_S = 60.0
 #: Seconds that a part of a case of several folds may take, before a kill costs that much.
 PART_S = 1800.0
 # what cuts may cost, of all tiles
 _SHARE = 0.2
-# planes, bytes, and a checksum of these and of what follows
-_CHUNK = struct.Struct("<QQI")
+# start and stop along three axes, bytes, and a checksum of these and of what follows
+_CHUNK = struct.Struct("<7QI")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,6 @@ class Key:
     shape : int, 3
         Of the label map, axes of the network.
     dtype : str
-    axis : int
-        Along which planes become final.
     arithmetic : str
         In which the network was run.
     """
@@ -74,7 +73,6 @@ class Key:
     made_with: str
     shape: Shape3
     dtype: str
-    axis: int
     arithmetic: str
 
     @property
@@ -83,8 +81,8 @@ class Key:
         return json.dumps([vars(self)[name] for name in Key.__annotations__]).encode() + b"\n"
 
 
-class Unfinished:
-    """Keeps planes of one label map as they become final.
+class Unfinished(Keeper):
+    """Keeps boxes of one label map as they become final.
 
     Parameters
     ----------
@@ -98,101 +96,89 @@ class Unfinished:
         Between tiles, as a share of the patch.
     arithmetic : callable
         Tells in which the network is run by now.
-
-    Attributes
-    ----------
-    found : int
-        Planes that an earlier run has labelled.
     """
 
     def __init__(
         self, output: Path, key: Key, continues: bool, folds: int, step_size: float, arithmetic: Callable[[], str]
     ) -> None:
+        super().__init__()
         self._output, self._key, self._arithmetic = output, key, arithmetic
         self._own = output.parent / f"{owned_name(_KIND, secrets.token_hex(4))}.{_digest(output)}"
         self._continues, self._folds, self._rows_again = continues, folds, math.ceil(1 / step_size)
-        self._labels: NDArray[Any] | None = None
-        self._ends_count = False
-        self._earlier = _longest(output, key) if continues else None
-        self.found = 0 if self._earlier is None else self._earlier[1]
-        self._kept, self._last_s = 0, time.monotonic()
+        self._earlier: Path | None = None
+        if continues:
+            self._earlier, self.found = _longest(output, key)
+        self._pending, self._is_begun, self._last_s = list(self.found), False, time.monotonic()
         self._is_given_up = False
 
-    @property
-    def rest(self) -> Span:
-        """Behind what was found."""
-        return Span(self._key.axis, self.found, self._key.shape[self._key.axis])
-
-    def spans(self, part: Part, seconds: float) -> list[Span]:
-        """Return in which parts a long case of several folds is computed, one after the other; none if all at once.
+    def counts(self, part: Part, columns: Shape3, seconds: float) -> Shape3:
+        """As it says; a long case of several folds is cut along its columns, too, each box with all folds.
 
         Only for who has said that the run is to be continued: every cut computes again the rows of tiles that reach
         across it, which is `_SHARE` of all at most.
         """
-        axis, grid, tables = self._key.axis, part.grid, part.resampling.tables
-        rows = len(grid.starts[axis])
-        count = min(math.ceil(seconds / PART_S), 1 + int(_SHARE * rows / self._rows_again))
-        if not self._continues or self._folds < 2 or count < 2 or tables is None or grid.roll_axis != axis:
-            return []
-        first = [grid.starts[axis][number * rows // count] - grid.padding[axis] for number in range(1, count)]
-        # a part reads nothing of the row of tiles that the next one begins with
-        cuts = [part.crop[axis].start + int(np.searchsorted(tables[axis].high, plane)) for plane in first]
-        ends = [self.found, *cuts, self._key.shape[axis]]
-        self._ends_count = True
-        return [Span(axis, start, stop) for start, stop in itertools.pairwise(ends) if start < stop]
+        if not self._continues or self._folds < 2:
+            return columns
+        axis = part.grid.roll_axis
+        most = 1 + int(_SHARE * len(part.grid.starts[axis]) / self._rows_again)
+        counts = list(columns)
+        counts[axis] = max(1, min(most, math.ceil(seconds / PART_S / math.prod(columns))))
+        return shape3(counts)
 
     def label_map(self, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return the map, which is made of zeros and filled with what was found when it is asked for first.
+        """Return the map, which is filled with what was found when it is asked for first.
 
         Raises
         ------
         UsageError
             If that is gone.
         """
-        if self._labels is None:
-            self._labels = make()
-            self._fill(self._labels)
-        return self._labels
+        is_new = self._labels is None
+        labels = super().label_map(make)
+        if is_new and self._earlier is not None:
+            self._fill(labels, self._earlier)
+        return labels
 
-    def _fill(self, labels: NDArray[Any]) -> None:
-        if self._earlier is None:
-            return
-        along, start = np.moveaxis(labels, self._key.axis, 0), 0
-        for planes in _chunks(self._earlier[0], self._key):
-            along[start : start + len(planes)] = planes
-            start += len(planes)
-        if start != self.found:
-            held = f"held {self.found} labelled planes when the case began, now it holds {start}"
-            raise UsageError(f"{self._earlier[0].name} {held}: run again")
-        logger.info("goes on behind %d of %d planes that an earlier run has labelled", start, len(along))
+    def _fill(self, labels: NDArray[Any], earlier: Path) -> None:
+        boxes: list[Box] = []
+        for box, values in _chunks(earlier, self._key):
+            labels[box] = values
+            _append(boxes, box)
+        if boxes != self.found:
+            held, holds = (f"{_voxels(found):,} labelled voxels" for found in (self.found, boxes))
+            raise UsageError(f"{earlier.name} held {held} when the case began, now it holds {holds}: run again")
+        share = 100 * _voxels(boxes) / math.prod(self._key.shape)
+        logger.info("goes on behind %.1f %% of the label map, which an earlier run has labelled", share)
 
-    def labelled(self, labels: NDArray[Any], axis: int, planes: int, ends: bool = False) -> None:
-        """Keep the first `planes` along an axis, which are final: at the end of a part, else each minute."""
-        is_due = (ends and self._ends_count) or time.monotonic() >= self._last_s + EVERY_S
-        if self._is_given_up or axis != self._key.axis or not is_due:
+    def labelled(self, labels: NDArray[Any], box: Box, ends: bool = False) -> None:
+        """Keep what is final: each minute, with several folds at the end of each box."""
+        _append(self._pending, box)
+        is_due = (ends and self._folds > 1) or time.monotonic() >= self._last_s + EVERY_S
+        if self._is_given_up or not is_due or not self._pending:
             return
         try:
-            self._append(np.moveaxis(labels, axis, 0)[self._kept : planes])
+            self._keep(labels)
         except (OSError, MemoryError) as error:
             self._is_given_up = True
             with contextlib.suppress(OSError):  # it may take the room that the output needs
                 self._own.unlink(missing_ok=True)
             logger.warning("%s: labels cannot be kept, a run that is killed begins anew: %s", self._own, error)
             return
-        if not self._kept:  # it holds all that was found, too
+        if not self._is_begun:  # it holds all that was found, too
             _forget(self._output, self._own)
-        self._kept, self._last_s = planes, time.monotonic()
+        self._is_begun, self._last_s = True, time.monotonic()
+        self._pending.clear()
 
-    def _append(self, planes: NDArray[Any]) -> None:
-        with self._own.open("ab" if self._kept else "wb") as file:
-            if not self._kept:
+    def _keep(self, labels: NDArray[Any]) -> None:
+        with self._own.open("ab" if self._is_begun else "wb") as file:
+            if not self._is_begun:
                 file.write(replace(self._key, arithmetic=self._arithmetic()).line)
-            for start in range(0, len(planes), depth := _depth(planes)):
-                data = zlib.compress(np.ascontiguousarray(planes[start : start + depth]).tobytes(), 1)
-                count = len(planes[start : start + depth])
-                file.write(_CHUNK.pack(count, len(data), _checksum(count, data)) + data)
+            for box in self._pending:
+                for chunk in _some_mib(box, labels.itemsize):
+                    data = zlib.compress(np.ascontiguousarray(labels[chunk]).tobytes(), 1)
+                    file.write(_CHUNK.pack(*_head(chunk, data), _checksum(chunk, data)) + data)
         flush(self._own)
-        if not self._kept:
+        if not self._is_begun:
             flush(self._own.parent)
 
 
@@ -208,13 +194,32 @@ def _forget(output: Path, but: Path | None = None) -> None:
                 file.unlink()
 
 
-def _checksum(count: int, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(_CHUNK.pack(count, len(data), 0)))
+def _append(boxes: list[Box], box: Box) -> None:
+    """Add a box that holds a voxel to those before, which it may make longer."""
+    if not _voxels([box]):
+        return
+    longer = joined(boxes[-1], box) if boxes else None
+    boxes[-1:] = [longer] if longer is not None else [*boxes[-1:], box]
 
 
-def _depth(planes: NDArray[Any]) -> int:
-    """Return how many planes have some MiB."""
-    return max(1, 2**22 * len(planes) // max(1, planes.nbytes))
+def _voxels(boxes: Sequence[Box]) -> int:
+    return sum(math.prod(part.stop - part.start for part in box) for box in boxes)
+
+
+def _some_mib(box: Box, itemsize: int) -> Iterator[Box]:
+    """Cut a box into such of some MiB."""
+    planes, rows, columns = box
+    depth = max(1, 2**22 // (_voxels([(slice(0, 1), rows, columns)]) * itemsize))
+    for start in range(planes.start, planes.stop, depth):
+        yield slice(start, min(start + depth, planes.stop)), rows, columns
+
+
+def _head(box: Box, data: bytes) -> list[int]:
+    return [*(end for part in box for end in (part.start, part.stop)), len(data)]
+
+
+def _checksum(box: Box, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(_CHUNK.pack(*_head(box, data), 0)))
 
 
 def _digest(output: Path) -> str:
@@ -228,27 +233,32 @@ def _files_of(output: Path) -> list[Path]:
         return []
 
 
-def _longest(output: Path, key: Key) -> tuple[Path, int] | None:
-    """Return the file with most planes among those by which a case can be continued, and how many."""
-    found = [(file, sum(map(len, _chunks(file, key)))) for file in _files_of(output)]
-    return max((entry for entry in found if entry[1]), key=lambda entry: entry[1], default=None)
+def _longest(output: Path, key: Key) -> tuple[Path | None, list[Box]]:
+    """Return the file that holds most among those by which a case can be continued, and what; None if none does."""
+    longest: tuple[Path | None, list[Box]] = None, []
+    for file in _files_of(output):
+        boxes: list[Box] = []
+        for box, _ in _chunks(file, key):
+            _append(boxes, box)
+        longest = max(longest, (file, boxes), key=lambda found: _voxels(found[1]))
+    return longest if longest[1] else (None, [])
 
 
-def _chunks(file: Path, key: Key) -> Iterator[NDArray[Any]]:
-    """Give the whole chunks of a file, axis of the planes first; nothing of one with another key."""
-    shape = list(key.shape)
-    shape.insert(0, shape.pop(key.axis))
-    left, plane_bytes = shape[0], int(np.prod(shape[1:])) * np.dtype(key.dtype).itemsize
+def _chunks(file: Path, key: Key) -> Iterator[tuple[Box, NDArray[Any]]]:
+    """Give the whole chunks of a file; nothing of one with another key."""
+    itemsize = np.dtype(key.dtype).itemsize
     with contextlib.suppress(OSError), file.open("rb") as stream:
         if stream.readline(len(key.line)) != key.line:
             return
         while len(head := stream.read(_CHUNK.size)) == _CHUNK.size:
-            count, size, checksum = _CHUNK.unpack(head)
-            data = stream.read(size) if 0 < count <= left and size <= 2 * count * plane_bytes + 2**10 else b""
-            if not data or len(data) != size or _checksum(count, data) != checksum:
+            *ends, size, checksum = _CHUNK.unpack(head)
+            box = slice(*ends[:2]), slice(*ends[2:4]), slice(*ends[4:])
+            inside = all(part.start < part.stop <= full for part, full in zip(box, key.shape, strict=True))
+            data = stream.read(size) if inside and size <= 2 * _voxels([box]) * itemsize + 2**10 else b""
+            if not data or len(data) != size or _checksum(box, data) != checksum:
                 return
-            left -= count
-            yield np.frombuffer(zlib.decompress(data), key.dtype).reshape(count, *shape[1:])
+            shape = [part.stop - part.start for part in box]
+            yield box, np.frombuffer(zlib.decompress(data), key.dtype).reshape(shape)
 
 
 def unfinished_of(setup: Setup, job: Job, part: Part, dtype: np.dtype[Any]) -> Unfinished | None:
@@ -264,7 +274,7 @@ def unfinished_of(setup: Setup, job: Job, part: Part, dtype: np.dtype[Any]) -> U
     except (OSError, UsageError) as error:
         logger.warning("labels of %s cannot be kept: %s", recipe.outputs[0].name, error)
         return None
-    key = Key(made_with, part.shape, dtype.name, part.grid.roll_axis, ways.arithmetic().value)
+    key = Key(made_with, part.shape, dtype.name, ways.arithmetic().value)
     # which arithmetic is not known before the first tile
     continues, folds = job.continues and not ways.is_undecided, setup.weights.folds
     step_size = setup.tile_step_size

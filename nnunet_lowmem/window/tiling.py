@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,12 +91,11 @@ class TileGrid:
         starts, padding, padded, offset = [], [], [], []
         for axis, within in enumerate(box):
             low, high = within.start - self.offset[axis], within.stop - self.offset[axis]
-            tile = self.tile_shape[axis]
-            touching = [start for start in self.starts[axis] if low - tile < start < high]
+            touching = self._touching(axis, low, high)
             first = touching[0]
             starts.append(tuple(start - first for start in touching))
             padding.append(low - first)
-            padded.append(starts[-1][-1] + tile)
+            padded.append(starts[-1][-1] + self.tile_shape[axis])
             offset.append(self.offset[axis] + first)
         return replace(
             self,
@@ -106,6 +105,50 @@ class TileGrid:
             starts=(starts[0], starts[1], starts[2]),
             offset=shape3(offset),
         )
+
+    def _touching(self, axis: int, low: int, high: int) -> list[int]:
+        """Return the starts of the tiles that reach into [low, high) along an axis, padded coordinates."""
+        return [start for start in self.starts[axis] if low - self.tile_shape[axis] < start < high]
+
+    def columns(self) -> Iterator[Shape3]:
+        """Yield into how many pieces planes may be cut along each axis, into ever smaller ones with ever more tiles."""
+        counts, rows = [1, 1, 1], [len(starts) for starts in self.starts]
+        axes = [axis for axis in range(3) if axis != self.roll_axis and rows[axis] > 1]
+        while axes and any(counts[axis] < rows[axis] for axis in axes):
+            axis = max(axes, key=lambda axis: rows[axis] / counts[axis])
+            counts[axis] = min(2 * counts[axis], rows[axis])
+            yield shape3(counts)
+
+    def pieces(self, axis: int, count: int) -> list[tuple[int, int]]:
+        """Cut the planes of the image into so many pieces at most: [start, stop), each where a row of tiles begins."""
+        rows, size = self.starts[axis], self.image_shape[axis]
+        firsts = (rows[number * len(rows) // count] - self.padding[axis] for number in range(1, count))
+        return list(pairwise(sorted({0, *(first for first in firsts if 0 < first < size), size})))
+
+    def cut(self, counts: Shape3) -> tuple[TileGrid, int]:
+        """Return a grid that is as large as that of any piece, and how many tiles all of them have.
+
+        A piece holds the plane before its first, which resampling may need as a neighbour.
+        """
+        image, padded, starts, tiles = [], [], [], 1
+        for axis, count in enumerate(counts):
+            pieces = [(max(0, start - 1), stop) for start, stop in self.pieces(axis, count)]
+            padding, tile = self.padding[axis], self.tile_shape[axis]
+            rows = [self._touching(axis, start + padding, stop + padding) for start, stop in pieces]
+            widest = max(rows, key=lambda row: row[-1] - row[0])
+            image.append(max(stop - start for start, stop in pieces))
+            padded.append(widest[-1] - widest[0] + tile if count > 1 else self.padded_shape[axis])
+            starts.append(tuple(start - widest[0] for start in widest))
+            tiles *= sum(map(len, rows))
+        of_all = math.prod(map(len, self.starts))
+        largest = replace(
+            self,
+            image_shape=shape3(image),
+            padded_shape=shape3(padded),
+            starts=(starts[0], starts[1], starts[2]),
+            needed=None,
+        )
+        return largest, -(-tiles * self.tile_count // of_all)
 
     def only(self, needed: NDArray[np.bool_]) -> TileGrid:
         """Return the grid of which some tiles are computed; `needed` has a value for each, along the three axes."""

@@ -17,8 +17,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import assert_close_probabilities, make_predictor, predict_ours, predict_stock
+from placing import finest_columns
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.budget import planner
 from nnunet_lowmem.budget.arrays import Placement, allocations
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.errors import CasesFailedError, UsageError
@@ -74,7 +76,9 @@ def predict_part(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_labels_in_random_boxes_are_those_of_stocks_whole_run(name, images, models, tmp_path):
+def test_labels_in_random_boxes_and_in_columns_are_those_of_stocks_whole_run(
+    name, images, models, tmp_path, monkeypatch
+):
     spec, image = MODELS[name]
     files = images(image)
     model = models(spec, files if image != "small" else images("head"))
@@ -87,6 +91,12 @@ def test_labels_in_random_boxes_are_those_of_stocks_whole_run(name, images, mode
         report = predict_part(model, files, tmp_path / str(number), spec.folds, bbox=text_of(box))
         np.testing.assert_array_equal(read_voxels(tmp_path / f"{number}.nii.gz"), whole[slices_of(box)], str(box))
         assert report.tiles <= report.tiles_of_case
+    if name not in ("smaller than the patch", "torch's resampling"):
+        monkeypatch.setattr(planner, "placements", finest_columns)
+        report = predict_part(model, files, tmp_path / "columns", spec.folds)
+        np.testing.assert_array_equal(read_voxels(tmp_path / "columns.nii.gz"), whole)
+        assert np.prod(report.plan.placement.columns) > 1
+        assert report.tiles_of_case < report.tiles
 
 
 @pytest.mark.parametrize(

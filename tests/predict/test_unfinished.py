@@ -18,8 +18,11 @@ from factory import ModelSpec
 from images import SUPPORT
 from model_table import REGIONS
 from oracle import make_predictor, predict_ours
+from placing import finest_columns
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.budget import planner
+from nnunet_lowmem.budget.planner import placements
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.predict import unfinished
 from nnunet_lowmem.predict.outcomes import CaseReport
@@ -71,24 +74,35 @@ def predict(
     return totals[-1], reports[0] if reports else None
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_continues_behind_the_last_final_plane(name, images, models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, columns",
+    [*((name, "") for name in MODELS), ("cropped, transposed", "cut again"), ("a box", "not cut again")],
+)
+def test_continues_behind_what_was_final(name, columns, images, models, tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished, "EVERY_S", 0.0)
     spec, image, options = MODELS[name]
     files = images(image)
     model = models(spec, files)
     all_tiles, _ = predict(model, files, tmp_path / "whole", **options)
     assert left_in(tmp_path) == []
+    if columns:
+        monkeypatch.setattr(planner, "placements", finest_columns)
+        of_case = all_tiles
+        all_tiles, _ = predict(model, files, tmp_path / "columns", **options)
+        assert all_tiles > of_case
     ended = random.Random(name).randint(all_tiles // 2, all_tiles - 1)
     predict(model, files, tmp_path / "case", ended, **options)
     assert len(left_in(tmp_path)) == 1
     assert not (tmp_path / "case.nii.gz").exists()
+    if columns == "not cut again":
+        monkeypatch.setattr(planner, "placements", placements)
     left, _ = predict(model, files, tmp_path / "case", 2, **options)  # ended once more
     assert left < all_tiles
     again, report = predict(model, files, tmp_path / "case", **options)
     assert again <= left
     assert report is not None
-    assert (report.tiles, report.tiles_of_case) == (again, all_tiles) or options
+    assert report.tiles == again
+    assert report.tiles_of_case == all_tiles or options or columns
     np.testing.assert_array_equal(read_voxels(tmp_path / "case.nii.gz"), read_voxels(tmp_path / "whole.nii.gz"))
     assert left_in(tmp_path) == []
 
@@ -162,14 +176,14 @@ def test_planes_that_are_gone_meanwhile_fail_the_case(images, models, tmp_path, 
     model = models(ModelSpec(**SMALL), files)
     predict(model, files, tmp_path / "case", predict(model, files, tmp_path / "whole")[0] - 1)
 
-    def remove(*_: Any) -> list[Any]:
+    def remove(self: Any, part: Any, columns: Any, seconds: float) -> Any:
         for name in left_in(tmp_path):
             (tmp_path / name).unlink()
-        return []
+        return columns
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished.Unfinished, "spans", remove)
-        with pytest.raises(CasesFailedError, match=r"held \d+ labelled planes .* run again"):
+        patch.setattr(unfinished.Unfinished, "counts", remove)
+        with pytest.raises(CasesFailedError, match=r"held [\d,]+ labelled voxels .* holds 0 labelled .* again"):
             predict(model, files, tmp_path / "case")
     assert not (tmp_path / "case.nii.gz").exists()
     predict(model, files, tmp_path / "case")
@@ -195,6 +209,7 @@ import sys
 import time
 import torch
 from oracle import make_predictor, predict_ours
+from placing import finest_columns
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.predict import unfinished
 

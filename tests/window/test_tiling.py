@@ -136,3 +136,21 @@ def test_a_tenth_of_a_volume_of_ten_patches_an_axis_costs_three_tenths_of_its_ti
     starts = [data.draw(st.integers(0, size - side)) for side in sides]
     part = whole.part(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
     assert part.tile_count <= 0.3 * whole.tile_count
+
+
+@settings(deadline=None)
+@given(shape=SHAPE, patch=PATCH, step=WIDE_STEP)
+def test_columns_are_what_is_told_of_them_and_all_of_the_image(shape, patch, step):
+    grid = tile_grid(shape, patch, step)
+    for counts in grid.columns():
+        assert counts[grid.roll_axis] == 1
+        cuts = [grid.pieces(axis, count) for axis, count in enumerate(counts)]
+        for pieces, size in zip(cuts, shape, strict=True):
+            assert [voxel for start, stop in pieces for voxel in range(start, stop)] == list(range(size))
+        largest, tiles = grid.cut(counts)
+        parts = [grid.part(tuple(slice(max(0, start - 1), stop) for start, stop in box)) for box in product(*cuts)]
+        assert tiles == sum(part.tile_count for part in parts)
+        for axis in range(3):
+            assert largest.image_shape[axis] == max(part.image_shape[axis] for part in parts)
+            assert largest.padded_shape[axis] == max(part.padded_shape[axis] for part in parts)
+            assert len(largest.starts[axis]) == max(len(part.starts[axis]) for part in parts)
