@@ -37,6 +37,8 @@ class ModelFacts:
         Type of the network's device: "cpu", "cuda" or "mps".
     window_on_device : bool
         False keeps the window in RAM whatever fits (``--not_on_device``).
+    tile_s : float
+        Seconds that the network takes for a tile; 0 as long as none is measured.
     """
 
     heads: int
@@ -53,6 +55,7 @@ class ModelFacts:
     worker_bytes: int = 0
     device: str = "cpu"
     window_on_device: bool = True
+    tile_s: float = 0.0
 
 
 @dataclass(frozen=True)

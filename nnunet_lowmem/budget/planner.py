@@ -11,11 +11,12 @@ allocations of the fullest stage; *budget* is the limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from nnunet_lowmem.budget.arrays import MIB, Budget, Placement, Stage, allocations, finished_bytes
+from nnunet_lowmem.budget.arrays import HALF_BYTES, MIB, Budget, Placement, Stage, allocations, finished_bytes
 from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.refusals import Ways, refusal, too_small
@@ -24,8 +25,10 @@ from nnunet_lowmem.types import Place, Shape3
 
 # a sum over folds below this stays in RAM: a file would save nothing that matters
 _SMALL_BYTES = 64 * MIB
-# what a window on disk costs, beside the other choices, and as a share of all tiles (docs/benchmarks.md)
-_DISK_COST, _DISK_SHARE = 16, 0.15
+# what a window on disk costs beside the other choices
+_DISK_COST = 16
+# and in time, by what a tile moves: added up and divided, read for labels, moved on; of tiles where none is timed yet
+_MOVES, _DISK_BYTES_PER_S, _DISK_SHARE = 6, 300e6, 0.15
 # columns with more tiles than this, for each of the whole case, are no way to predict
 _MOST_TILES = 2.0
 
@@ -147,14 +150,16 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     rest = images, either, planes, threads
     choices = list(product(windows, *rest, slabs, blocks, weights, inputs, [((1, 1, 1), 0.0)]))
     # what is cut may be as small as can be otherwise
-    choices += product(windows[:-1], *rest, slabs[-1:], blocks[-1:], weights, inputs, _columns(case))
+    choices += product(windows[:-1], *rest, slabs[-1:], blocks[-1:], weights, inputs, _columns(model, case))
     choices.sort(key=lambda chosen: sum(cost for _, cost in chosen))
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
 
 
-def _columns(case: CaseFacts) -> list[tuple[Shape3, float]]:
-    """Return into which columns a case may be cut, and what the tiles cost that more than one of them needs."""
+def _columns(model: ModelFacts, case: CaseFacts) -> list[tuple[Shape3, float]]:
+    """Return into which columns a case may be cut, and the cost: as much as a disk's, if it takes as long."""
     if not case.may_be_cut or not case.tiles:
         return []
-    tiles = [(counts, case.grid.cut(counts)[1] / case.grid.tile_count) for counts in case.grid.columns()]
-    return [(counts, 0.5 + _DISK_COST * (share - 1) / _DISK_SHARE) for counts, share in tiles if share <= _MOST_TILES]
+    moved_bytes = _MOVES * model.heads * math.prod(case.grid.tile_shape) * HALF_BYTES
+    share = moved_bytes / _DISK_BYTES_PER_S / model.tile_s if model.tile_s else _DISK_SHARE
+    found = [(counts, case.grid.cut(counts)[1] / case.grid.tile_count) for counts in case.grid.columns()]
+    return [(counts, 0.5 + _DISK_COST * (tiles - 1) / share) for counts, tiles in found if tiles <= _MOST_TILES]

@@ -166,6 +166,7 @@ class TileNetwork:
             worker_bytes=worker_bytes,
             device=setup.device.type,
             window_on_device=setup.perform_everything_on_device,
+            tile_s=setup.memo.tile_s,
             kept_bytes=kept_bytes,
             kept_place=Place.DISK if not kept_bytes and weights.are_on_disk else None,
         )
@@ -186,10 +187,10 @@ class TileNetwork:
             known = setup.memo.tile = network, key, self.ways.bounded(arithmetic)
         return known[2]
 
-    def tile_facts(self) -> dict[str, int]:
+    def tile_facts(self) -> dict[str, float]:
         """Return what the planner has to know of a tile."""
-        tile = self.tile_bytes()
-        return {"activation_bytes": tile.certain, "unmeasured_bytes": tile.uncertain}
+        tile, tile_s = self.tile_bytes(), self._setup.memo.tile_s
+        return {"activation_bytes": tile.certain, "unmeasured_bytes": tile.uncertain, "tile_s": tile_s}
 
     def output_bytes(self) -> int:
         """Bytes of what the network gives for a tile, as float32."""
