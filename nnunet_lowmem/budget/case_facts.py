@@ -221,7 +221,7 @@ class CaseSizes:
             writer_bytes=writer_bytes(writer_class, self.file_ending, voxels, self.model.label_bytes),
             tiles=part.grid.tile_count,
             tiles_of_case=part.tiles_of_case,
-            may_be_cut=streams and not part.is_cut and not self.holds_logits,
+            may_be_cut=streams and not part.needs_all,
         )
 
     def _export(self, part: Part, probabilities: bool) -> tuple[bool, int]:

@@ -171,7 +171,8 @@ class CasePlanning:
         assert self.exact is not None, "a case is planned before it is predicted"
         model = certain(self.model)
         plan = placed(model, self.exact, self.budget, plan.placement)
-        return Recovery(plan, all_plans(model, self.exact, self.budget), self._place_weights)
+        plans = all_plans(model, self.exact, self.budget, plan.placement.columns)
+        return Recovery(plan, plans, self._place_weights)
 
     def _as_begun(self, facts: CaseFacts | None) -> CaseFacts | None:
         """Return facts of a case whose input is where preprocessing began with it."""

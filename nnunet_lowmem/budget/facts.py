@@ -151,7 +151,7 @@ class CaseFacts:
         """Return the facts of the largest of several columns; tiles are those of all."""
         if columns == (1, 1, 1):
             return self
-        grid, tiles = self.grid.cut(columns)
+        grid, share = self.grid.cut(columns)
         sizes = zip(self.cropped_shape, grid.image_shape, self.grid.image_shape, strict=True)
         cropped = [size if piece == whole else min(size, size * piece // whole + 2) for size, piece, whole in sizes]
-        return replace(self, grid=grid, cropped_shape=shape3(cropped), tiles=tiles)
+        return replace(self, grid=grid, cropped_shape=shape3(cropped), tiles=round(share * self.tiles))

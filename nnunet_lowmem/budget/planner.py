@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import product, takewhile
 
 from nnunet_lowmem.budget.arrays import HALF_BYTES, MIB, Budget, Placement, Stage, allocations, finished_bytes
 from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
@@ -28,7 +28,7 @@ _SMALL_BYTES = 64 * MIB
 # what a window on disk costs beside the other choices
 _DISK_COST = 16
 # and in time, by what a tile moves: added up and divided, read for labels, moved on; of tiles where none is timed yet
-_MOVES, _DISK_BYTES_PER_S, _DISK_SHARE = 6, 300e6, 0.15
+_MOVES, _DISK_BYTES_PER_S, _DISK_SHARE = 6, 600e6, 0.15
 # columns with more tiles than this, for each of the whole case, are no way to predict
 _MOST_TILES = 2.0
 
@@ -88,10 +88,11 @@ def placed(model: ModelFacts, case: CaseFacts, budget: Budget, placement: Placem
     return Plan(case.name, placement, tuple(allocations(model, case, placement)), budget)
 
 
-def all_plans(model: ModelFacts, case: CaseFacts, budget: Budget) -> Iterator[Plan]:
-    """Yield the plan of every placement, fastest first."""
+def all_plans(model: ModelFacts, case: CaseFacts, budget: Budget, columns: Shape3 | None = None) -> Iterator[Plan]:
+    """Yield the plan of every placement, fastest first; if `columns` are given, of those with the same."""
     for placement in placements(model, case):
-        yield placed(model, case, budget, placement)
+        if columns in (None, placement.columns):
+            yield placed(model, case, budget, placement)
 
 
 def next_plan(plans: Iterable[Plan], failed: Plan, place: Place, stage: Stage = Stage.PREDICTION) -> Plan | None:
@@ -150,16 +151,18 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     rest = images, either, planes, threads
     choices = list(product(windows, *rest, slabs, blocks, weights, inputs, [((1, 1, 1), 0.0)]))
     # what is cut may be as small as can be otherwise
-    choices += product(windows[:-1], *rest, slabs[-1:], blocks[-1:], weights, inputs, _columns(model, case))
+    choices += product(windows, *rest, slabs[-1:], blocks[-1:], weights, inputs, _columns(model, case))
     choices.sort(key=lambda chosen: sum(cost for _, cost in chosen))
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
 
 
 def _columns(model: ModelFacts, case: CaseFacts) -> list[tuple[Shape3, float]]:
-    """Return into which columns a case may be cut, and the cost: as much as a disk's, if it takes as long."""
+    """Return into which columns a case may be cut, and the cost: a disk's, where further tiles take as long as that."""
     if not case.may_be_cut or not case.tiles:
         return []
     moved_bytes = _MOVES * model.heads * math.prod(case.grid.tile_shape) * HALF_BYTES
-    share = moved_bytes / _DISK_BYTES_PER_S / model.tile_s if model.tile_s else _DISK_SHARE
-    found = [(counts, case.grid.cut(counts)[1] / case.grid.tile_count) for counts in case.grid.columns()]
-    return [(counts, 0.5 + _DISK_COST * (tiles - 1) / share) for counts, tiles in found if tiles <= _MOST_TILES]
+    # beside a fast device a disk is never worth as many tiles as the case has: before, the window is in RAM
+    share = min(1.0, moved_bytes / _DISK_BYTES_PER_S / model.tile_s) if model.tile_s else _DISK_SHARE
+    found = ((counts, case.grid.cut(counts)[1]) for counts in case.grid.columns())
+    wise = takewhile(lambda each: each[1] <= _MOST_TILES, found)
+    return [(counts, 0.5 + _DISK_COST * (tiles - 1) / share) for counts, tiles in wise]

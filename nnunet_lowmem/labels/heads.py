@@ -68,10 +68,10 @@ def label_slabs(
     cropped, told = whole[crop], 0
     labeller = SlabLabeller(resampling.tables, how, cropped)
 
-    def tell(ends: bool) -> None:
+    def tell(axis: int, ends: bool) -> None:
         nonlocal told
         final = list(crop)
-        final[slab.axis] = slice(crop[slab.axis].start + told, crop[slab.axis].start + labeller.written)
+        final[axis] = slice(crop[axis].start + told, crop[axis].start + labeller.written)
         told = labeller.written
         keeper.labelled(whole, (final[0], final[1], final[2]), ends)
 
@@ -80,11 +80,11 @@ def label_slabs(
             done = labeller.done
             labeller.add(slab)
             clock.advance(labeller.done - done)
-        tell(ends=False)
+        tell(slab.axis, ends=False)
         give_back(whole)
     labeller.finish()
     if labeller.written:
-        tell(ends=more)
+        tell(slab.axis, ends=more)
     return whole
 
 

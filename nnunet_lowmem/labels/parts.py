@@ -43,7 +43,7 @@ class Part:
         How many tiles the whole case has.
     mask : bool, shape of the frame, or None
         Where something is labelled.
-    is_cut : bool
+    needs_all : bool
         All of the case is computed, since its logits are needed as a whole: the frame is cut out at the end.
     """
 
@@ -55,21 +55,24 @@ class Part:
     network: Box
     tiles_of_case: int
     mask: NDArray[np.bool_] | None = None
-    is_cut: bool = False
+    needs_all: bool = False
 
     @property
     def shape(self) -> Shape3:
         """Of the frame."""
         return _shape(self.frame)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the frame is cut out at the end."""
+        return self.needs_all and self.shape != self.geometry.original_shape
+
     def framed(self, values: NDArray[Any], outside: float = 0) -> NDArray[Any]:
         """Return what of `values` is asked for, `outside` beyond the mask; may change them."""
         if self.is_cut and values.shape != self.shape:
             values = np.array(values[self.frame])
         if self.mask is not None:
-            # ours are 0 beyond the crop
-            box = ... if self.is_cut or outside else self.crop
-            for plane, inside in zip(values[box], self.mask[box], strict=True):
+            for plane, inside in zip(values, self.mask, strict=True):
                 plane[~inside] = outside
         return values
 
@@ -97,17 +100,19 @@ def part_of(
     within : 3 slices or None
         Only this box of the frame is labelled now.
     """
+    needs_all = as_a_whole or resampling.tables is None or not resampling.per_head
     if wanted is None and within is None:
         frame, network = _whole(geometry.original_shape), _whole(geometry.network_shape)
-        return Part(grid, geometry, resampling, frame, geometry.crop, network, grid.tile_count)
+        whole = grid, geometry, resampling, frame, geometry.crop, network, grid.tile_count
+        return Part(*whole, needs_all=needs_all)
     wanted = wanted or Wanted(_whole(geometry.original_shape))
     mask = None if wanted.mask is None else wanted.mask[wanted.box]
     inside = _inside(wanted.box, mask, geometry.crop, within)
     crop = _in_frame(inside, geometry.crop, wanted.box)
-    if as_a_whole or resampling.tables is None or not resampling.per_head:
+    if needs_all or resampling.tables is None:
         sizes = zip(geometry.network_shape, geometry.cropped_shape, strict=True)
         network = _network_box([linear_axis(n_in, n_out) for n_in, n_out in sizes], inside)
-        return Part(grid, geometry, resampling, wanted.box, crop, network, grid.tile_count, mask, is_cut=True)
+        return Part(grid, geometry, resampling, wanted.box, crop, network, grid.tile_count, mask, needs_all)
     network = _network_box(resampling.tables, inside)
     tables = tuple(
         table.part(part.start, part.stop, needed.start)
@@ -131,9 +136,9 @@ def cut(part: Part, counts: Shape3, rest: Sequence[Box]) -> list[Box]:
     Returns
     -------
     list of boxes
-        Of the frame. Empty where the resampling is not known as tables.
+        Of the frame. Empty where all logits are needed as a whole.
     """
-    if part.resampling.tables is None:
+    if part.needs_all or part.resampling.tables is None:
         return []
     ends = []
     for axis, (count, crop, table) in enumerate(zip(counts, part.crop, part.resampling.tables, strict=True)):
@@ -147,14 +152,15 @@ def cut(part: Part, counts: Shape3, rest: Sequence[Box]) -> list[Box]:
 
 def _inside(frame: Box, mask: NDArray[np.bool_] | None, crop: Box, within: Box | None = None) -> Box:
     """Return the box of the cropped grid in which something is labelled; (0, 0, 0) voxels if there is none."""
+    if within is not None:
+        ends = ((at.start + part.start, at.start + part.stop) for at, part in zip(frame, within, strict=True))
+        frame, mask = _box(ends), None if mask is None else mask[within]
     bounds = []
     for axis, (wanted, cropped) in enumerate(zip(frame, crop, strict=True)):
         low, high = wanted.start, wanted.stop
         if mask is not None:
             at = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
             low, high = (low + int(at[0]), low + int(at[-1]) + 1) if at.size else (low, low)
-        if within is not None:
-            low, high = max(low, wanted.start + within[axis].start), min(high, wanted.start + within[axis].stop)
         bounds.append((max(low, cropped.start) - cropped.start, min(high, cropped.stop) - cropped.start))
     return _box([(0, 0)] * 3 if any(low >= high for low, high in bounds) else bounds)
 

@@ -167,19 +167,19 @@ class CaseRun:
                 self._rehearse_writing(self.job.output, written.properties, rule)
         if not as_a_whole and rule is not None and rules.streams(part.resampling, rule, self.probabilities):
             keeper = unfinished_of(setup, self.job, part, rule.dtype) or keeper
+        # planned as a whole, so that what is left of it is cut where it was cut before
         rest = without(part.crop, keeper.found, along_last(part.grid.roll_axis))
-        if keeper.found:
-            part = part_of(bounds(rest))
-        logits = FoldLogits(setup, case, clock, part.grid)
+        left = part_of(bounds(rest)) if keeper.found else part
+        logits = FoldLogits(setup, case, clock, left.grid)
         planned = partial(planning.plan, self.job.name, case, self.probabilities, part)
         plan, folds = self._planned(planned, logits, planning)
-        boxes = cut(part, keeper.counts(part, plan.placement.columns, logits.seconds), rest)
-        turns = [part_of(box) for box in boxes] if len(boxes) > 1 else [part]
+        boxes = cut(part, keeper.counts(part, plan.placement.columns, logits.seconds(part.grid)), rest)
+        turns = [part_of(box) for box in boxes] if len(boxes) > 1 else [left]
         tiles, reused, result = setup.weights.folds * sum(turn.grid.tile_count for turn in turns), 0, None
         recovery = planning.recovery(plan)  # of all at once: a turn takes no more
         with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", tiles):
             for turn in turns:
-                if turn is not part:
+                if turn is not left:
                     logits, folds = self._turn(turn, case, planning)
                 if self._is_ours(case):
                     slabs = logits.slabs(folds, threads, self.folder, recovery)
@@ -211,7 +211,7 @@ class CaseRun:
             return self._held.converted(held, logits.case, part)
         slab = whole_slab(held.contiguous())
         del held
-        return self._labels(nullcontext(iter([slab])), logits, part, rule, threads, recovery)
+        return self._labels(nullcontext(iter([slab])), logits, part, rule, threads, recovery, Keeper())
 
     def _rehearse_writing(self, output: str, properties: dict[str, Any], rule: LabelRule | None) -> None:
         """Refuse the case before it is computed if its label map has no writer."""
@@ -271,10 +271,13 @@ class CaseRun:
         rule: LabelRule | None,
         threads: RowThreads,
         recovery: Recovery,
-        keeper: Keeper | None = None,
+        keeper: Keeper,
         more: bool = False,
     ) -> Result:
-        """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions."""
+        """Which way logits take: slab by slab, head by head, or all at once through nnU-Net's functions.
+
+        Where more of the case follows, the keeper has the label map.
+        """
         setup, case, grid = self.setup, logits.case, logits.grid
         if rule is None or not part.resampling.per_head:
             self._held.tell(rule)
@@ -289,9 +292,9 @@ class CaseRun:
                 made = next_stages.label_along(made, targets, how, self.folder)
                 if rules.streams(part.resampling, rule, self.probabilities):
                     folder = self.folder if placement.label_map is Place.DISK else None
-                    given = part.resampling, part.geometry, how, self.clock, keeper or Keeper(), folder, more
-                    labels = label_slabs(made, *given)
-                    return self._to_file_axes(part.framed(labels))
+                    geometry, clock = part.geometry, self.clock
+                    labels = label_slabs(made, part.resampling, geometry, how, clock, keeper, folder, more)
+                    return None if more else self._to_file_axes(part.framed(labels))
                 folder = self.folder if placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(setup.heads, grid.image_shape, grid.roll_axis, folder))
                 store_slabs(made, store)

@@ -250,10 +250,9 @@ class FoldLogits:
         self.repeated: frozenset[Shape3] = frozenset()
         self.reused = 0
 
-    @property
-    def seconds(self) -> float:
-        """About how long the network takes for all of them, by the tile that was measured; 0 where none was."""
-        return self._setup.memo.tile_s * self.tile_count
+    def seconds(self, grid: TileGrid) -> float:
+        """About how long the network takes for all folds of a grid, by the tile that was measured; 0 where none was."""
+        return self._setup.memo.tile_s * grid.tile_count * self._setup.weights.folds
 
     @property
     def tile_count(self) -> int:
@@ -292,6 +291,7 @@ class FoldLogits:
     ) -> Iterator[Iterator[LogitsSlab]]:
         """Give the slabs of the mean over all folds; the running sum between folds lives where the plan says."""
         setup = self._setup
+        empty_cache(setup.device)  # of a column before, whose window may have been smaller
         with ExitStack() as stack:
             store = None
             if setup.weights.folds > 1:

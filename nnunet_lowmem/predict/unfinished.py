@@ -162,7 +162,9 @@ class Unfinished(Keeper):
             self._is_given_up = True
             with contextlib.suppress(OSError):  # it may take the room that the output needs
                 self._own.unlink(missing_ok=True)
-            logger.warning("%s: labels cannot be kept, a run that is killed begins anew: %s", self._own, error)
+            logger.warning(
+                "%s: labels cannot be kept, a run that is killed begins where this one did: %s", self._own, error
+            )
             return
         if not self._is_begun:  # it holds all that was found, too
             _forget(self._output, self._own)

@@ -7,8 +7,10 @@ visit slice after slice), written as pure integers so that the planner can use i
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise, product
 
 import numpy as np
@@ -91,7 +93,7 @@ class TileGrid:
         starts, padding, padded, offset = [], [], [], []
         for axis, within in enumerate(box):
             low, high = within.start - self.offset[axis], within.stop - self.offset[axis]
-            touching = self._touching(axis, low, high)
+            touching = self.touching(axis, low, high)
             first = touching[0]
             starts.append(tuple(start - first for start in touching))
             padding.append(low - first)
@@ -106,9 +108,10 @@ class TileGrid:
             offset=shape3(offset),
         )
 
-    def _touching(self, axis: int, low: int, high: int) -> list[int]:
+    def touching(self, axis: int, low: int, high: int) -> tuple[int, ...]:
         """Return the starts of the tiles that reach into [low, high) along an axis, padded coordinates."""
-        return [start for start in self.starts[axis] if low - self.tile_shape[axis] < start < high]
+        starts = self.starts[axis]
+        return starts[bisect_right(starts, low - self.tile_shape[axis]) : bisect_left(starts, high)]
 
     def columns(self) -> Iterator[Shape3]:
         """Yield into how many pieces planes may be cut along each axis, into ever smaller ones with ever more tiles."""
@@ -125,35 +128,40 @@ class TileGrid:
         firsts = (rows[number * len(rows) // count] - self.padding[axis] for number in range(1, count))
         return list(pairwise(sorted({0, *(first for first in firsts if 0 < first < size), size})))
 
-    def cut(self, counts: Shape3) -> tuple[TileGrid, int]:
-        """Return a grid that is as large as that of any piece, and how many tiles all of them have.
+    def cut(self, counts: Shape3) -> tuple[TileGrid, float]:
+        """Return a grid as large as that of any piece, for its sizes, and how many times as many tiles they have in all.
 
         A piece holds the plane before its first, which resampling may need as a neighbour.
         """
-        image, padded, starts, tiles = [], [], [], 1
-        for axis, count in enumerate(counts):
-            pieces = [(max(0, start - 1), stop) for start, stop in self.pieces(axis, count)]
-            padding, tile = self.padding[axis], self.tile_shape[axis]
-            rows = [self._touching(axis, start + padding, stop + padding) for start, stop in pieces]
-            widest = max(rows, key=lambda row: row[-1] - row[0])
-            image.append(max(stop - start for start, stop in pieces))
-            padded.append(widest[-1] - widest[0] + tile if count > 1 else self.padded_shape[axis])
-            starts.append(tuple(start - widest[0] for start in widest))
-            tiles *= sum(map(len, rows))
-        of_all = math.prod(map(len, self.starts))
-        largest = replace(
-            self,
-            image_shape=shape3(image),
-            padded_shape=shape3(padded),
-            starts=(starts[0], starts[1], starts[2]),
-            needed=None,
-        )
-        return largest, -(-tiles * self.tile_count // of_all)
+        return _cut(self if self.needed is None else replace(self, needed=None), counts)
 
     def only(self, needed: NDArray[np.bool_]) -> TileGrid:
         """Return the grid of which some tiles are computed; `needed` has a value for each, along the three axes."""
         z, y, x = (np.asarray(starts)[chosen] for starts, chosen in zip(self.starts, np.nonzero(needed), strict=True))
         return replace(self, needed=frozenset(zip(z.tolist(), y.tolist(), x.tolist(), strict=True)))
+
+
+@lru_cache(maxsize=128)  # asked again and again while a case is planned
+def _cut(grid: TileGrid, counts: Shape3) -> tuple[TileGrid, float]:
+    image, padded, starts, tiles = [], [], [], 1
+    for axis, count in enumerate(counts):
+        pieces = [(max(0, start - 1), stop) for start, stop in grid.pieces(axis, count)]
+        padding, tile = grid.padding[axis], grid.tile_shape[axis]
+        rows = [grid.touching(axis, start + padding, stop + padding) for start, stop in pieces]
+        widest = max(rows, key=lambda row: row[-1] - row[0])
+        image.append(max(stop - start for start, stop in pieces))
+        padded.append(widest[-1] - widest[0] + tile if count > 1 else grid.padded_shape[axis])
+        starts.append(tuple(start - widest[0] for start in widest))
+        tiles *= sum(map(len, rows))
+    largest = replace(
+        grid,
+        image_shape=shape3(image),
+        padding=(0, 0, 0),
+        padded_shape=shape3(padded),
+        starts=(starts[0], starts[1], starts[2]),
+        offset=(0, 0, 0),
+    )
+    return largest, tiles / grid.tile_count
 
 
 def axis_starts(size: int, tile: int, step_size: float) -> tuple[int, ...]:

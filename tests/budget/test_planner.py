@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_lowmem.budget.arrays import Budget, Stage
-from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
+from nnunet_lowmem.budget.facts import CaseFacts, InputFacts, ModelFacts
 from nnunet_lowmem.budget.planner import (
     Plan,
     all_plans,
@@ -58,6 +58,7 @@ def models(draw) -> ModelFacts:
         kept_bytes=draw(st.integers(0, 2 * GIB)),
         kept_place=draw(st.sampled_from([None, None, Place.DISK])),
         threads=draw(st.integers(1, 64)),
+        tile_s=draw(st.sampled_from([0.0, 0.1, 10.0])),
     )
 
 
@@ -70,7 +71,9 @@ def cases(draw) -> CaseFacts:
     patch = draw(st.one_of(st.tuples(*[st.integers(8, 256)] * 2), st.tuples(*[st.integers(8, 256)] * 3)))
     grid = tile_grid(shapes[0], patch, draw(st.floats(0.2, 1.0)))
     place = draw(st.sampled_from([None, Place.RAM, Place.DISK]))
-    return case_of(grid, shapes[1], shapes[2], draw(st.booleans()), image_place=place, export_bytes=draw(BYTES))
+    streams = draw(st.booleans())
+    further = {"tiles": grid.tile_count, "may_be_cut": streams and draw(st.booleans())}
+    return case_of(grid, shapes[1], shapes[2], streams, image_place=place, export_bytes=draw(BYTES), **further)
 
 
 @st.composite
@@ -304,3 +307,49 @@ def test_smallest_ram_is_that_of_the_most_frugal_plan(model, case, device):
         unspilled = [plan for plan in plans if plan.planned_bytes(Place.DISK, plan.fullest_stage(Place.DISK)) == 0]
         least = min(plan.projected_bytes(Place.RAM) for plan in unspilled)
         assert smallest_ram_bytes(on(model, device), case, Budget(), spill=False) == least
+
+
+def wide_case() -> CaseFacts:
+    """A tomogram with two labels, uint8, read where it lies; its window has 31 GiB, the weights half of it."""
+    shape = (1000, 8000, 8000)
+    grid = tile_grid(shape, (128, 128, 128), 0.5)
+    given = InputFacts(math.prod(shape), 0, 2**24, is_image=True, tile_voxel_bytes=4)
+    facts = case_of(grid, shape, shape, True, input=given, tiles=grid.tile_count, may_be_cut=True)
+    return replace(facts, reading_bytes=2**24, preprocessing_bytes=2**24)
+
+
+@pytest.mark.parametrize(
+    "tile_s, disk_bytes, place",
+    [
+        (0.0, None, Place.RAM),  # nothing is timed yet
+        (0.5, None, Place.RAM),
+        (20.0, None, Place.DISK),  # a tenth more of such tiles takes longer than moving them to and fro
+        (20.0, 70 * GIB, Place.RAM),  # there is room for the labels alone
+    ],
+)
+def test_planes_that_are_too_large_are_cut_where_that_takes_less_time(tile_s, disk_bytes, place):
+    facts = model(heads=2, tile_s=tile_s)
+    plan = plan_case(facts, wide_case(), Budget(24 * GIB, reserved_ram_bytes=GIB, disk_bytes=disk_bytes))
+    assert plan.placement.window is place
+    if place is Place.RAM:
+        tiles = wide_case().cut(plan.placement.columns).tiles
+        assert wide_case().tiles < tiles < 1.15 * wide_case().tiles
+    else:
+        assert plan.placement.columns == (1, 1, 1)
+
+
+def test_columns_are_as_large_as_they_may_be():
+    found = []
+    for gib in (4, 8, 16, 32, 64):
+        plan = plan_case(model(heads=2, tile_s=0.5), wide_case(), Budget(gib * GIB, reserved_ram_bytes=GIB))
+        found.append(math.prod(plan.placement.columns))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 8
+    assert found[-1] == 1
+
+
+def test_nobody_waits_for_every_tile_twice():
+    case = wide_case()
+    counted = [case.cut(placement.columns).tiles for placement in placements(model(), case)]
+    assert case.tiles < max(counted) <= 2 * case.tiles
+    assert {p.columns for p in placements(model(), replace(case, may_be_cut=False))} == {(1, 1, 1)}

@@ -43,6 +43,17 @@ def read_voxels(file: Path) -> np.ndarray:
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
 
 
+def ball(image: str, file: Path) -> str:
+    """Write a mask of an image whose planes hold voxels outside of it."""
+    like = SimpleITK.ReadImage(image)
+    z, y, x = np.indices(like.GetSize()[::-1])
+    inside = sum(((at - n / 2) / n) ** 2 for at, n in zip((z, y, x), z.shape, strict=True)) < 0.15
+    mask = SimpleITK.GetImageFromArray(inside.astype(np.uint8))
+    mask.CopyInformation(like)
+    SimpleITK.WriteImage(mask, str(file))
+    return str(file)
+
+
 def left_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if file.name.startswith("lowmem_unfinished"))
 
@@ -76,13 +87,20 @@ def predict(
 
 @pytest.mark.parametrize(
     "name, columns",
-    [*((name, "") for name in MODELS), ("cropped, transposed", "cut again"), ("a box", "not cut again")],
+    [
+        *((name, "") for name in MODELS),
+        ("cropped, transposed", "cut again"),
+        ("a box", "not cut again"),
+        ("regions", "masked"),
+    ],
 )
 def test_continues_behind_what_was_final(name, columns, images, models, tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished, "EVERY_S", 0.0)
     spec, image, options = MODELS[name]
     files = images(image)
     model = models(spec, files)
+    if columns == "masked":
+        options = {"roi": ball(files[0], tmp_path / "ball.nii.gz")}
     all_tiles, _ = predict(model, files, tmp_path / "whole", **options)
     assert left_in(tmp_path) == []
     if columns:
@@ -199,7 +217,7 @@ def test_a_disk_that_is_full_costs_a_warning(images, models, tmp_path, monkeypat
     monkeypatch.setattr(unfinished, "flush", full)
     files = images("head")
     predict(models(ModelSpec(**SMALL), files), files, tmp_path / "case")
-    assert [record.message for record in caplog.records if "begins anew" in record.message]
+    assert [record.message for record in caplog.records if "labels cannot be kept" in record.message]
     assert (tmp_path / "case.nii.gz").exists()
     assert left_in(tmp_path) == []
 
