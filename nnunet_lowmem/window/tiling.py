@@ -129,7 +129,7 @@ class TileGrid:
         return list(pairwise(sorted({0, *(first for first in firsts if 0 < first < size), size})))
 
     def cut(self, counts: Shape3) -> tuple[TileGrid, float]:
-        """Return a grid as large as that of any piece, for its sizes, and how many times as many tiles they have in all.
+        """Return a grid as large as that of any piece, for its sizes, and how many times as many tiles all have.
 
         A piece holds the plane before its first, which resampling may need as a neighbour.
         """
