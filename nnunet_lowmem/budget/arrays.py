@@ -224,15 +224,14 @@ def _input_allocations(case: CaseFacts, placement: Placement) -> Iterator[Alloca
     kept_bytes = given.block_bytes if is_on_disk else given.kept_bytes
     if is_on_disk:
         stages = tuple(Stage) if is_image else (Stage.READING, Stage.PREPROCESSING)
-        yield Allocation("input image", Place.DISK, given.spilled_bytes or 0, stages)
+        yield Allocation("input image", Place.DISK, (given.spilled_bytes or 0) + given.mask_bytes, stages)
     reading_bytes = max(kept_bytes + case.reading_bytes, case.region_reading_bytes)
     yield Allocation("input image while it is read", ram, reading_bytes, (Stage.READING,))
-    working_bytes = kept_bytes + case.preprocessing_bytes
+    working_bytes = kept_bytes + (0 if is_on_disk else given.mask_bytes) + case.preprocessing_bytes
     yield Allocation("input image and working arrays", ram, working_bytes, (Stage.PREPROCESSING,))
     if not is_image:
         yield Allocation("preprocessed image", placement.image, case.image_bytes, from_preprocessing)
         return
-    yield Allocation("mask of the normalisation", ram, given.mask_bytes, from_preprocessing)
     tile_bytes = math.prod(case.grid.tile_shape) * given.tile_voxel_bytes
     yield Allocation("tile of the input on its way", ram, tile_bytes, (Stage.PREDICTION,))
 

@@ -73,8 +73,10 @@ class InputFacts:
         What is read of it at a time there.
     is_image : bool
         There it is the preprocessed image as well: tiles are normalised when they are read.
-    mask_bytes, tile_voxel_bytes : int
-        What that takes in RAM: where to normalise; and of a voxel of a tile, on its way.
+    mask_bytes : int
+        Of the mask of where to normalise, which is where the input is.
+    tile_voxel_bytes : int
+        What it takes in RAM, where there is no other image, of a voxel of a tile on its way.
     place : Place or None
         Where it is, once it is read.
     """

@@ -18,6 +18,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem.budget.arrays import SINGLE_BYTES
 from nnunet_lowmem.budget.facts import InputFacts
 from nnunet_lowmem.preprocessing.case import bounded_resampling, is_copied, is_own, is_read_by_planes
+from nnunet_lowmem.preprocessing.crop import SLAB_VOXELS
 from nnunet_lowmem.preprocessing.grids import Grid
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
 from nnunet_lowmem.preprocessing.sources import is_streamed
@@ -28,8 +29,10 @@ from nnunet_lowmem.volumes.headers import Header
 _PLANES_BYTES = 2**25
 # masked values, their difference from the mean and its quotient
 _MASKED_BYTES = 12
-# of a masked normalisation: masks, their filled copy, the masked values and their deviation
-_MASK_BYTES = 16
+# of a masked normalisation of a whole channel: the mask as numbers, the masked values and their deviation
+_MASKED_BYTES_WHOLE = 16
+# of a voxel of the planes of a mask that are filled at a time: labels, what is unset, and where which reaches to a face
+_FILLING_BYTES = 28
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
 _STOCK_VOXEL_BYTES, _STOCK_NETWORK_BYTES = 28, 24
 # a previous stage: read as float32, cast, cropped; resampled label by label in float64
@@ -120,21 +123,23 @@ def input_bytes(
     kept_bytes = min(source.dtype.itemsize, kept // max(1, len(rules) * voxels))
     work = max(_normalising(rule, kept_bytes, is_ours) for rule in rules) * voxels
     work += _resampling(grid, configuration_manager, len(rules))
-    facts = InputFacts(kept)
+    mask = 0
+    if any(needs_mask(rule) and is_ours and is_streamed(rule) for rule in rules):
+        mask = voxels
+        work += _FILLING_BYTES * min(voxels, max(SLAB_VOXELS, voxels // min(grid.shape)))
+    facts = InputFacts(kept, mask_bytes=mask)
     by_planes = is_read_by_planes(plans_manager.transpose_forward, grid, configuration_manager)
     if is_ours and by_planes and all(map(is_streamed, rules)):
-        facts = _on_disk(source, kept, grid, is_copied(grid, configuration_manager), rules)
+        facts = _on_disk(source, kept, mask, grid, is_copied(grid, configuration_manager), len(rules))
     return InputBytes(reading, work + stage, facts)
 
 
-def _on_disk(source: Source, kept: int, grid: Grid, is_image: bool, rules: Sequence[Any]) -> InputFacts:
+def _on_disk(source: Source, kept: int, mask: int, grid: Grid, is_image: bool, channels: int) -> InputFacts:
     """Return the facts of an input that need not be kept in RAM."""
     plane = math.prod(grid.shape) // max(1, min(grid.shape))
     stored_bytes = 2 * source.dtype.itemsize  # once more in the byte order of this machine, perhaps
     block = max(_PLANES_BYTES, plane * (stored_bytes + SINGLE_BYTES + 1))
-    is_masked = any(map(needs_mask, rules))
-    tile = SINGLE_BYTES * (len(rules) + 1) + stored_bytes + is_masked * _MASKED_BYTES
-    mask = is_masked * math.prod(grid.shape)
+    tile = SINGLE_BYTES * (channels + 1) + stored_bytes + bool(mask) * _MASKED_BYTES
     return InputFacts(kept, source.spilled_bytes, min(block, kept), is_image, mask, tile)
 
 
@@ -153,10 +158,10 @@ def _normalising(rule: Any, stored_voxel_bytes: int, is_ours: bool) -> int:
 
     Where a whole channel is normalised at once it is float32, and numpy's deviation holds a copy.
     """
-    masks = _MASK_BYTES if needs_mask(rule) else 0
     if is_one_of(rule, VOXELWISE) or (is_ours and is_streamed(rule)):
-        return masks
-    return masks + (4 if stored_voxel_bytes == SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
+        return 0
+    masked = _MASKED_BYTES_WHOLE if needs_mask(rule) else 0
+    return masked + (4 if stored_voxel_bytes == SINGLE_BYTES else max(4, 8 - stored_voxel_bytes))
 
 
 def _resampling(grid: Grid, configuration: Any, channels: int) -> int:

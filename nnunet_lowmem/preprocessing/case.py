@@ -119,8 +119,8 @@ def preprocess_case(
         read.append(len(channels))
     previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
     with read_by(reader):
-        case = _Case(channels, True, previous_stage, properties, plans_manager, configuration_manager)
-        return case.preprocess(threads, allocate, keeps_image)
+        given = channels, True, previous_stage, properties, plans_manager, configuration_manager
+        return _Case(*given, spill or np.empty).preprocess(threads, allocate, keeps_image)
 
 
 def check_headers(
@@ -232,6 +232,7 @@ class _Case:
         properties: dict[str, Any],
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
+        make_mask: Allocate = np.empty,
     ) -> None:
         # emptied on the way, so that a channel's memory is free once it is normalised
         self.channels = channels
@@ -242,11 +243,14 @@ class _Case:
         self.normalisers = normalisers(plans_manager, configuration_manager)
         self._check(previous_stage)
         self.grid = self._crop()
-        self.segmentation = self._make_segmentation(previous_stage)
+        is_masked = any(map(needs_mask, self.normalisers))
         self.mask: NDArray[np.bool_] | None = None
-        if self.segmentation is not None and any(map(needs_mask, self.normalisers)):
-            self.mask = self.segmentation[0] >= 0
-        self.has_previous_stage = previous_stage is not None
+        self.previous_stage: NDArray[Any] | None = None
+        if is_masked or previous_stage is not None:
+            self.mask = nonzero_mask([self._view(channel) for channel in self.channels], make_mask)
+        if self.mask is not None and previous_stage is not None:
+            self.previous_stage = self._with_outside(previous_stage, self.mask)
+            self.mask = self.previous_stage[0] >= 0 if is_masked else None
 
     def preprocess(self, threads: int, allocate: Allocate, keeps_image: bool = True) -> PreprocessedCase:
         _logger.debug("preprocessing %s", self.grid)
@@ -287,17 +291,19 @@ class _Case:
             )
         return grid
 
-    def _make_segmentation(self, previous_stage: NDArray[Any] | None) -> NDArray[Any] | None:
-        """Previous stage, or zeros, with −1 outside the filled nonzero mask, shape (1, z, y, x); None if unneeded."""
-        if previous_stage is None and not any(map(needs_mask, self.normalisers)):
-            return None
-        outside = ~nonzero_mask([self._view(channel) for channel in self.channels])
-        if previous_stage is None:
-            return np.where(outside, np.int8(_OUTSIDE), np.int8(0))[None]
+    def _with_outside(self, previous_stage: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
+        """Return the previous stage, −1 where neither it nor the filled nonzero mask is set, shape (1, z, y, x)."""
         signed = np.promote_types(previous_stage.dtype, np.int8)
         segmentation = self._view(previous_stage[0]).astype(signed)
-        segmentation[(segmentation == 0) & outside] = _OUTSIDE
+        segmentation[(segmentation == 0) & ~mask] = _OUTSIDE
         return segmentation[None]
+
+    @property
+    def _segmentation(self) -> NDArray[Any] | None:
+        """What nnU-Net's rules are given, shape (z, y, x); None where none needs it."""
+        if self.previous_stage is not None:
+            return self.previous_stage[0]  # type: ignore[no-any-return]  # an array's part is one
+        return None if self.mask is None else np.where(self.mask, np.int8(0), np.int8(_OUTSIDE))
 
     def _next_source(self, normaliser: ImageNormalization) -> Source:
         """Take the first channel off the list."""
@@ -307,8 +313,7 @@ class _Case:
             whole: Volume = self.channels.pop(0)
         else:
             whole = self.channels.pop(0).astype(np.float32)
-        segmentation = None if self.segmentation is None else self.segmentation[0]
-        return whole_source(normaliser.run(self._view(whole), segmentation))
+        return whole_source(normaliser.run(self._view(whole), self._segmentation))
 
     @staticmethod
     def _is_streamed(normaliser: ImageNormalization, channel: Volume) -> bool:
@@ -334,11 +339,11 @@ class _Case:
         return image
 
     def _resample_previous_stage(self) -> NDArray[np.integer[Any]] | None:
-        if not self.has_previous_stage:
+        if self.previous_stage is None:
             return None
         grid = self.grid
         function = self.configuration.resampling_fn_seg
-        labels = function(self.segmentation, np.array(grid.new_shape), grid.spacing, grid.new_spacing)[0]
+        labels = function(self.previous_stage, np.array(grid.new_shape), grid.spacing, grid.new_spacing)[0]
         integers: NDArray[np.integer[Any]] = labels.astype(np.int16 if labels.max() > 127 else np.int8)
         return integers
 

@@ -24,6 +24,7 @@ from nnunet_lowmem.preprocessing.normalisation import (
 )
 from nnunet_lowmem.types import Box, Shape3, shape3
 from nnunet_lowmem.volumes.file_volume import FileVolume
+from nnunet_lowmem.volumes.planes import give_back
 
 Volume = NDArray[Any] | FileVolume
 """One channel, shape (z, y, x) in any order of axes, of any real type."""
@@ -154,18 +155,22 @@ def _zscore(volume: Volume, whole: Sequence[int]) -> Rule:
 
 
 def _masked_zscore(volume: Volume, mask: NDArray[np.bool_]) -> Rule:
-    if not mask.any():
+    count = sum(int(np.count_nonzero(mask[planes])) for planes in _planes(volume))
+    if not count:
         return lambda block, box: block
 
     def values() -> Iterator[NDArray[Any]]:
-        return (volume[planes][mask[planes]] for planes in _planes(volume))
+        for planes in _planes(volume):
+            yield volume[planes][mask[planes]]
+            give_back(mask)
 
-    mean, deviation = statistics.mean_and_deviation(values, (1, 1, int(np.count_nonzero(mask))))
+    mean, deviation = statistics.mean_and_deviation(values, (1, 1, count))
     least: Any = max(deviation, _EPS)
 
     def rule(block: Block, box: Box) -> Block:
         inside = mask[box]
         block[inside] = (block[inside] - mean) / least
+        give_back(mask)
         return block
 
     return rule
