@@ -49,6 +49,7 @@ from nnunet_lowmem.preprocessing.sources import (
 )
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Allocate, NetworkImage, PreprocessedCase, Shape3
+from nnunet_lowmem.volumes.file_volume import FileVolume
 
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
@@ -201,11 +202,6 @@ def preprocess_array(
     return case.preprocess(threads, allocate)
 
 
-def _is_writeable(channel: Volume) -> bool:
-    """Whether a channel may be normalised in place."""
-    return isinstance(channel, np.ndarray) and channel.dtype == np.float32 and channel.flags.writeable
-
-
 def _is_finite(channel: NDArray[Any]) -> bool:
     """Whether all values are numbers as float32, which nnU-Net takes them for."""
     with np.errstate(over="ignore"):
@@ -243,14 +239,13 @@ class _Case:
         self.normalisers = normalisers(plans_manager, configuration_manager)
         self._check(previous_stage)
         self.grid = self._crop()
-        is_masked = any(map(needs_mask, self.normalisers))
         self.mask: NDArray[np.bool_] | None = None
         self.previous_stage: NDArray[Any] | None = None
-        if is_masked or previous_stage is not None:
+        if previous_stage is not None or any(map(needs_mask, self.normalisers)):
             self.mask = nonzero_mask([self._view(channel) for channel in self.channels], make_mask)
         if self.mask is not None and previous_stage is not None:
             self.previous_stage = self._with_outside(previous_stage, self.mask)
-            self.mask = self.previous_stage[0] >= 0 if is_masked else None
+            self.mask = self.previous_stage[0] >= 0
 
     def preprocess(self, threads: int, allocate: Allocate, keeps_image: bool = True) -> PreprocessedCase:
         _logger.debug("preprocessing %s", self.grid)
@@ -293,8 +288,7 @@ class _Case:
 
     def _with_outside(self, previous_stage: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
         """Return the previous stage, −1 where neither it nor the filled nonzero mask is set, shape (1, z, y, x)."""
-        signed = np.promote_types(previous_stage.dtype, np.int8)
-        segmentation = self._view(previous_stage[0]).astype(signed)
+        segmentation = self._view(previous_stage[0]).astype(np.promote_types(previous_stage.dtype, np.int8))
         segmentation[(segmentation == 0) & ~mask] = _OUTSIDE
         return segmentation[None]
 
@@ -309,10 +303,10 @@ class _Case:
         """Take the first channel off the list."""
         if self._is_streamed(normaliser, self.channels[0]):
             return source_of(self.channels.pop(0), self.order, self.crop, normaliser, self.mask)
-        if self.own_channels and _is_writeable(self.channels[0]):
-            whole: Volume = self.channels.pop(0)
-        else:
-            whole = self.channels.pop(0).astype(np.float32)
+        channel = self.channels.pop(0)
+        is_ours = self.own_channels and not isinstance(channel, FileVolume) and channel.flags.writeable
+        whole: Volume = channel.astype(np.float32, copy=not is_ours)
+        del channel
         return whole_source(normaliser.run(self._view(whole), self._segmentation))
 
     @staticmethod

@@ -76,8 +76,8 @@ class FileVolume:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def astype(self, dtype: Any) -> NDArray[Any]:
-        """Read everything."""
+    def astype(self, dtype: Any, copy: bool = True) -> NDArray[Any]:
+        """Read everything, which is a copy."""
         return self[:].astype(dtype, copy=False)
 
     def transpose(self, order: tuple[int, ...] | list[int]) -> FileVolume:
