@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -105,10 +105,10 @@ class Unfinished(Keeper):
         self._output, self._key, self._arithmetic = output, key, arithmetic
         self._own = output.parent / f"{owned_name(_KIND, secrets.token_hex(4))}.{_digest(output)}"
         self._continues, self._folds, self._rows_again = continues, folds, math.ceil(1 / step_size)
-        self._earlier: Path | None = None
-        if continues:
-            self._earlier, self.found = _longest(output, key)
-        self._pending, self._is_begun, self._last_s = list(self.found), False, time.monotonic()
+        self._earlier = _longest(output, key) if continues else None
+        self.found = [] if self._earlier is None else self._earlier.boxes
+        self._pending: list[Box] = []
+        self._is_begun, self._last_s = False, time.monotonic()
         self._is_given_up = False
 
     def counts(self, part: Part, columns: Shape3, seconds: float) -> Shape3:
@@ -136,14 +136,14 @@ class Unfinished(Keeper):
         is_new = self._labels is None
         labels = super().label_map(make)
         if is_new and self._earlier is not None:
-            self._fill(labels, self._earlier)
+            self._fill(labels, self._earlier.file)
         return labels
 
     def _fill(self, labels: NDArray[Any], earlier: Path) -> None:
         boxes: list[Box] = []
-        for box, values in _chunks(earlier, self._key):
-            labels[box] = values
-            _append(boxes, box)
+        for chunk in _chunks(earlier, self._key):
+            labels[chunk.box] = chunk.values
+            _append(boxes, chunk.box)
         if boxes != self.found:
             held, holds = (f"{_voxels(found):,} labelled voxels" for found in (self.found, boxes))
             raise UsageError(f"{earlier.name} held {held} when the case began, now it holds {holds}: run again")
@@ -173,7 +173,9 @@ class Unfinished(Keeper):
 
     def _keep(self, labels: NDArray[Any]) -> None:
         with self._own.open("ab" if self._is_begun else "wb") as file:
-            if not self._is_begun:
+            if not self._is_begun and self._earlier is not None:
+                self._earlier.copy_to(file)
+            elif not self._is_begun:
                 file.write(replace(self._key, arithmetic=self._arithmetic()).line)
             for box in self._pending:
                 for chunk in _some_mib(box, labels.itemsize):
@@ -235,19 +237,43 @@ def _files_of(output: Path) -> list[Path]:
         return []
 
 
-def _longest(output: Path, key: Key) -> tuple[Path | None, list[Box]]:
-    """Return the file that holds most among those by which a case can be continued, and what; None if none does."""
-    longest: tuple[Path | None, list[Box]] = None, []
+class _Chunk(NamedTuple):
+    box: Box
+    values: NDArray[Any]
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What a file of an earlier run holds: boxes, in its first `size_bytes`."""
+
+    file: Path
+    boxes: list[Box]
+    size_bytes: int
+
+    def copy_to(self, target: BinaryIO) -> None:
+        left = self.size_bytes
+        with self.file.open("rb") as source:
+            while left and (data := source.read(min(left, 2**22))):
+                left -= target.write(data)
+        if left:
+            raise OSError(f"{self.file} has become shorter by {left} bytes")
+
+
+def _longest(output: Path, key: Key) -> _Earlier | None:
+    """Return what holds most among the files by which a case can be continued; None if there is none."""
+    longest = None
     for file in _files_of(output):
         boxes: list[Box] = []
-        for box, _ in _chunks(file, key):
-            _append(boxes, box)
-        longest = max(longest, (file, boxes), key=lambda found: _voxels(found[1]))
-    return longest if longest[1] else (None, [])
+        for chunk in _chunks(file, key):
+            _append(boxes, chunk.box)
+        if boxes and (longest is None or _voxels(boxes) > _voxels(longest.boxes)):
+            longest = _Earlier(file, boxes, chunk.stop)
+    return longest
 
 
-def _chunks(file: Path, key: Key) -> Iterator[tuple[Box, NDArray[Any]]]:
-    """Give the whole chunks of a file; nothing of one with another key."""
+def _chunks(file: Path, key: Key) -> Iterator[_Chunk]:
+    """Give the whole chunks of a file, and where each ends; nothing of one with another key."""
     itemsize = np.dtype(key.dtype).itemsize
     with contextlib.suppress(OSError), file.open("rb") as stream:
         if stream.readline(len(key.line)) != key.line:
@@ -260,7 +286,7 @@ def _chunks(file: Path, key: Key) -> Iterator[tuple[Box, NDArray[Any]]]:
             if not data or len(data) != size or _checksum(box, data) != checksum:
                 return
             shape = [part.stop - part.start for part in box]
-            yield box, np.frombuffer(zlib.decompress(data), key.dtype).reshape(shape)
+            yield _Chunk(box, np.frombuffer(zlib.decompress(data), key.dtype).reshape(shape), stream.tell())
 
 
 def unfinished_of(setup: Setup, job: Job, part: Part, dtype: np.dtype[Any]) -> Unfinished | None:
