@@ -31,8 +31,8 @@ _PLANES_BYTES = 2**25
 _MASKED_BYTES = 12
 # of a masked normalisation of a whole channel: the mask as numbers, the masked values and their deviation
 _MASKED_BYTES_WHOLE = 16
-# of a voxel of the planes of a mask that are filled at a time: labels, what is unset, and where which reaches to a face
-_FILLING_BYTES = 28
+# of a voxel of the planes of a mask that are filled at a time: labels, what is unset, and what leads out
+_FILLING_BYTES = 12
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
 _STOCK_VOXEL_BYTES, _STOCK_NETWORK_BYTES = 28, 24
 # a previous stage: read as float32, cast, cropped; resampled label by label in float64

@@ -171,12 +171,28 @@ class Unfinished(Keeper):
         self._is_begun, self._last_s = True, time.monotonic()
         self._pending.clear()
 
+    def _has_copied(self, file: BinaryIO) -> bool:
+        """Whether the file begins now with what an earlier run has kept, which may be gone meanwhile."""
+        if self._earlier is None or self._arithmetic() != self._key.arithmetic:
+            return False
+        left = self._earlier.size_bytes
+        try:
+            earlier = self._earlier.file.open("rb")
+        except OSError:
+            return False
+        with earlier:
+            while left and (data := earlier.read(min(left, 2**22))):
+                left -= file.write(data)
+        if left:  # it was cut
+            file.seek(0)
+            file.truncate()
+        return not left
+
     def _keep(self, labels: NDArray[Any]) -> None:
         with self._own.open("ab" if self._is_begun else "wb") as file:
-            if not self._is_begun and self._earlier is not None:
-                self._earlier.copy_to(file)
-            elif not self._is_begun:
+            if not self._is_begun and not self._has_copied(file):
                 file.write(replace(self._key, arithmetic=self._arithmetic()).line)
+                self._pending[:0] = self.found
             for box in self._pending:
                 for chunk in _some_mib(box, labels.itemsize):
                     data = zlib.compress(np.ascontiguousarray(labels[chunk]).tobytes(), 1)
@@ -250,14 +266,6 @@ class _Earlier:
     file: Path
     boxes: list[Box]
     size_bytes: int
-
-    def copy_to(self, target: BinaryIO) -> None:
-        left = self.size_bytes
-        with self.file.open("rb") as source:
-            while left and (data := source.read(min(left, 2**22))):
-                left -= target.write(data)
-        if left:
-            raise OSError(f"{self.file} has become shorter by {left} bytes")
 
 
 def _longest(output: Path, key: Key) -> _Earlier | None:

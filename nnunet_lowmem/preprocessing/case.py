@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -241,11 +241,13 @@ class _Case:
         self.grid = self._crop()
         self.mask: NDArray[np.bool_] | None = None
         self.previous_stage: NDArray[Any] | None = None
-        if previous_stage is not None or any(map(needs_mask, self.normalisers)):
-            self.mask = nonzero_mask([self._view(channel) for channel in self.channels], make_mask)
-        if self.mask is not None and previous_stage is not None:
-            self.previous_stage = self._with_outside(previous_stage, self.mask)
-            self.mask = self.previous_stage[0] >= 0
+        is_masked = any(map(needs_mask, self.normalisers))
+        if is_masked or previous_stage is not None:
+            views = [self._view(channel) for channel in self.channels]
+            mask = self.mask = nonzero_mask(views, make_mask if is_masked else np.empty)
+        if previous_stage is not None:
+            self.previous_stage = self._with_outside(previous_stage, mask)
+            self.mask = np.greater_equal(self.previous_stage[0], 0, out=mask) if is_masked else None
 
     def preprocess(self, threads: int, allocate: Allocate, keeps_image: bool = True) -> PreprocessedCase:
         _logger.debug("preprocessing %s", self.grid)
@@ -292,9 +294,9 @@ class _Case:
         segmentation[(segmentation == 0) & ~mask] = _OUTSIDE
         return segmentation[None]
 
-    @property
+    @cached_property
     def _segmentation(self) -> NDArray[Any] | None:
-        """What nnU-Net's rules are given, shape (z, y, x); None where none needs it."""
+        """What nnU-Net's rules are given, the same array to all, shape (z, y, x); None where none needs it."""
         if self.previous_stage is not None:
             return self.previous_stage[0]  # type: ignore[no-any-return]  # an array's part is one
         return None if self.mask is None else np.where(self.mask, np.int8(0), np.int8(_OUTSIDE))

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import label
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from nnunet_lowmem.preprocessing.sources import Volume
 from nnunet_lowmem.types import Allocate
@@ -16,6 +14,8 @@ from nnunet_lowmem.volumes.planes import give_back
 
 #: Labelled at a time, unless a plane has more.
 SLAB_VOXELS = 2**21
+# beside 0, unset, and 1, set
+_LEADS_OUT = np.uint8(2)
 
 
 def _is_nonzero(volume: Volume, plane: int) -> NDArray[np.bool_]:
@@ -33,6 +33,7 @@ def nonzero_mask(volumes: Sequence[Volume], make: Allocate = np.empty) -> NDArra
         target[...] = _is_nonzero(volumes[0], plane)
         for volume in volumes[1:]:
             target |= _is_nonzero(volume, plane)
+        give_back(mask)
     fill_holes(mask)
     return mask
 
@@ -40,51 +41,40 @@ def nonzero_mask(volumes: Sequence[Volume], make: Allocate = np.empty) -> NDArra
 def fill_holes(mask: NDArray[np.bool_]) -> None:
     """Set what scipy's ``binary_fill_holes`` does: what no path across faces of unset voxels leads out of, in place.
 
-    Some planes at a time. A hole within them is filled at once; a part that reaches to their faces waits until it is
-    known whether those that it meets lead out.
+    Some planes at a time, and again where the planes beside them have changed: how often depends on how ways out wind,
+    what is kept does not.
     """
-    depth = max(1, SLAB_VOXELS // max(1, mask[0].size))
-    slabs = [mask[start : start + depth] for start in range(0, len(mask), depth)]
-    waiting, meetings = [], []
-    count, above = 1, np.zeros(mask.shape[1:], np.int64)  # part 0 is the outside, of those that wait
-    for number, slab in enumerate(slabs):
-        labels, found = label(~slab)
-        at = _where_on_faces(labels, found)
-        reaching = np.flatnonzero(at >= 0)
-        parts = np.zeros(found + 1, np.int64)
-        parts[reaching] = np.arange(count, count + len(reaching))
-        slab |= (parts == 0)[labels]
-        sides = [labels[:, [0, -1]], labels[:, :, [0, -1]]]
-        sides += [labels[0]] * (number == 0) + [labels[-1]] * (number == len(slabs) - 1)
-        outside = np.unique(np.concatenate([parts[side].ravel() for side in sides]))
-        meetings.append(np.stack([np.zeros_like(outside), outside]))
-        pairs = np.stack([above, parts[labels[0]]]).reshape(2, -1)
-        meetings.append(np.unique(pairs[:, pairs.all(axis=0)], axis=1))
-        waiting.append((slab, at[reaching], parts[reaching]))
-        count, above = count + len(reaching), parts[labels[-1]]
+    if min(mask.shape) < 3:  # all of it lies on a face
+        return
+    voxels, depth = mask.view(np.uint8), max(1, SLAB_VOXELS // mask[0].size)
+    slabs = [voxels[start : start + depth] for start in range(0, len(voxels), depth)]
+    outside = np.full(mask.shape[1:], _LEADS_OUT)  # above the first plane and below the last
+    waiting = dict.fromkeys(range(len(slabs)))
+    while waiting:
+        number = next(iter(waiting))
+        del waiting[number]
+        above = slabs[number - 1][-1] if number else outside
+        below = slabs[number + 1][0] if number + 1 < len(slabs) else outside
+        if _mark_ways_out(slabs[number], above, below):
+            waiting |= dict.fromkeys(beside for beside in (number - 1, number + 1) if 0 <= beside < len(slabs))
         give_back(mask)
-    some, others = np.concatenate(meetings, axis=1)
-    graph = coo_array((np.ones(len(some), np.bool_), (some, others)), (count, count))
-    joined = connected_components(graph, directed=False)[1]
-    for slab, at, parts in waiting:
-        holes = at[joined[parts] != joined[0]]
-        if holes.size:
-            labels, found = label(~slab)
-            is_hole = np.zeros(found + 1, np.bool_)
-            is_hole[labels.ravel()[holes]] = True
-            slab |= is_hole[labels]
-            give_back(mask)
+    for slab in slabs:
+        np.not_equal(slab, _LEADS_OUT, out=slab, casting="unsafe")
+        give_back(mask)
 
 
-def _where_on_faces(labels: NDArray[np.int32], found: int) -> NDArray[np.intp]:
-    """Return for each label a flat position on the six faces, -1 where there is none, and for 0."""
-    faces = np.ones(labels.shape, np.bool_)
-    faces[1:-1, 1:-1, 1:-1] = False
-    shell = np.flatnonzero(faces)
-    at = np.full(found + 1, -1, np.intp)
-    at[labels.ravel()[shell]] = shell
-    at[0] = -1
-    return at
+def _mark_ways_out(slab: NDArray[np.uint8], above: NDArray[np.uint8], below: NDArray[np.uint8]) -> bool:
+    """Mark the parts of unset voxels that reach a side, or what leads out in the planes beside; tell of any."""
+    labels, found = label(slab == 0)
+    leads_out = np.zeros(found + 1, np.bool_)
+    beside = labels[0][above == _LEADS_OUT], labels[-1][below == _LEADS_OUT]
+    for reached in (labels[:, [0, -1]], labels[:, :, [0, -1]], *beside):
+        leads_out[reached] = True
+    leads_out[0] = False  # what is set, or marked
+    if not leads_out.any():
+        return False
+    slab[leads_out[labels]] = _LEADS_OUT
+    return True
 
 
 def nonzero_box(volumes: Sequence[Volume]) -> list[list[int]]:

@@ -155,21 +155,24 @@ def _zscore(volume: Volume, whole: Sequence[int]) -> Rule:
 
 
 def _masked_zscore(volume: Volume, mask: NDArray[np.bool_]) -> Rule:
-    count = sum(int(np.count_nonzero(mask[planes])) for planes in _planes(volume))
-    if not count:
-        return lambda block, box: block
-
-    def values() -> Iterator[NDArray[Any]]:
+    def parts() -> Iterator[tuple[slice, NDArray[np.bool_]]]:
         for planes in _planes(volume):
-            yield volume[planes][mask[planes]]
+            yield planes, mask[planes]
             give_back(mask)
 
+    def values() -> Iterator[NDArray[Any]]:
+        return (volume[planes][inside] for planes, inside in parts())
+
+    count = sum(int(np.count_nonzero(inside)) for _, inside in parts())
+    if not count:
+        return lambda block, box: block
     mean, deviation = statistics.mean_and_deviation(values, (1, 1, count))
     least: Any = max(deviation, _EPS)
 
     def rule(block: Block, box: Box) -> Block:
         inside = mask[box]
-        block[inside] = (block[inside] - mean) / least
+        np.subtract(block, mean, out=block, where=inside)
+        np.divide(block, least, out=block, where=inside)
         give_back(mask)
         return block
 
