@@ -10,6 +10,7 @@ from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from scipy.ndimage import binary_fill_holes
 
 from nnunet_lowmem.preprocessing import crop
+from nnunet_lowmem.volumes.planes import spilled_array
 
 
 @settings(deadline=None, max_examples=300)
@@ -46,3 +47,11 @@ def test_channels_are_joined_before_holes_are_filled():
     image[0, 1:4, 1:5, 1:3] = image[1, 1:4, 1:5, 3:6] = -4
     image[:, 2, 2:4, 2:4] = 0
     assert np.array_equal(crop.nonzero_mask(list(image)), create_nonzero_mask(image))
+
+
+def test_a_mask_may_lie_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(crop, "SLAB_VOXELS", 60)
+    image = (np.random.default_rng(1).random((1, 12, 9, 8)) < 0.6).astype(np.uint8)
+    mask = crop.nonzero_mask(list(image), lambda shape, dtype: spilled_array(shape, dtype, tmp_path))
+    assert isinstance(mask, np.memmap)
+    assert np.array_equal(mask, create_nonzero_mask(image))
