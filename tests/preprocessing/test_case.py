@@ -179,7 +179,10 @@ def _assert_same_from_disk(
 
         managers = case.model.managers()
         actual = preprocess_case(paths, previous, *managers, LABELS, spill=spill, keeps_image=False)
-        assert len(made) == spills
+        assert sum(array.dtype != bool for array in made) == spills
+        assert sum(array.dtype == bool for array in made) <= any(case.model.masks), (
+            "a mask is made where it is asked for"
+        )
         image, stage = np.asarray(actual.image), expected.previous_stage
         due = expected.image, stage if stage is None else stage[None], expected.properties
         assert_same(replace(actual, image=image), due, case.previous_stage)
