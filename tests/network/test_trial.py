@@ -102,7 +102,7 @@ def test_labels_are_compared_by_regions():
 
 
 def test_where_there_is_no_room_a_part_is_compared(ways):
-    single = Faked(ways[0])
+    single = Faked(ways[0], 0.05)  # a hiccup of the machine does not make the other hopeless
     with torch.inference_mode():
         one = try_both(single, ways[1], tile_for(3), ranked=True, has_room=False)
     assert max(np.prod(shape) for shape in single.shapes) <= np.prod(TILE) // 2

@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[ModelSpec, str]] = {
     "two channels": (ModelSpec(**CHANNELS, use_mask_for_norm=(True, False)), "head_holes"),
     "not resampled": (ModelSpec(spacing=(5.0, 5.0, 5.0)), "head"),
     "regions": (ModelSpec(**REGIONS, transpose_forward=(2, 0, 1)), "head_margin"),
-    "two folds, mirrored": (ModelSpec(folds=(0, 1), mirror_axes=(0, 2)), "head"),
+    "two folds, mirrored": (ModelSpec(folds=(0, 1), mirror_axes=(2,)), "head"),
     "smaller than the patch": (ModelSpec(patch_size=(40, 40, 40)), "small"),
     "separate z": (ModelSpec(patch_size=(6, 32, 32), spacing=(5.0, 2.0, 2.2)), "aniso"),
     "slices": (ModelSpec(patch_size=(24, 20), spacing=(4.2, 4.3)), "head_margin"),
