@@ -153,4 +153,3 @@ def test_columns_are_what_is_told_of_them_and_all_of_the_image(shape, patch, ste
         for axis in range(3):
             assert largest.image_shape[axis] == max(part.image_shape[axis] for part in parts)
             assert largest.padded_shape[axis] == max(part.padded_shape[axis] for part in parts)
-            assert len(largest.starts[axis]) == max(len(part.starts[axis]) for part in parts)
