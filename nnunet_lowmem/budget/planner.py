@@ -161,7 +161,7 @@ def _columns(model: ModelFacts, case: CaseFacts) -> list[tuple[Shape3, float]]:
     if not case.may_be_cut or not case.tiles:
         return []
     moved_bytes = _MOVES * model.heads * math.prod(case.grid.tile_shape) * HALF_BYTES
-    # beside a fast device a disk is never worth as many tiles as the case has: before, the window is in RAM
+    # at most 1: beside a fast device, all tiles once more would else cost less than a window in RAM
     share = min(1.0, moved_bytes / _DISK_BYTES_PER_S / model.tile_s) if model.tile_s else _DISK_SHARE
     found = ((counts, case.grid.cut(counts)[1]) for counts in case.grid.columns())
     wise = takewhile(lambda each: each[1] <= _MOST_TILES, found)
