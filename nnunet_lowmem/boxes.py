@@ -80,6 +80,12 @@ def box_within(bbox: BBox, shape: Sequence[int]) -> Box:
     return z, y, x
 
 
+def whole(shape: Sequence[int]) -> Box:
+    """Return the box that is all of a shape."""
+    z, y, x = (slice(0, int(extent)) for extent in shape)
+    return z, y, x
+
+
 def common(one: Box, other: Box) -> Box | None:
     """Return what two boxes share, None for nothing."""
     z, y, x = (slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))

@@ -115,8 +115,10 @@ class Placement:
     ----------
     window : Place
         Of the rolling window: VRAM (on CUDA), RAM, disk.
-    image, label_map : Place
+    image : Place
         RAM or disk.
+    label_map : Place or None
+        RAM or disk; None where labels go to their file as they become final.
     planes : Place
         Of finished planes outside the window (sum over folds, heads needed as a whole): RAM or disk; many always go to
         disk where there is room.
@@ -136,7 +138,7 @@ class Placement:
 
     window: Place = Place.RAM
     image: Place = Place.RAM
-    label_map: Place = Place.RAM
+    label_map: Place | None = Place.RAM
     planes: Place = Place.RAM
     threads: int = 1
     slab_planes: int | None = None
@@ -162,7 +164,8 @@ class Placement:
         }
         spilled = [name for name, place in places.items() if place is Place.DISK]
         cut = f" for one of {count} columns" if (count := math.prod(self.columns)) > 1 else ""
-        return f"window in {self.window.value}{cut}" + (f"; on disk: {', '.join(spilled)}" if spilled else "")
+        leaves = "; labels straight to their file" if self.label_map is None else ""
+        return f"window in {self.window.value}{cut}" + (f"; on disk: {', '.join(spilled)}" if spilled else "") + leaves
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,6 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
     predict = (Stage.PREDICTION,)
     with_window = (Stage.LOADING, Stage.PREDICTION)
     from_prediction = (Stage.PREDICTION, Stage.EXPORT, Stage.WRITING)
-    label_map_bytes = math.prod(case.original_shape) * model.label_bytes
     ram = Place.RAM
 
     yield from _input_allocations(case, placement)
@@ -209,7 +211,12 @@ def allocations(model: ModelFacts, case: CaseFacts, placement: Placement) -> Ite
     if case.held_logits_bytes:
         held = case.held_logits_bytes
         yield Allocation("all logits, which an overridden method makes", ram, held, (Stage.PREDICTION, Stage.EXPORT))
-    yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
+    if placement.label_map is None:
+        block_bytes = _labelled_voxels(case, placement) * model.label_bytes + case.writer_bytes
+        yield Allocation("labels on their way to their file", ram, block_bytes, predict)
+    else:
+        label_map_bytes = math.prod(case.original_shape) * model.label_bytes
+        yield Allocation("label map", placement.label_map, label_map_bytes, from_prediction)
     yield Allocation("what writing takes beside the label map", ram, case.writer_bytes, (Stage.WRITING,))
     if not case.streams:
         logits_bytes = finished_bytes(model, case)
@@ -249,11 +256,11 @@ def _window_allocations(
     yield Allocation("rolling window", placement.window, window_bytes, stages)
     weights_bytes = depth * plane_voxels * HALF_BYTES + tile_voxels * _IMPORTANCE_BYTES
     yield Allocation("weights of voxels and tiles", near, weights_bytes, stages)
-    planes = depth if placement.slab_planes is None else min(depth, placement.slab_planes)
+    planes = _labelled_planes(case, placement)
     # by torch on a device, and of a window that is moved from there; a window in RAM is checked as it is divided
     check_bytes = model.heads * plane_voxels * _CHECK_BYTES
     if near is Place.VRAM:
-        outputs = -(-planes * math.prod(case.cropped_shape) // case.grid.image_shape[grid.roll_axis])
+        outputs = _labelled_voxels(case, placement)
         slab_bytes = planes * plane_voxels * _DEVICE_SURVEY_BYTES + outputs * _DEVICE_OUTPUT_BYTES
         yield Allocation("labels of a slab", near, max(check_bytes, slab_bytes + placement.block_bytes), predict)
         row = math.prod(case.cropped_shape[1:])
@@ -272,6 +279,18 @@ def _window_allocations(
         yield Allocation("sum over folds", placement.planes, finished_bytes(model, case), predict)
         sum_bytes = 2 * plane_bytes + (check_bytes if near is Place.RAM else 0)
         yield Allocation("plane of the sum", Place.RAM, sum_bytes, predict)
+
+
+def _labelled_planes(case: CaseFacts, placement: Placement) -> int:
+    """Planes of the network grid that are labelled at a time, at most."""
+    depth = case.grid.tile_shape[case.grid.roll_axis] + 1
+    return depth if placement.slab_planes is None else min(depth, placement.slab_planes)
+
+
+def _labelled_voxels(case: CaseFacts, placement: Placement) -> int:
+    """Voxels of the label map that those become."""
+    planes = _labelled_planes(case, placement)
+    return -(-planes * math.prod(case.cropped_shape) // case.grid.image_shape[case.grid.roll_axis])
 
 
 def page_locked_bytes(size_bytes: int) -> int:

@@ -19,7 +19,7 @@ from nnunet_lowmem.labels import rules
 from nnunet_lowmem.labels.parts import Part, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
-from nnunet_lowmem.nnunet.label_writing import writer_bytes
+from nnunet_lowmem.nnunet.label_writing import Leaves, writer_bytes
 from nnunet_lowmem.preprocessing.grids import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
@@ -202,8 +202,13 @@ class CaseSizes:
         """Return the facts of a part of a case whose network grid has this shape."""
         channels = len(normalisers(self.plans, self.configuration))
         streams, export = self._export(part, probabilities)
-        network, voxels = math.prod(network_shape), math.prod(part.geometry.original_shape)
+        network, shape = math.prod(network_shape), part.geometry.original_shape
+        backward = self.plans.transpose_backward
+        in_file = [shape[axis] for axis in backward]
         writer_class = self.plans.image_reader_writer_class
+        leaves, rule = Leaves(), adapter.label_rule(self.labels)
+        if rule is not None and streams and not part.needs_all:
+            leaves = Leaves.of(writer_class, self.file_ending, shape, rule, backward, part.grid.roll_axis)
         # with several folds, the sum and those of one fold
         held = HALF_BYTES * self.model.heads * network * min(self.model.folds, 2) if self.holds_logits else 0
         return CaseFacts(
@@ -218,10 +223,12 @@ class CaseSizes:
             image_bytes=channels * SINGLE_BYTES * network,
             export_bytes=export,
             held_logits_bytes=held,
-            writer_bytes=writer_bytes(writer_class, self.file_ending, voxels, self.model.label_bytes),
+            writer_bytes=writer_bytes(writer_class, self.file_ending, in_file, self.model.label_bytes),
             tiles=part.grid.tile_count,
             tiles_of_case=part.tiles_of_case,
             may_be_cut=streams and not part.needs_all,
+            leaves=leaves.whole,
+            leaves_in_columns=leaves.in_columns,
         )
 
     def _export(self, part: Part, probabilities: bool) -> tuple[bool, int]:

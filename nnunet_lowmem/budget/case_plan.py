@@ -21,7 +21,7 @@ from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.system.out_of_memory import error_of
 from nnunet_lowmem.types import Allocate, Place, PreprocessedCase
-from nnunet_lowmem.volumes.planes import spilled_array
+from nnunet_lowmem.volumes.mapped import spilled_array
 
 
 @dataclass
@@ -153,8 +153,10 @@ class CasePlanning:
         self.begun, self._spills_image = plan, plan.placement.image is Place.DISK
         self._place_weights(plan)
 
-    def plan(self, name: str, case: PreprocessedCase, probabilities: bool, part: Part | None = None) -> Plan:
-        """Plan what follows preprocessing, of the part that is wanted.
+    def plan(
+        self, name: str, case: PreprocessedCase, probabilities: bool, part: Part | None = None, leaves: bool = False
+    ) -> Plan:
+        """Plan what follows preprocessing, of the part that is wanted; whether its labels may leave, is known by then.
 
         Raises
         ------
@@ -162,6 +164,8 @@ class CasePlanning:
             If no placement fits.
         """
         self.exact = self.sizes.of_image(name, case, probabilities, self._as_begun(self.header), part)
+        if not leaves:
+            self.exact = self.exact.kept()
         plan = self._plan(self.exact)
         self._place_weights(plan)
         return plan

@@ -126,6 +126,8 @@ class CaseFacts:
         How many tiles are computed for a fold, and how many the whole case has.
     may_be_cut : bool
         Into columns: slabs are labelled as they come, and nobody needs whole ones.
+    leaves, leaves_in_columns : bool
+        Labels can go to their file as they become final, and nothing is kept of them; in columns as well.
     """
 
     name: str
@@ -148,6 +150,12 @@ class CaseFacts:
     tiles: int = 0
     tiles_of_case: int = 0
     may_be_cut: bool = False
+    leaves: bool = False
+    leaves_in_columns: bool = False
+
+    def kept(self) -> CaseFacts:
+        """Return the facts of a case whose labels somebody looks at as a whole."""
+        return replace(self, leaves=False, leaves_in_columns=False)
 
     def cut(self, columns: Shape3) -> CaseFacts:
         """Return the facts of the largest of several columns; tiles are those of all."""

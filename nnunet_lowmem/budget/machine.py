@@ -26,7 +26,7 @@ from nnunet_lowmem.system.memory_limits import (
     total_ram_bytes,
 )
 from nnunet_lowmem.system.platform import by_psutil, file_system_number
-from nnunet_lowmem.volumes.planes import why_unspillable
+from nnunet_lowmem.volumes.mapped import why_unspillable
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 # linux/magic.h

@@ -148,12 +148,21 @@ def placements(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
     if model.kept_bytes and model.kept_place is None:
         # mapped pages, read once for each fold: less than anything else
         weights = ((Place.RAM, 0), (Place.DISK, 0.5))
-    rest = images, either, planes, threads
-    choices = list(product(windows, *rest, slabs, blocks, weights, inputs, [((1, 1, 1), 0.0)]))
+    rest = planes, threads
+    maps = _maps(case.leaves)
+    choices = list(product(windows, images, maps, *rest, slabs, blocks, weights, inputs, [((1, 1, 1), 0.0)]))
     # what is cut may be as small as can be otherwise
-    choices += product(windows, *rest, slabs[-1:], blocks[-1:], weights, inputs, _columns(model, case))
+    columns, maps = _columns(model, case), _maps(case.leaves_in_columns)
+    choices += product(windows, images, maps, *rest, slabs[-1:], blocks[-1:], weights, inputs, columns)
+    # labels of a window on disk are found for few planes at a time, since what is read of it is mapped
+    choices = [chosen for chosen in choices if (chosen[0][0], chosen[5][0]) != (Place.DISK, None)]
     choices.sort(key=lambda chosen: sum(cost for _, cost in chosen))
     return tuple(Placement(*(value for value, _ in chosen)) for chosen in choices)  # type: ignore[arg-type]  # in order
+
+
+def _maps(leaves: bool) -> tuple[tuple[Place | None, float], ...]:
+    """Return where the label map may be: the thread that writes it beside the next case is given up for its memory."""
+    return ((Place.RAM, 0), *[(None, 0.75)] * leaves, (Place.DISK, 2))
 
 
 def _columns(model: ModelFacts, case: CaseFacts) -> list[tuple[Shape3, float]]:

@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_lowmem.labels import cells_cpu
-from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, LabelMap, SlabLabeller
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.labels.resampling import flat_tables
 from nnunet_lowmem.labels.rules import HEADS_PER_CALL, CaseGeometry, LabelRule, LogitsResampling
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Box, Shape3
-from nnunet_lowmem.volumes.planes import PlaneStore, give_back, spilled_array
+from nnunet_lowmem.volumes.mapped import spilled_array
+from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window.slabs import LogitsSlab
 
 
@@ -34,13 +35,13 @@ def empty_label_map(
 def label_slabs(
     slabs: Iterable[LogitsSlab],
     resampling: LogitsResampling,
-    geometry: CaseGeometry,
+    crop: Box,
     how: Labelling,
     clock: StageClock,
     keeper: Keeper,
-    folder: Path | None = None,
+    make: Callable[[], LabelMap],
     more: bool = False,
-) -> NDArray[Any]:
+) -> NDArray[Any] | None:
     """Label slabs as they come; needs a resampling that is known as tables.
 
     Parameters
@@ -48,25 +49,24 @@ def label_slabs(
     slabs : iterable of LogitsSlab
         Of a box of the case, or of all of it.
     resampling : LogitsResampling
-    geometry : CaseGeometry
-        Of the box, and where in the label map it lies.
+    crop : 3 slices
+        Where in the label map that box lies.
     how : Labelling
     clock : StageClock
     keeper : Keeper
         Gives the map that is written, and is told of what is final.
-    folder : Path or None
-        For the file of that map; None keeps it in RAM.
+    make : callable
+        Returns a new map for the keeper.
     more : bool
         Other boxes of the case follow.
 
     Returns
     -------
-    uint8 or uint16 array, original grid in the axis order of the network
+    uint8 or uint16 array, original grid in the axis order of the network; None where nothing is kept
     """
     assert resampling.tables is not None
-    whole, crop = keeper.label_map(lambda: empty_label_map(geometry, how.rule, folder)[0]), geometry.crop
-    cropped, told = whole[crop], 0
-    labeller = SlabLabeller(resampling.tables, how, cropped)
+    whole, told = keeper.label_map(make), 0
+    labeller = SlabLabeller(resampling.tables, how, whole, crop)
 
     def tell(axis: int, ends: bool) -> None:
         nonlocal told
@@ -76,16 +76,15 @@ def label_slabs(
         keeper.labelled(whole, (final[0], final[1], final[2]), ends)
 
     for slab in slabs:
-        with clock.stage("export", cropped.shape[slab.axis]):
+        with clock.stage("export", crop[slab.axis].stop - crop[slab.axis].start):
             done = labeller.done
             labeller.add(slab)
             clock.advance(labeller.done - done)
         tell(slab.axis, ends=False)
-        give_back(whole)
     labeller.finish()
     if labeller.written:
         tell(slab.axis, ends=more)
-    return whole
+    return whole.kept
 
 
 def plain(result: Any) -> Any:
@@ -106,9 +105,9 @@ class Keeper:
 
     def __init__(self) -> None:
         self.found: list[Box] = []
-        self._labels: NDArray[Any] | None = None
+        self._labels: LabelMap | None = None
 
-    def label_map(self, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    def label_map(self, make: Callable[[], LabelMap]) -> LabelMap:
         """Return the map that is written, which `make` makes when it is asked for first."""
         if self._labels is None:
             self._labels = make()
@@ -118,7 +117,7 @@ class Keeper:
         """Return into how many boxes a part that takes `seconds` is cut along each axis, if there are these columns."""
         return columns
 
-    def labelled(self, labels: NDArray[Any], box: Box, ends: bool = False) -> None:
+    def labelled(self, labels: LabelMap, box: Box, ends: bool = False) -> None:
         """Take note: a box is final; `ends` where others follow, each of which is final at its end."""
 
 

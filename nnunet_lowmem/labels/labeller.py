@@ -23,7 +23,8 @@ from nnunet_lowmem.labels import cells_cpu, cells_torch
 from nnunet_lowmem.labels.resampling import AxisTable, flat_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Attempt, SlabLimits, once
+from nnunet_lowmem.types import Attempt, Box, SlabLimits, once
+from nnunet_lowmem.volumes.mapped import give_back
 from nnunet_lowmem.window.host_buffer import HostBuffer
 from nnunet_lowmem.window.slabs import LogitsSlab
 
@@ -49,6 +50,38 @@ class Labelling:
     attempt: Attempt = once
 
 
+class LabelMap:
+    """Labels of a case in the original grid, axes of the network, which come box after box; here they stay.
+
+    Parameters
+    ----------
+    labels : uint8 or uint16, shape (z, y, x), any strides
+        Zeros, written.
+    """
+
+    def __init__(self, labels: NDArray[Any]) -> None:
+        self._labels = labels
+
+    @property
+    def kept(self) -> NDArray[Any] | None:
+        """The map, where it is kept."""
+        return self._labels
+
+    def block(self, box: Box) -> NDArray[Any]:
+        """Return where the labels of a box can be put, zeros so far."""
+        return self._labels[box]
+
+    def put(self, box: Box, values: NDArray[Any]) -> None:
+        """Take the labels of a box, which may be in the block for it."""
+        if not np.may_share_memory(values, self._labels):
+            self._labels[box] = values
+        give_back(self._labels)
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return the labels of a box that were put."""
+        return self._labels[box]
+
+
 class SlabLabeller:
     """Turns slabs, in order, into a label map.
 
@@ -57,8 +90,9 @@ class SlabLabeller:
     tables : 3 AxisTable
         From network space to the cropped grid.
     how : Labelling
-    labels : uint8 or uint16, shape of the cropped grid, any strides
-        Written.
+    labels : LabelMap
+    crop : 3 slices
+        Where in the map the cropped grid lies.
 
     Attributes
     ----------
@@ -66,12 +100,14 @@ class SlabLabeller:
         Output planes that are labelled, and those of which the labels are there: others are on their way from a device.
     """
 
-    def __init__(self, tables: tuple[AxisTable, ...], how: Labelling, labels: NDArray[Any]) -> None:
+    def __init__(self, tables: tuple[AxisTable, ...], how: Labelling, labels: LabelMap, crop: Box) -> None:
         self._tables = tables
         self._how = how
-        self._labels = labels
+        self._labels, self._crop = labels, crop
         self._outbox: HostBuffer | None = None
-        self._arriving: tuple[torch.Tensor, NDArray[Any]] | None = None
+        self._arriving: tuple[torch.Tensor, Box] | None = None
+        # what is found, and to be put into the map: an attempt may be repeated, putting may not
+        self._found: list[tuple[Box, NDArray[Any]]] = []
         self._axis = 0
         self.done = self.written = 0
 
@@ -82,6 +118,8 @@ class SlabLabeller:
         ready = table.ready(slab.stop)
         while self.done < ready:
             self._how.attempt(lambda: self._label_part(slab, ready))
+            self._put()
+            slab.give_back()
 
     def _next_stop(self, table: AxisTable, ready: int, planes: int | None) -> int:
         """End of the output planes that are labelled together."""
@@ -97,30 +135,50 @@ class SlabLabeller:
         part = slab.part(first, last + 1)
         own = table.part(self.done, ready, first)
         tables = (*self._tables[: slab.axis], own, *self._tables[slab.axis + 1 :])
-        labels = self._labels[(*[slice(None)] * slab.axis, slice(self.done, ready))]
+        box = self._box(self.done, ready)
         if slab.buffer.device.type == "cpu":
             self._write_arrived()  # of a window that has been moved from a device meanwhile
+            labels = self._labels.block(box)
             self._label_on_cpu(part, tables, labels)
-            self.written = ready
+            self._found.append((box, labels))
         else:
             winners = cells_torch.winners(part.logits, tables, self._how.rule.ranked, limits.block_bytes)
             self._write_arrived()
             self._outbox = self._outbox or HostBuffer(slab.buffer.device)
-            self._arriving = self._outbox.receive(winners), labels
+            self._arriving = self._outbox.receive(winners), box
         self.done = ready
+
+    def _box(self, start: int, stop: int) -> Box:
+        """Return where in the map some planes of the cropped grid lie."""
+        box = list(self._crop)
+        first = box[self._axis].start
+        box[self._axis] = slice(first + start, first + stop)
+        return box[0], box[1], box[2]
 
     def finish(self) -> None:
         """Write what is still on its way from a device, and check that nothing is missing."""
         self._write_arrived()
-        assert self.done == self._labels.shape[self._axis], "slabs ended before the last plane"
+        self._put()
+        last = self._crop[self._axis]
+        assert self.done == last.stop - last.start, "slabs ended before the last plane"
 
     def _write_arrived(self) -> None:
-        """Write the labels of the slab before, whose winners have crossed over while the window moved on."""
+        """Look up the labels of the slab before, whose winners have crossed over while the window moved on."""
         if self._arriving is not None and self._outbox is not None:
             self._outbox.wait()
-            for winners, plane in zip(*self._arriving, strict=True):
-                plane[...] = self._how.rule.values[winners.numpy()]
-            self._arriving, self.written = None, self.done
+            winners, box = self._arriving
+            labels = self._labels.block(box)
+            for plane, found in zip(labels, winners, strict=True):
+                plane[...] = self._how.rule.values[found.numpy()]
+            self._found.append((box, labels))
+            self._arriving = None
+
+    def _put(self) -> None:
+        """Put what was found into the map."""
+        for box, labels in self._found:
+            self._labels.put(box, labels)
+            self.written = box[self._axis].stop - self._crop[self._axis].start
+        self._found.clear()
 
     def _label_on_cpu(self, part: LogitsSlab, tables: tuple[AxisTable, ...], labels: NDArray[Any]) -> None:
         rule, run = self._how.rule, self._how.threads.run

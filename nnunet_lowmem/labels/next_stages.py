@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nnunet_lowmem.labels.heads import ResampledHeads, empty_label_map, label_heads
-from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, LabelMap, SlabLabeller
 from nnunet_lowmem.labels.probabilities import label_and_export
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling, streams, takes_softmax
 from nnunet_lowmem.types import NextStage
@@ -58,8 +58,8 @@ class _Streamed:
 
     def __init__(self, target: Target, how: Labelling) -> None:
         assert target.resampling.tables is not None
-        self._labels, cropped = empty_label_map(target.geometry, how.rule)
-        self._labeller = SlabLabeller(target.resampling.tables, how, cropped)
+        self._labels, _ = empty_label_map(target.geometry, how.rule)
+        self._labeller = SlabLabeller(target.resampling.tables, how, LabelMap(self._labels), target.geometry.crop)
         self.add = self._labeller.add
 
     def finish(self) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.boxes import along_last, common
+from nnunet_lowmem.boxes import along_last, common, whole
 from nnunet_lowmem.labels.resampling import AxisTable, linear_axis
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.types import Box, Shape3, Wanted, shape3
@@ -67,6 +67,10 @@ class Part:
         """Whether the frame is cut out at the end."""
         return self.needs_all and self.shape != self.geometry.original_shape
 
+    def along(self, axis: int) -> Part:
+        """Return the part with a window that rolls along an axis: that of the whole of which it is a box."""
+        return replace(self, grid=replace(self.grid, rolls=axis))
+
     def framed(self, values: NDArray[Any], outside: float = 0) -> NDArray[Any]:
         """Return what of `values` is asked for, `outside` beyond the mask; may change them."""
         if self.is_cut and values.shape != self.shape:
@@ -102,10 +106,10 @@ def part_of(
     """
     needs_all = as_a_whole or resampling.tables is None or not resampling.per_head
     if wanted is None and within is None:
-        frame, network = _whole(geometry.original_shape), _whole(geometry.network_shape)
-        whole = grid, geometry, resampling, frame, geometry.crop, network, grid.tile_count
-        return Part(*whole, needs_all=needs_all)
-    wanted = wanted or Wanted(_whole(geometry.original_shape))
+        frame, network = whole(geometry.original_shape), whole(geometry.network_shape)
+        parts = grid, geometry, resampling, frame, geometry.crop, network, grid.tile_count
+        return Part(*parts, needs_all=needs_all)
+    wanted = wanted or Wanted(whole(geometry.original_shape))
     mask = None if wanted.mask is None else wanted.mask[wanted.box]
     inside = _inside(wanted.box, mask, geometry.crop, within)
     crop = _in_frame(inside, geometry.crop, wanted.box)
@@ -194,10 +198,6 @@ def _needed(grid: TileGrid, mask: NDArray[np.bool_], tables: Sequence[AxisTable]
             spans.append(np.moveaxis(found, axis, 0)[first:behind].any(0))
         found = np.stack(spans, axis)
     return found
-
-
-def _whole(shape: Shape3) -> Box:
-    return _box((0, size) for size in shape)
 
 
 def _is_empty(box: Box) -> bool:

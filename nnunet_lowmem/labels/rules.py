@@ -39,6 +39,11 @@ class LabelRule:
     dtype: np.dtype[Any]
     by_softmax: bool = False
 
+    @property
+    def labels(self) -> NDArray[Any]:
+        """All that a label map may hold, in its type."""
+        return self.values[: -1 if self.ranked else None].astype(self.dtype)
+
 
 @dataclass(frozen=True)
 class CaseGeometry:

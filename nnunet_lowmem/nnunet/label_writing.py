@@ -6,26 +6,38 @@ Something is known only of what is exactly nnU-Net's own; other writers are call
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import also
-from nnunet_lowmem.nnunet.rehearsing import is_tried
+from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.nnunet.rehearsing import ONE_BYTE, is_tried
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.system.atomic_files import atomic_output
+from nnunet_lowmem.types import Shape3
 from nnunet_lowmem.volumes import streamed
+from nnunet_lowmem.volumes.tiff_pages import Pages, may_be_pages
 from nnunet_lowmem.volumes.verifying import verify_label_file
 
 logger = logging.getLogger(__name__)
 
+_Way = TypeVar("_Way", bound=streamed.Frame | Pages)
 #: Of a map. A compressed stream has other bytes than SimpleITK's, and the same content; a smaller copy takes less than
 #: predicting the case took.
 STREAMED_FROM_BYTES = 2**28
 _STREAMED = "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIO"
+_BY_PAGES = "nnunetv2.imageio.tif_reader_writer:Tiff3DIO"
+_PAGED = (".tif", ".tiff")
+# of a page: as it is stored, the strips that are made of it, and what is written at a time
+_PAGE_COPIES = 3
 # three images of one byte: made of the array, oriented, and oriented once more by ITK's filter for directions
 _TO_ORIENTATION = "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIOWithReorient"
 _ORIENTED_BYTES = 3
@@ -38,7 +50,7 @@ _BY_SLICES = (
 _BUFFER_BYTES = 2**24
 
 
-def writer_bytes(writer_class: type, ending: str, voxels: int, label_bytes: int) -> int:
+def writer_bytes(writer_class: type, ending: str, shape: Sequence[int], label_bytes: int) -> int:
     """Return what writing a label map takes beside the map.
 
     Parameters
@@ -47,11 +59,16 @@ def writer_bytes(writer_class: type, ending: str, voxels: int, label_bytes: int)
         The model's.
     ending : str
         Of the file's name.
-    voxels, label_bytes : int
-        Of the map; bytes of a voxel, 1 or 2.
+    shape : int, 3
+        Of the map, axes of the file.
+    label_bytes : int
+        Of a voxel, 1 or 2.
     """
+    voxels = math.prod(shape)
     if _is_streamed(writer_class, ending, voxels * label_bytes):
         return _BUFFER_BYTES
+    if _is_paged(writer_class, ending, shape, label_bytes):
+        return _BUFFER_BYTES + _PAGE_COPIES * math.prod(shape[1:]) * label_bytes
     return _BUFFER_BYTES + voxels * _copied_bytes(writer_class, label_bytes)
 
 
@@ -68,6 +85,12 @@ def _is_streamed(writer_class: type, name: str, size_bytes: int) -> bool:
     if size_bytes < STREAMED_FROM_BYTES or not name.endswith(streamed.ENDINGS):
         return False
     return lookup.is_class(writer_class, _STREAMED) and is_tried(writer_class)
+
+
+def _is_paged(writer_class: type, name: str, shape: Sequence[int], label_bytes: int) -> bool:
+    if math.prod(shape) * label_bytes < STREAMED_FROM_BYTES or not name.endswith(_PAGED) or not may_be_pages(shape):
+        return False
+    return lookup.is_class(writer_class, _BY_PAGES) and is_tried(writer_class)
 
 
 def write_segmentation(segmentation: NDArray[Any], properties: dict[str, Any], path: str, plans_manager: Any) -> None:
@@ -97,29 +120,131 @@ def write_segmentation(segmentation: NDArray[Any], properties: dict[str, Any], p
     """
     writer = plans_manager.image_reader_writer_class()
     shape = segmentation.shape if writer.write_seg.__module__.startswith("nnunetv2.imageio.") else None
-    by_itk = any(lookup.is_class(cls, _STREAMED) for cls in type(writer).__mro__)  # a RuntimeError, whatever it is
-    with (
-        also(*[RuntimeError] * by_itk),
-        atomic_output(Path(path), partial(verify_label_file, shape=shape)) as partial_file,
-    ):
-        frame = _frame(writer, segmentation, partial_file, properties)
-        if frame is None:
+    with output(Path(path), type(writer), shape) as partial_file:
+        way = None
+        is_paged = _is_paged(type(writer), path, segmentation.shape, segmentation.itemsize)
+        if segmentation.size and (is_paged or _is_streamed(type(writer), path, segmentation.nbytes)):
+            few = streamed.few_voxels(segmentation.shape, segmentation.dtype, streamed.largest_label(segmentation))
+            of_few = Pages.of if is_paged else partial(streamed.Frame.of, few=few.shape, shape=segmentation.shape)
+            way = _by_few(writer, few, properties, partial_file, of_few)
+        if way is None:
             writer.write_seg(segmentation, str(partial_file), properties)
         else:
-            frame.write(segmentation, partial_file)
+            way.write(segmentation, partial_file)
 
 
-def _frame(writer: Any, labels: NDArray[Any], path: Path, properties: dict[str, Any]) -> streamed.Frame | None:
-    """Return what the writer puts around a map that is streamed; None where it has to write the map itself."""
-    if not _is_streamed(type(writer), path.name, labels.nbytes):
-        return None
+@contextmanager
+def output(
+    final: Path, writer_class: type, shape: Sequence[int] | None, needed_bytes: int | None = None
+) -> Iterator[Path]:
+    """Give the path of a label map that a writer of this class would write; see `atomic_output`.
+
+    Parameters
+    ----------
+    final : Path
+    writer_class : type
+        An error is of the kind that it raises, too.
+    shape : sequence of int or None
+        Which the map is to have in the end.
+    needed_bytes : int, optional
+    """
+    by_itk = any(lookup.is_class(cls, _STREAMED) for cls in writer_class.__mro__)  # a RuntimeError, whatever it is
+    with (
+        also(*[RuntimeError] * by_itk),
+        atomic_output(final, partial(verify_label_file, shape=shape), needed_bytes) as partial_file,
+    ):
+        yield partial_file
+
+
+def _by_few(
+    writer: Any, few: NDArray[Any], properties: dict[str, Any], path: Path, of_few: Callable[[Path], _Way]
+) -> _Way | None:
+    """Return how a writer writes a map, by a file of a few voxels; None where it has to write the map itself.
+
+    What it writes beside that file is put beside `path`.
+    """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            few, file = streamed.few_voxels(labels), Path(folder, path.name)
+            file = Path(folder, path.name)
             writer.write_seg(few, str(file), properties)
-            return streamed.Frame.of(file, few.shape, labels.shape)
+            way = of_few(file)
+            for beside in Path(folder).iterdir():
+                if beside != file:
+                    beside.rename(path.parent / beside.name)
+            return way
     except MemoryError:
         raise
     except Exception as error:  # the same will be said of the whole map
         logger.debug("%s: is written by %s itself: %s", path.name, type(writer).__name__, error)
         return None
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Whether a label map may leave for its file while the case is predicted, and nothing is kept of it.
+
+    Attributes
+    ----------
+    whole, in_columns : bool
+        Where planes come as a whole; and where columns come one after the other.
+    """
+
+    whole: bool = False
+    in_columns: bool = False
+
+    @staticmethod
+    def of(
+        writer_class: type, ending: str, shape: Shape3, rule: LabelRule, backward: Sequence[int], axis: int
+    ) -> Leaves:
+        """Return whether that of a model may.
+
+        Parameters
+        ----------
+        writer_class, ending
+            The model's.
+        shape : int, 3
+            Of the map.
+        rule : LabelRule
+            The type of a file is chosen by the labels that are there: it has to be the same for all that may be.
+        backward : int, 3
+            Which axis of the network is which of the file.
+        axis : int
+            Of the network, along which planes become final.
+        """
+        if (
+            not _is_streamed(writer_class, ending, math.prod(shape) * rule.dtype.itemsize)
+            or rule.labels.max() >= ONE_BYTE
+        ):
+            return Leaves()
+        if ending.endswith(streamed.IN_ORDER):
+            return Leaves(backward[0] == axis)
+        # along the file's fastest axis, planes would be written voxel by voxel
+        anywhere = backward[2] != axis
+        return Leaves(anywhere, anywhere)
+
+
+def leaving_frame(
+    writer_class: type, name: str, properties: dict[str, Any], shape: Sequence[int], rule: LabelRule, folder: Path
+) -> streamed.Frame | None:
+    """Return what is around a map of which no label is known yet; None where its writer has to see it.
+
+    Parameters
+    ----------
+    writer_class : type
+    name : str
+        Of the file.
+    properties : dict
+        Of the case.
+    shape : sequence of int
+        Of the map in the file.
+    rule : LabelRule
+        Tells which labels there may be.
+    folder : Path
+        For temporary files.
+    """
+    ends = (streamed.few_voxels(shape, rule.dtype, label) for label in (0, int(rule.labels.max())))
+    frames = set()
+    for few in ends:
+        of_few = partial(streamed.Frame.of, few=few.shape, shape=shape)
+        frames.add(_by_few(writer_class(), few, properties, folder / name, of_few))
+    return frames.pop() if len(frames) == 1 else None

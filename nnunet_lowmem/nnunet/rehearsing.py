@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 # so many voxels along an axis tell labels, axes and slices apart
 _EXTENT = 6
-# the writers choose two bytes a voxel by what a map holds
-_ONE_BYTE = 255
+#: The writers choose two bytes a voxel by whether a map holds a label from here on.
+ONE_BYTE = 255
 _trying = threading.Lock()
 _ROOM_BYTES = 2**12
 # libraries, how nnU-Net's readers call them, and what of them they use
@@ -89,8 +89,8 @@ def rehearse(
     if not is_tried(writer_class) or not _has_room(folder):  # which says nothing of the disk that the output is on
         return
     trial = _Trial(writer_class, properties, shape, folder)
-    labels = np.array([0, 1]) if rule is None else rule.values[: -1 if rule.ranked else None].astype(rule.dtype)
-    final, few = Path(output + ending), labels[labels < _ONE_BYTE]
+    labels = np.array([0, 1]) if rule is None else rule.labels
+    final, few = Path(output + ending), labels[labels < ONE_BYTE]
     try:
         names = trial.run(final, ending, few)
     except WriteError as error:
@@ -98,12 +98,12 @@ def rehearse(
         raise
     for name in names:  # what is written beside it takes the place of what is there as well
         place_of(Path(output).parent / name)
-    if labels.max() >= _ONE_BYTE:
+    if labels.max() >= ONE_BYTE:
         try:
             trial.run(final, ending, labels)
         except WriteError as error:  # a case need not hold the others
             told = "%s: labels of %d and more cannot be written there: %s"
-            logger.warning(told, shown(str(final)), _ONE_BYTE, shown(str(error)))
+            logger.warning(told, shown(str(final)), ONE_BYTE, shown(str(error)))
 
 
 def is_tried(writer_class: type) -> bool:
@@ -149,7 +149,7 @@ class _Trial:
         self._check_name(final, ending)
         if self._by_itk and (format_of(final) is None or not is_utf8(self._folder)):
             return []  # a few voxels as .dcm end the process, where a whole map is written
-        voxels = np.resize(labels[::-1], self._shape).astype(np.uint16 if labels.max() >= _ONE_BYTE else np.uint8)
+        voxels = np.resize(labels[::-1], self._shape).astype(np.uint16 if labels.max() >= ONE_BYTE else np.uint8)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder, _quiet():
             written, moved = Path(folder, "written"), Path(folder, "moved")
             written.mkdir()

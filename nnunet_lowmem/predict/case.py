@@ -21,8 +21,8 @@ from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
-from nnunet_lowmem.labels.heads import Keeper, ResampledHeads, label_heads, label_slabs
-from nnunet_lowmem.labels.labeller import Labelling
+from nnunet_lowmem.labels.heads import Keeper, ResampledHeads, empty_label_map, label_heads, label_slabs
+from nnunet_lowmem.labels.labeller import Labelling, LabelMap
 from nnunet_lowmem.labels.parts import Part, cut
 from nnunet_lowmem.labels.probabilities import ProbabilitySink, label_and_export, npz_sink
 from nnunet_lowmem.labels.rules import LabelRule
@@ -34,6 +34,7 @@ from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
 from nnunet_lowmem.predict import parts
 from nnunet_lowmem.predict.held_logits import HeldLogits, label_manager
 from nnunet_lowmem.predict.jobs import Array, Files, Job
+from nnunet_lowmem.predict.leaving import leaving
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import Load, facts_of_job
 from nnunet_lowmem.predict.logits import FoldLogits, TileNetwork
@@ -60,7 +61,7 @@ class Predicted(NamedTuple):
     Attributes
     ----------
     result : Result
-        In the axis order and grid of the file; None where all files are written.
+        In the axis order and grid of the file; None where the labels have left for theirs.
     plan : Plan
     case : PreprocessedCase
         The case that the result is of: of a part, a case of its own.
@@ -142,6 +143,8 @@ class CaseRun:
         if not setup.steps.replaced(Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
                 header = facts_of_job(sizes, self.job, self.probabilities)
+        if header is not None and not self._may_leave:
+            header = header.kept()
         further_bytes, pending_bytes = (0, 0) if pending is None else (pending.further_bytes, pending.all_bytes)
         budget = budget.with_in_use(further_bytes)
         return CasePlanning(sizes, model, budget, self.folder, header, setup.weights.move, pending_bytes)
@@ -154,29 +157,40 @@ class CaseRun:
             case = planning.preprocessing(lambda: load(self.job, self.setup, planning))
         return parts.with_wanted(case, mask, self.setup, of_file=not isinstance(self.job.source, Array))
 
-    def predicted(self, case: PreprocessedCase, planning: CasePlanning) -> Predicted:
-        """Return what is predicted of a case; probabilities are written where the job has an output."""
+    def predicted(self, case: PreprocessedCase, planning: CasePlanning, output: ExitStack) -> Predicted:
+        """Return what is predicted of a case; probabilities are written where the job has an output.
+
+        Where labels leave for their file, it gets its name when `output` is closed, and there is no result.
+        """
         setup, clock, rule = self.setup, self.clock, self._label_rule()
         geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
         as_a_whole = rule is None or not self._is_ours(case)
         part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
         part = part_of()
-        written, keeper = parts.as_case(case, part, setup), Keeper()
+        written, keeper, way = parts.as_case(case, part, setup), Keeper(), None
         if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
             with clock.failing_in("writing"):
                 self._rehearse_writing(self.job.output, written.properties, rule)
         if not as_a_whole and rule is not None and rules.streams(part.resampling, rule, self.probabilities):
             keeper = unfinished_of(setup, self.job, part, rule.dtype) or keeper
+            if self._may_leave:
+                stuff = written.properties, keeper.found, clock, self.folder
+                way = leaving(setup, self.job, part, rule, *stuff)
         # planned as a whole, so that what is left of it is cut where it was cut before
         rest = without(part.crop, keeper.found, along_last(part.grid.roll_axis))
-        left = part_of(bounds(rest)) if keeper.found else part
+        axis = part.grid.roll_axis
+        left = part_of(bounds(rest)).along(axis) if keeper.found else part
         logits = FoldLogits(setup, case, clock, left.grid)
-        planned = partial(planning.plan, self.job.name, case, self.probabilities, part)
+        planned = partial(planning.plan, self.job.name, case, self.probabilities, part, way is not None)
         plan, folds = self._planned(planned, logits, planning)
         boxes = cut(part, keeper.counts(part, plan.placement.columns, logits.seconds(part.grid)), rest)
-        turns = [part_of(box) for box in boxes] if len(boxes) > 1 else [left]
+        turns = [part_of(box).along(axis) for box in boxes] if len(boxes) > 1 else [left]
         tiles, reused, result = setup.weights.folds * sum(turn.grid.tile_count for turn in turns), 0, None
         recovery = planning.recovery(plan)  # of all at once: a turn takes no more
+        if plan.placement.label_map is None:
+            assert way is not None, "it was planned with one"
+            file = output.enter_context(way.begun())
+            keeper.label_map(lambda: file)
         with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", tiles):
             for turn in turns:
                 if turn is not left:
@@ -292,9 +306,9 @@ class CaseRun:
                 made = next_stages.label_along(made, targets, how, self.folder)
                 if rules.streams(part.resampling, rule, self.probabilities):
                     folder = self.folder if placement.label_map is Place.DISK else None
-                    geometry, clock = part.geometry, self.clock
-                    labels = label_slabs(made, part.resampling, geometry, how, clock, keeper, folder, more)
-                    return None if more else self._to_file_axes(part.framed(labels))
+                    make, crop = partial(_label_map, part, rule, folder), part.geometry.crop
+                    labels = label_slabs(made, part.resampling, crop, how, self.clock, keeper, make, more)
+                    return None if more or labels is None else self._to_file_axes(part.framed(labels))
                 folder = self.folder if placement.planes is Place.DISK else None
                 store = stack.enter_context(PlaneStore(setup.heads, grid.image_shape, grid.roll_axis, folder))
                 store_slabs(made, store)
@@ -344,10 +358,20 @@ class CaseRun:
             return None
         return adapter.label_rule(label_manager(self.setup, self.job))
 
+    @property
+    def _may_leave(self) -> bool:
+        """Whether nobody asks for the label map but its file."""
+        is_asked_for = any(listener.draws for listener in self.listeners) or self.setup.steps.replaced(Step.EXPORT)
+        return self.job.output is not None and not is_asked_for
+
     def _is_ours(self, case: PreprocessedCase) -> bool:
         """Whether nobody else takes part in making the logits, and the image is what our tiles are."""
         is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"
         return is_single and not self.setup.steps.replaced(Step.LOGITS, Step.WINDOW)
+
+
+def _label_map(part: Part, rule: LabelRule, folder: Path | None) -> LabelMap:
+    return LabelMap(empty_label_map(part.geometry, rule, folder)[0])
 
 
 def case_sizes(setup: Setup, model: Any) -> CaseSizes:

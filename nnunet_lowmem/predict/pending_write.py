@@ -1,7 +1,7 @@
 """The files of one case, written in a thread while the next case is computed.
 
-The thread begins when it is told to. Until then exactly the label map is held, so that what else is in use can be
-measured and the next case planned beside the writing.
+The thread begins when it is told to. Until then exactly the label map is held (nothing where the labels have left for
+their file), so that what else is in use can be measured and the next case planned beside the writing.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ class PendingWrite:
         resident_bytes = min(map_bytes, math.prod(cropped_shape) * labels.itemsize)
         all_bytes = map_bytes + writer_bytes + THREAD_BYTES
         return PendingWrite(write, all_bytes, all_bytes - resident_bytes)
+
+    @staticmethod
+    def of_file(write: Callable[[], None], writer_bytes: int) -> PendingWrite:
+        """Return that of a file that holds all labels, to be ended, verified and named."""
+        all_bytes = writer_bytes + THREAD_BYTES
+        return PendingWrite(write, all_bytes, all_bytes)
 
     @property
     def is_over(self) -> bool:

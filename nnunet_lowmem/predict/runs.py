@@ -162,11 +162,11 @@ class _Run:
     def _predict(self, job: Job, following: Job | None, clock: StageClock) -> tuple[Result, CaseReport]:
         setup = self._setup()
         run = CaseRun(setup, job, clock, self._folder, self._probabilities, self._listeners, self._settle_beside)
-        with followed(clock, self._listeners):
+        with followed(clock, self._listeners), ExitStack() as output:
             with clock.stage("preprocessing"):
                 planning = self._planning(run)
                 case = run.preprocessed(self._loaded, planning)
-            predicted = run.predicted(case, planning)
+            predicted = run.predicted(case, planning, output)
             result, case = predicted.result, predicted.case
             arithmetic = Ways(setup).arithmetic()
             run = replace(run, job=job.made_in(arithmetic))
@@ -174,7 +174,9 @@ class _Run:
             if before is not None and not before.is_over:
                 with clock.stage("writing", 1):  # one at a time
                     before.wait()
-            if job.output is not None and result is not None:
+            if predicted.plan.placement.label_map is None:
+                self._publish_or_hold_back(run, following, case, output)
+            elif job.output is not None and result is not None:
                 self._write_or_hold_back(run, following, result, case.properties)
                 self._draw(run, case, result)
                 result = None
@@ -254,13 +256,30 @@ class _Run:
         """Write the files now, or beside the next case, if that is one of files."""
         writes = partial(self._write, run.setup, run.job, result, properties)
         if following is not None and following.files is not None and isinstance(result, np.ndarray):
-            writer, ending = run.setup.plans_manager.image_reader_writer_class, run.setup.file_ending
-            written_bytes = label_writing.writer_bytes(writer, ending, result.size, result.itemsize)
             cropped_shape = properties["shape_after_cropping_and_before_resampling"]
+            written_bytes = self._writer_bytes(run.setup, result.shape)
             self._latest = PendingWrite.of(writes, result, cropped_shape, written_bytes)
             return
         with run.clock.stage("writing"):
             writes()
+
+    def _publish_or_hold_back(
+        self, run: CaseRun, following: Job | None, case: PreprocessedCase, output: ExitStack
+    ) -> None:
+        """Let a file that holds all labels appear now, or beside the next case."""
+        if following is None or following.files is None:
+            with run.clock.stage("writing"):
+                self._publish(run.job, output)
+            return
+        backward, shape = run.setup.plans_manager.transpose_backward, case.properties["shape_before_cropping"]
+        written_bytes = self._writer_bytes(run.setup, [int(shape[axis]) for axis in backward])
+        self._latest = PendingWrite.of_file(partial(self._publish, run.job, output.pop_all()), written_bytes)
+
+    def _writer_bytes(self, setup: Setup, shape: Sequence[int]) -> int:
+        rule = adapter.label_rule(setup.label_manager)
+        label_bytes = 2 if rule is None else rule.dtype.itemsize
+        writer = setup.plans_manager.image_reader_writer_class
+        return label_writing.writer_bytes(writer, setup.file_ending, shape, label_bytes)
 
     def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:
         """Write what is not written yet as the model's own writer does; each file appears when it is complete."""
@@ -272,6 +291,14 @@ class _Run:
             adapter.write_properties(properties, job.output + ".pkl")
         path = job.output + setup.file_ending
         label_writing.write_segmentation(segmentation, properties, path, setup.plans_manager)
+        self._tell_written(job)
+
+    def _publish(self, job: Job, output: ExitStack) -> None:
+        """Let a file that holds all labels appear."""
+        output.close()
+        self._tell_written(job)
+
+    def _tell_written(self, job: Job) -> None:
         for listener in self._listeners:
             listener.written(job)
         if job.recipe is not None:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from nnunet_lowmem.boxes import joined
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels.heads import Keeper
+from nnunet_lowmem.labels.labeller import LabelMap
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.network import choices
 from nnunet_lowmem.nnunet.installed import version_of
@@ -125,7 +126,7 @@ class Unfinished(Keeper):
         counts[axis] = max(1, min(most, math.ceil(seconds / PART_S / math.prod(columns))))
         return shape3(counts)
 
-    def label_map(self, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    def label_map(self, make: Callable[[], LabelMap]) -> LabelMap:
         """Return the map, which is filled with what was found when it is asked for first.
 
         Raises
@@ -139,10 +140,10 @@ class Unfinished(Keeper):
             self._fill(labels, self._earlier.file)
         return labels
 
-    def _fill(self, labels: NDArray[Any], earlier: Path) -> None:
+    def _fill(self, labels: LabelMap, earlier: Path) -> None:
         boxes: list[Box] = []
         for chunk in _chunks(earlier, self._key):
-            labels[chunk.box] = chunk.values
+            labels.put(chunk.box, chunk.values)
             _append(boxes, chunk.box)
         if boxes != self.found:
             held, holds = (f"{_voxels(found):,} labelled voxels" for found in (self.found, boxes))
@@ -150,7 +151,7 @@ class Unfinished(Keeper):
         share = 100 * _voxels(boxes) / math.prod(self._key.shape)
         logger.info("goes on behind %.1f %% of the label map, which an earlier run has labelled", share)
 
-    def labelled(self, labels: NDArray[Any], box: Box, ends: bool = False) -> None:
+    def labelled(self, labels: LabelMap, box: Box, ends: bool = False) -> None:
         """Keep what is final: each minute, with several folds at the end of each box."""
         _append(self._pending, box)
         is_due = (ends and self._folds > 1) or time.monotonic() >= self._last_s + EVERY_S
@@ -188,14 +189,14 @@ class Unfinished(Keeper):
             file.truncate()
         return not left
 
-    def _keep(self, labels: NDArray[Any]) -> None:
+    def _keep(self, labels: LabelMap) -> None:
         with self._own.open("ab" if self._is_begun else "wb") as file:
             if not self._is_begun and not self._has_copied(file):
                 file.write(replace(self._key, arithmetic=self._arithmetic()).line)
                 self._pending[:0] = self.found
             for box in self._pending:
-                for chunk in _some_mib(box, labels.itemsize):
-                    data = zlib.compress(np.ascontiguousarray(labels[chunk]).tobytes(), 1)
+                for chunk in _some_mib(box, np.dtype(self._key.dtype).itemsize):
+                    data = zlib.compress(np.ascontiguousarray(labels.read(chunk), self._key.dtype).tobytes(), 1)
                     file.write(_CHUNK.pack(*_head(chunk, data), _checksum(chunk, data)) + data)
         flush(self._own)
         if not self._is_begun:

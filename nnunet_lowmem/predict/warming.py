@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from nnunet_lowmem.boxes import whole
 from nnunet_lowmem.labels import cells_cpu
-from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, LabelMap, SlabLabeller
 from nnunet_lowmem.labels.resampling import flat_tables, resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.network import denormals, tile_memory
@@ -54,7 +55,7 @@ def warm_up(ranked: bool, label_type: str, dimensions: int, fast: bool = False) 
         slab = window.finish(4)
         assert slab is not None, "its planes are asked for"
         for target in (labels[1:, 1:, 1:], np.zeros((6, 6, 6), label_type)):  # cropped, and not: other memory layouts
-            labeller = SlabLabeller(tables, Labelling(rule, threads), target)
+            labeller = SlabLabeller(tables, Labelling(rule, threads), LabelMap(target), whole(target.shape))
             labeller.add(slab)
             labeller.finish()
 

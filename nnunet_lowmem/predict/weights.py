@@ -26,7 +26,7 @@ from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.clock import StageClock
-from nnunet_lowmem.volumes.planes import spilled_array
+from nnunet_lowmem.volumes.mapped import spilled_array
 
 Parameters = Sequence[Mapping[str, Any]]
 

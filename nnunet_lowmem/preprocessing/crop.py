@@ -10,7 +10,7 @@ from scipy.ndimage import label
 
 from nnunet_lowmem.preprocessing.sources import Volume
 from nnunet_lowmem.types import Allocate
-from nnunet_lowmem.volumes.planes import give_back
+from nnunet_lowmem.volumes.mapped import give_back
 
 #: Labelled at a time, unless a plane has more.
 SLAB_VOXELS = 2**21

@@ -24,7 +24,7 @@ from nnunet_lowmem.preprocessing.normalisation import (
 )
 from nnunet_lowmem.types import Box, Shape3, shape3
 from nnunet_lowmem.volumes.file_volume import FileVolume
-from nnunet_lowmem.volumes.planes import give_back
+from nnunet_lowmem.volumes.mapped import give_back
 
 Volume = NDArray[Any] | FileVolume
 """One channel, shape (z, y, x) in any order of axes, of any real type."""

@@ -6,22 +6,15 @@ belong to the system's cache and not to this process.
 
 from __future__ import annotations
 
-import math
-import mmap
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem.errors import WriteError
-from nnunet_lowmem.system import platform
-from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.types import Shape3
+from nnunet_lowmem.volumes.mapped import told_of_spilling
 
 
 class PlaneStore:
@@ -65,7 +58,7 @@ class PlaneStore:
         assert self._file is not None
         self._file.seek(position * self._plane_bytes)
         view = values.reshape(-1).view(np.uint8).data
-        with _told(self._folder):
+        with told_of_spilling(self._folder):
             while len(view):  # an unbuffered file may write less than asked
                 view = view[self._file.write(view) :]
 
@@ -97,57 +90,3 @@ class PlaneStore:
             count = self._file.readinto(view)
             assert count, "spill file is shorter than what was written"
             view = view[count:]
-
-
-@contextmanager
-def _told(folder: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(
-            f"arrays cannot be spilled to {folder}: {error.strerror or error}; make room there or choose another "
-            "folder with --tmp_dir"
-        ) from error
-
-
-def spilled_array(shape: tuple[int, ...], dtype: np.dtype[np.generic], folder: Path) -> NDArray[np.generic]:
-    """Return an array of zeros backed by a file in `folder`; the file has no name where the system allows it.
-
-    Its pages are the system's cache: it writes them out and takes them back when memory is short.
-
-    Raises
-    ------
-    WriteError
-        If the folder has too little room.
-    """
-    size_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-    require_free_bytes(folder, size_bytes, "make room there or choose another folder with --tmp_dir")
-    with _told(folder), tempfile.TemporaryFile(dir=folder) as file:
-        platform.reserve(file.fileno(), size_bytes)
-        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
-
-
-def give_back(array: NDArray[Any]) -> None:
-    """Let the pages of a mapped file go that this process has touched, as far as the system knows how.
-
-    What was written stays: in the system's cache, then in the file. Pages that are mapped count for whoever goes by the
-    resident set of a process (Slurm, Dask), though no budget here and no kernel that is short of memory counts them.
-    """
-    base, is_shared = cast(Any, array), False
-    while isinstance(base, np.ndarray):
-        is_shared = is_shared or (isinstance(base, np.memmap) and base.mode != "c")  # of one's own pages nothing stays
-        base = base.base
-    if is_shared and isinstance(base, mmap.mmap):
-        platform.give_back(base)
-
-
-def why_unspillable(folder: Path) -> str:
-    """Return what a folder does not do that `spilled_array` needs; empty if it does, or is not there or full."""
-    try:
-        if folder.is_dir():
-            spilled_array((1,), np.dtype(np.uint8), folder)[:] = 1
-    except WriteError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno not in platform.DISK_FULL:
-            return f"takes no mapped files ({cause.strerror or cause})"
-    return ""

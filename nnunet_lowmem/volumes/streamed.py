@@ -1,32 +1,33 @@
-"""Label maps that go to their file block by block, below a header that the library wrote for a map of a few voxels.
+"""Label maps that go to their file box by box, below a header that the library wrote for a map of a few voxels.
 
 SimpleITK takes a copy of the whole map to write it. What it puts into a header is geometry, type and how many voxels
-there are; so it writes a few, the sizes in that header are changed, and the rest is the voxels in order.
+there are; so it writes a few, the sizes in that header are changed, and the rest is the voxels. They may come while the
+case is still being predicted.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import struct
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_lowmem.boxes import whole
 from nnunet_lowmem.errors import DamagedFileError
 from nnunet_lowmem.volumes.formats import format_of
-from nnunet_lowmem.volumes.planes import give_back
 from nnunet_lowmem.volumes.stored_parts import Encoding, Part, first_bytes
+from nnunet_lowmem.volumes.voxel_files import Packed, Raw, VoxelFile, runs
 
-_BLOCK_BYTES = 2**22
 # two tell that there are more than one, which a header may say in another way
 _EXTENT = 2
-_WINDOW_BITS = {Encoding.DEFLATE: zlib.MAX_WBITS, Encoding.GZIP: zlib.MAX_WBITS | 16}
 # MetaIO skips spaces before a number
 _STORED_BYTES = re.compile(rb"(?<=\nCompressedDataSize = )[0-9]+(?=\n)")
 _LETTERS = 20
@@ -70,23 +71,21 @@ _ROWS = {
 }
 #: The endings of files that can be written so.
 ENDINGS = tuple(_ROWS)
+#: Those of files that are compressed, when nnU-Net's writer asks for it.
+IN_ORDER = (".nii.gz", ".nrrd", ".mha")
 
 
-def few_voxels(labels: NDArray[Any]) -> NDArray[Any]:
-    """Return a map of a few voxels that a library writes as it would `labels`, but for the sizes.
+def few_voxels(shape: Sequence[int], dtype: np.dtype[Any], label: int) -> NDArray[Any]:
+    """Return a map of a few voxels that a library writes as it would one of this shape, but for the sizes.
 
-    Parameters
-    ----------
-    labels : ndarray
-        With one voxel or more.
-
-    Returns
-    -------
-    ndarray
-        Axes and type are those of `labels`. All values are the largest label: by that, writers choose a type.
+    All values are the one label. By the largest of a map, writers choose a type.
     """
-    largest = max(block.max() for block in _parts(labels, labels.itemsize))
-    return np.full([min(extent, _EXTENT) for extent in labels.shape], largest, labels.dtype)
+    return np.full([min(extent, _EXTENT) for extent in shape], label, dtype)
+
+
+def largest_label(labels: NDArray[Any]) -> int:
+    """Return the largest value of a map with one voxel or more, which may be mapped."""
+    return int(max(labels[at].max() for _, at in runs(whole(labels.shape), labels.shape, labels)))
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,36 @@ class Frame:
         encoding = Encoding.RAW if part.is_raw else part.encoding
         return Frame(stored, part.skipped_bytes > 0, encoding, row.level, dtype)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether voxels have to come in the order of the file, slowest axis first."""
+        return self.encoding is not Encoding.RAW
+
+    def file_bytes(self, voxels: int) -> int:
+        """Return the least that the file of a map can take."""
+        return 0 if self.in_order else len(self.header) + voxels * self.dtype.itemsize
+
+    @contextmanager
+    def opened(self, path: Path, shape: Sequence[int]) -> Iterator[VoxelFile]:
+        """Make the file of a map; what was not put into it by the end of the block is 0.
+
+        Raises
+        ------
+        OSError
+            If the disk is full, or there can be no such file.
+        """
+        outside, inside = (b"", self.header) if self.is_encoded else (self.header, b"")
+        with path.open("w+b") as file:
+            file.write(outside)
+            stored = Packed(file, self.encoding, self.level, inside) if self.in_order else Raw(file, inside)
+            yield VoxelFile(stored, self.dtype, tuple(shape))
+            stored.finish(math.prod(shape) * self.dtype.itemsize)
+            stored_bytes = file.seek(0, os.SEEK_END) - len(outside)
+            place = outside.find(b"= " + b" " * _LETTERS)
+            if place >= 0:
+                file.seek(place + 2)
+                file.write(b"%*d" % (_LETTERS, stored_bytes))
+
     def write(self, labels: NDArray[Any], path: Path) -> None:
         """Write a map, whose values may lie in memory in any order, in one pass.
 
@@ -147,25 +176,8 @@ class Frame:
         OSError
             If the disk is full, or there can be no such file.
         """
-        outside, inside = (b"", self.header) if self.is_encoded else (self.header, b"")
-        with path.open("wb") as file:
-            file.write(outside)
-            for piece in self._encoded(chain([inside], _blocks(labels, self.dtype))):
-                file.write(piece)
-            stored_bytes = file.tell() - len(outside)
-            place = outside.find(b"= " + b" " * _LETTERS)
-            if place >= 0:
-                file.seek(place + 2)
-                file.write(b"%*d" % (_LETTERS, stored_bytes))
-
-    def _encoded(self, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        if self.encoding is Encoding.RAW:
-            yield from pieces
-            return
-        stream = zlib.compressobj(self.level, zlib.DEFLATED, _WINDOW_BITS[self.encoding])
-        for piece in pieces:
-            yield stream.compress(piece)
-        yield stream.flush()
+        with self.opened(path, labels.shape) as voxels:
+            voxels.put(whole(labels.shape), labels)
 
 
 def _voxels_in(file: Path) -> tuple[int, Part, np.dtype[Any]]:
@@ -185,21 +197,3 @@ def _with_sizes(header: bytes, row: _Row, old: Sequence[int], new: Sequence[int]
     if place < 0 or not header.startswith(was, place):
         raise DamagedFileError(f"its header does not say the sizes {list(old)} as expected")
     return header[:place] + becomes + header[place + len(was) :]
-
-
-def _blocks(labels: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[memoryview]:
-    """Values in order, fastest axis last, a few MiB at a time."""
-    for part in _parts(labels, dtype.itemsize):
-        yield np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data
-
-
-def _parts(labels: NDArray[Any], itemsize: int) -> Iterator[NDArray[Any]]:
-    """Give views of a map in order, of a few MiB each; what was mapped for one is given back."""
-    count = max(1, _BLOCK_BYTES * len(labels) // max(1, labels.size * itemsize))
-    for start in range(0, len(labels), count):
-        part = labels[start : start + count]
-        if part.size * itemsize > _BLOCK_BYTES and part.ndim > 1:
-            yield from _parts(part[0], itemsize)
-        else:
-            yield part
-            give_back(part)

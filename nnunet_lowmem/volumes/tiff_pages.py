@@ -1,4 +1,4 @@
-"""Whether a TIFF is whole, page by page.
+"""Whether a TIFF is whole, and how one is written, page by page.
 
 The pages of a TIFF are a chain: each says where the next one is, and the last one says 0. Where a file is cut between
 two pages, libtiff and tifffile take the pages before for all there are; where a series of files lacks one, tifffile
@@ -10,17 +10,76 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import DamagedFileError
+from nnunet_lowmem.volumes.mapped import give_back
 from nnunet_lowmem.volumes.stored_parts import Contents, check_promise
 
 _UNCOMPRESSED = 1
+# samples of a colour: tifffile takes an axis of so many for them
+_MOST_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Pages:
+    """How a map is written page by page.
+
+    Attributes
+    ----------
+    dtype : numpy dtype
+    compression : int
+        The number that TIFF has for it.
+    """
+
+    dtype: np.dtype[Any]
+    compression: int
+
+    @staticmethod
+    def of(file: Path) -> Pages:
+        """Return how a library has written a map of a few voxels.
+
+        Raises
+        ------
+        Exception
+            Of tifffile, if it is none.
+        """
+        import tifffile
+
+        with _silence(), tifffile.TiffFile(file) as tiff:
+            return Pages(np.dtype(tiff.pages.first.dtype), int(tiff.pages.first.compression))
+
+    def write(self, labels: NDArray[Any], path: Path) -> None:
+        """Write a map of shape (z, y, x) with the bytes that tifffile writes of the whole array.
+
+        Raises
+        ------
+        OSError
+            If the disk is full, or there can be no such file.
+        """
+        import tifffile
+
+        planes, one = self._planes(labels), 1  # in threads it would compress half a GiB at a time
+        tifffile.imwrite(
+            path, planes, shape=labels.shape, dtype=self.dtype, compression=self.compression, maxworkers=one
+        )
+
+    def _planes(self, labels: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        for plane in labels:
+            yield np.ascontiguousarray(plane, self.dtype)
+            give_back(labels)
+
+
+def may_be_pages(shape: Sequence[int]) -> bool:
+    """Whether planes of a shape (z, y, x) are pages, and no axis may be taken for colours."""
+    return shape[0] > _MOST_SAMPLES and shape[-1] > _MOST_SAMPLES
 
 
 def read_whole(path: Path) -> Contents:

@@ -23,14 +23,19 @@ from nnunet_lowmem.network.fast_network import Head
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Attempt, Place, Shape3, once, shape3
-from nnunet_lowmem.volumes.planes import PlaneStore, spilled_array
+from nnunet_lowmem.volumes.mapped import give_back, spilled_array
+from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window import kernels
 from nnunet_lowmem.window.host_buffer import HostBuffer
+from nnunet_lowmem.window.non_finite import where_not_finite
 from nnunet_lowmem.window.slabs import LogitsSlab
 from nnunet_lowmem.window.tiles import PredictedTiles
 from nnunet_lowmem.window.tiling import TileGrid
 
 logger = logging.getLogger(__name__)
+
+# of sums on disk, at a time; what is mapped counts for whoever goes by the resident set
+_MAPPED_BYTES = 2**25
 
 
 class RollingWindow:
@@ -75,12 +80,15 @@ class RollingWindow:
         self._set_importance(importance)
         shape = list(grid.padded_shape)
         shape[self._axis] = grid.tile_shape[self._axis] + 1
+        self._give_back: Callable[[], object] = object
         if folder is None:
             self._buffer = torch.zeros((heads, *shape), dtype=torch.half, device=importance.device)
         else:
-            self._buffer = torch.from_numpy(spilled_array((heads, *shape), np.dtype(np.float16), folder))
+            mapped = spilled_array((heads, *shape), np.dtype(np.float16), folder)
+            self._buffer, self._give_back = torch.from_numpy(mapped), partial(give_back, mapped)
         self._weight_sum = torch.zeros(shape, dtype=torch.half, device=importance.device)
         self._position = 0
+        self._touched: tuple[int, ...] = ()
 
     def _set_importance(self, importance: torch.Tensor) -> None:
         self._importance = importance
@@ -93,6 +101,7 @@ class RollingWindow:
         self._place = place
         shape, half = tuple(self._buffer.shape), np.dtype(np.float16)
         array = spilled_array(shape, half, folder) if place is Place.DISK else np.empty(shape, half)
+        self._give_back = partial(give_back, array) if place is Place.DISK else object
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
             buffer = torch.from_numpy(array)
             buffer.copy_(self._buffer)
@@ -100,7 +109,21 @@ class RollingWindow:
             self._set_importance(self._importance.cpu())
         self._buffer = buffer
         if self._slab_made is not None:
-            self._slab_made.buffer = buffer
+            self._slab_made.buffer, self._slab_made.give_back = buffer, self._give_back
+        self._give_back()
+
+    def _some(self, planes: int, first: int = 0) -> Iterator[range]:
+        """Give planes of the sums, from the `first` on, as many at a time as may be mapped if they are on disk."""
+        plane_bytes = self._buffer.nbytes // self._buffer.shape[self._axis + 1]
+        count = planes if self._place is not Place.DISK else max(1, _MAPPED_BYTES // plane_bytes)
+        for start in range(first, first + planes, max(1, count)):
+            yield range(start, min(start + count, first + planes))
+            self._give_back()
+
+    def _empty(self, planes: int, first: int) -> None:
+        for some in self._some(planes, first):
+            self._buffer.narrow(self._axis + 1, some.start, len(some)).zero_()
+        self._weight_sum.narrow(self._axis, first, planes).zero_()
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +133,7 @@ class RollingWindow:
     def restart(self, head: Head | None = None) -> None:
         """Begin again at plane 0 with empty sums; `head` makes logits of what is added, if it is none."""
         self._head = head
-        self._buffer.zero_()
-        self._weight_sum.zero_()
+        self._empty(self._weight_sum.shape[self._axis], 0)
         self._arriving = None
         self._position = 0
 
@@ -178,6 +200,9 @@ class RollingWindow:
         """
         head, origin = self._head, list(start)
         origin[self._axis] += 1 - self._position
+        if start[:2] != self._touched:  # tiles beside each other share pages
+            self._give_back()
+            self._touched = start[:2]
         inside = zip(origin, self._grid.tile_shape, self._weight_sum.shape, strict=True)
         assert all(first >= 0 and first + size <= end for first, size, end in inside), "tile outside the window"
         if head is not None:
@@ -219,18 +244,20 @@ class RollingWindow:
         start = self._position
         if not (self._divide_on_cpu(stop) if self.device.type == "cpu" else self._divide_on_device(stop)):
             position = next(position for position in range(start, stop) if not self._is_finite(position))
-            raise NonFiniteLogitsError(_describe_non_finite(self._final_plane(position), self._grid, position))
+            raise NonFiniteLogitsError(where_not_finite(self._final_plane(position), self._grid, position))
         return self._slab(start, stop)
 
     def _divide_on_cpu(self, stop: int) -> bool:
         """Divide the planes before `stop`, and tell whether all their logits are finite."""
-        origin, shape = [0, 0, 0], list(self._weight_sum.shape)
-        origin[self._axis], shape[self._axis] = 1, stop - self._position
-        planes = self._buffer.shape[0] * shape[0]
-        finite = np.empty(planes, np.bool_)
-        arguments = (_bits(self._buffer), _bits(self._weight_sum), tuple(origin), tuple(shape), finite)
-        self._threads.run(kernels.divide, planes, *arguments)
-        return bool(finite.all())
+        origin, shape, all_finite = [0, 0, 0], list(self._weight_sum.shape), True
+        for some in self._some(stop - self._position, 1):
+            origin[self._axis], shape[self._axis] = some.start, len(some)
+            planes = self._buffer.shape[0] * shape[0]
+            finite = np.empty(planes, np.bool_)
+            arguments = (_bits(self._buffer), _bits(self._weight_sum), tuple(origin), tuple(shape), finite)
+            self._threads.run(kernels.divide, planes, *arguments)
+            all_finite = all_finite and bool(finite.all())
+        return all_finite
 
     def _divide_on_device(self, stop: int) -> bool:
         finite = []
@@ -264,6 +291,7 @@ class RollingWindow:
             buffer=self._buffer,
             origin=shape3(origin),
             shape=shape3(shape),
+            give_back=self._give_back,
         )
         return self._slab_made
 
@@ -272,11 +300,12 @@ class RollingWindow:
         shift = stop - self._position
         if shift == 0:
             return
-        for tensor, axis in ((self._buffer, self._axis + 1), (self._weight_sum, self._axis)):
-            planes = tensor.shape[axis]
-            for plane in range(planes - shift):
-                tensor.select(axis, plane).copy_(tensor.select(axis, plane + shift))
-            tensor.narrow(axis, planes - shift, shift).zero_()
+        left = self._weight_sum.shape[self._axis] - shift
+        for some in self._some(left):
+            for plane in some:
+                for tensor, axis in ((self._buffer, self._axis + 1), (self._weight_sum, self._axis)):
+                    tensor.select(axis, plane).copy_(tensor.select(axis, plane + shift))
+        self._empty(shift, left)
         self._position = stop
 
 
@@ -287,23 +316,6 @@ def _bits(halves: torch.Tensor) -> NDArray[np.uint16]:
 
 def _kind(output: Any) -> str:
     return f"of dtype {output.dtype}" if isinstance(output, torch.Tensor) else f"no tensor but {type(output).__name__}"
-
-
-def _describe_non_finite(logits: torch.Tensor, grid: TileGrid, plane: int) -> str:
-    infinite = int(torch.isinf(logits).sum())
-    nan = int(torch.isnan(logits).sum())
-    where = torch.nonzero(~torch.isfinite(logits))[0, 1:].tolist()
-    where.insert(grid.roll_axis, plane)
-    covering = [
-        [start for start in grid.starts[axis] if start <= where[axis] < start + grid.tile_shape[axis]]
-        for axis in range(3)
-    ]
-    first, last, at = map(grid.in_whole, ([low for low, *_ in covering], [high for *_, high in covering], where))
-    return (
-        f"sliding window: the logits hold {infinite} infinite and {nan} NaN values in plane {at[grid.roll_axis]} of "
-        f"axis {grid.roll_axis} (network space), the first at {at} in the tiles that start at {first} to {last}. "
-        "Check the image for values far out of the ordinary: logits beyond half precision (65504) become infinite."
-    )
 
 
 def roll(
@@ -369,6 +381,7 @@ def _join_sum(slab: LogitsSlab, store: PlaneStore, fold: int, folds: int, first_
         else:
             plane.div_(folds)
             finite.append(torch.isfinite(plane).all())
+        slab.give_back()
     # what was infinite once stays so, or becomes NaN: the last fold tells of all
     if finite and not all(answers := torch.stack(finite).tolist()):
         raise NonFiniteLogitsError(

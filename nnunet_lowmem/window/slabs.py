@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ class LogitsSlab:
         Buffer position of (first plane, 0, 0) or its permutation for another `axis`.
     shape : int, 3
         Extent of the box, halo included.
+    give_back : callable
+        Lets go what of the buffer is mapped; called now and then by whoever reads it.
     """
 
     axis: int
@@ -38,6 +40,7 @@ class LogitsSlab:
     buffer: torch.Tensor
     origin: Shape3
     shape: Shape3
+    give_back: Callable[[], object] = object
 
     def part(self, first: int, stop: int) -> LogitsSlab:
         """Return the planes [first, stop) of the box, all of them new."""
@@ -67,6 +70,7 @@ def store_slabs(slabs: Iterable[LogitsSlab], store: PlaneStore) -> None:
         logits = slab.logits
         for position in range(slab.start, slab.stop):
             store.write_plane(position, logits.select(slab.axis + 1, position - slab.start))
+            slab.give_back()
 
 
 def collect_slabs(slabs: Iterable[LogitsSlab], heads: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from nnunet_lowmem.network.exact import constant_bits
 from nnunet_lowmem.network.tile_memory import Taken, measured
 from nnunet_lowmem.types import Attempt, PreprocessedCase, Shape3
-from nnunet_lowmem.volumes.planes import give_back
+from nnunet_lowmem.volumes.mapped import give_back
 from nnunet_lowmem.window.host_buffer import HostBuffer
 from nnunet_lowmem.window.tiling import TileGrid
 

@@ -42,6 +42,8 @@ class TileGrid:
         Position in the whole image of position 0 in padded coordinates.
     needed : frozenset of starts, or None
         The tiles that are computed; None is all of them.
+    rolls : int or None
+        Along which axis finished planes leave the window; None is the outermost one with more than one tile.
     """
 
     image_shape: Shape3
@@ -52,10 +54,13 @@ class TileGrid:
     flat: bool
     offset: Shape3
     needed: frozenset[Shape3] | None = None
+    rolls: int | None = None
 
     @property
     def roll_axis(self) -> int:
-        """The outermost axis with more than one tile: finished planes leave the window along it."""
+        """Along which axis finished planes leave the window."""
+        if self.rolls is not None:
+            return self.rolls
         return next((axis for axis in range(3) if len(self.starts[axis]) > 1), 0)
 
     @property

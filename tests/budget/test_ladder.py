@@ -10,17 +10,19 @@ import torch
 from simulated_device import CUDA, simulated_device
 from torch import nn
 
+from nnunet_lowmem.boxes import whole
 from nnunet_lowmem.budget.arrays import Budget
 from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
 from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.planner import all_plans, plan_case
 from nnunet_lowmem.errors import MemoryExhaustedError
-from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, LabelMap, SlabLabeller
 from nnunet_lowmem.labels.resampling import resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.network.tile_memory import LiveTensorBytes
 from nnunet_lowmem.system.threads import RowThreads
-from nnunet_lowmem.types import Place, PreprocessedCase
+from nnunet_lowmem.types import Box, Place, PreprocessedCase
+from nnunet_lowmem.window import rolling
 from nnunet_lowmem.window.rolling import RollingWindow, roll
 from nnunet_lowmem.window.tiles import PredictedTiles, TileSource
 from nnunet_lowmem.window.tiling import tile_grid
@@ -74,7 +76,7 @@ class Task:
             window = RollingWindow(self.grid, self.heads, importance, threads, spill, recovery.run)
 
             how = Labelling(self.rule, threads, lambda: recovery.plan.placement.slab_limits, recovery.run)
-            labeller = SlabLabeller(self.tables, how, labels)
+            labeller = SlabLabeller(self.tables, how, Put(labels), whole(self.output))
             tiles = PredictedTiles(self.network, TileSource(self.case, self.grid), self.grid, CUDA)
             with recovery.followed_by(lambda plan: window.move_to(plan.placement.window, folder)):
                 for slab in roll(tiles, self.grid, window, lambda: None, None):
@@ -84,6 +86,28 @@ class Task:
         for axis, planes in written:  # what is told to be there was there, wherever the window has been moved meanwhile
             np.testing.assert_array_equal(planes, np.moveaxis(labels, axis, 0)[: len(planes)])
         return labels, device.peak_bytes
+
+
+class Put(LabelMap):
+    """Takes each plane once, from a block of its own, as a file would."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.is_put = np.zeros(labels.shape, np.bool_)
+
+    def block(self, box: Box) -> np.ndarray:
+        return np.zeros([part.stop - part.start for part in box], self._labels.dtype)
+
+    def put(self, box: Box, values: np.ndarray) -> None:
+        assert not self.is_put[box].any()
+        self.is_put[box] = True
+        super().put(box, values)
+
+
+@pytest.fixture(autouse=True)
+def _plane_by_plane(monkeypatch) -> None:
+    """Let a window on disk be mapped a plane at a time, as that of a large case is."""
+    monkeypatch.setattr(rolling, "_MAPPED_BYTES", 1)
 
 
 TASKS = [

@@ -13,12 +13,16 @@ import torch
 from factory import ModelSpec
 from images import broken
 from oracle import make_predictor, outputs, read_voxels, recorded_names
+from placing import straight_to_file
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.budget import planner
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import CasesFailedError, ModelError, UsageError, WriteError
+from nnunet_lowmem.nnunet import label_writing
 from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.predict.outcomes import FAILURES_FILE
+from nnunet_lowmem.system.clock import Progress
 from nnunet_lowmem.volumes.verifying import verify_whole
 
 
@@ -222,14 +226,18 @@ def test_full_disk_until_the_run_fits(model, cases, expected, small_disk):
     assert label_maps(folder) == expected
 
 
-def test_disk_that_fills_while_a_run_goes_on(models, images, small_disk):
+@pytest.mark.parametrize("leaves", [False, True])
+def test_disk_that_fills_while_a_run_goes_on(leaves, models, images, small_disk, monkeypatch):
     """There is room when the run begins; when the first tile is computed others have taken it, but for 44 kB."""
+    if leaves:
+        monkeypatch.setattr(label_writing, "STREAMED_FROM_BYTES", 0)
+        monkeypatch.setattr(planner, "placements", straight_to_file)
     cases = [images(name, ".nii") for name in ("head", "small", "zeros")]
     folder = small_disk("1m")
     ballast, taken = folder / "ballast", []
 
-    def take(progress: object) -> None:
-        if not taken:
+    def take(progress: Progress) -> None:
+        if not taken and progress.stage == "prediction" and progress.done:
             taken.append(progress)
             ballast.write_bytes(bytes(shutil.disk_usage(folder).free - 44 * 1024))
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reference import argmax_labels, cuts, region_labels, resample
 
+from nnunet_lowmem.boxes import whole
 from nnunet_lowmem.labels import cells_torch
-from nnunet_lowmem.labels.labeller import Labelling, SlabLabeller
+from nnunet_lowmem.labels.labeller import Labelling, LabelMap, SlabLabeller
 from nnunet_lowmem.labels.resampling import resampling_tables
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.system.threads import RowThreads
@@ -85,7 +86,7 @@ def slab_labels(task: Task) -> NDArray[np.integer]:
     tables = resampling_tables(task.logits.shape[1:], task.target, task.separate_axis)
     labels = np.full(task.target, 251, task.rule.dtype)
     with RowThreads(task.threads) as threads:
-        labeller = SlabLabeller(tables, Labelling(task.rule, threads), labels)
+        labeller = SlabLabeller(tables, Labelling(task.rule, threads), LabelMap(labels), whole(task.target))
         for start, stop in cuts(task.logits.shape[task.axis + 1], task.places):
             labeller.add(slab_of(task, start, stop))
         labeller.finish()
@@ -156,7 +157,7 @@ def test_label_map_may_be_a_transposed_view():
     labels = np.zeros((11, 9, 8), np.uint8).transpose(1, 2, 0)
     with RowThreads(2) as threads:
         tables = resampling_tables((5, 6, 7), task.target, None)
-        labeller = SlabLabeller(tables, Labelling(task.rule, threads), labels)
+        labeller = SlabLabeller(tables, Labelling(task.rule, threads), LabelMap(labels), whole(task.target))
         labeller.add(slab_of(task, 0, 5))
     assert np.array_equal(labels, expected_labels(task))
 
@@ -212,7 +213,9 @@ def test_slabs_that_end_early_are_noticed():
     task = Task(make_logits("normal", 2, (6, 5, 6), 1.0, 0), (7, 8, 9), None, True)
     with RowThreads(1) as threads:
         tables = resampling_tables((6, 5, 6), task.target, None)
-        labeller = SlabLabeller(tables, Labelling(task.rule, threads), np.zeros(task.target, np.uint8))
+        labeller = SlabLabeller(
+            tables, Labelling(task.rule, threads), LabelMap(np.zeros(task.target, np.uint8)), whole(task.target)
+        )
         labeller.add(slab_of(task, 0, 4))
         with pytest.raises(AssertionError):
             labeller.finish()

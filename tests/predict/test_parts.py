@@ -17,7 +17,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from oracle import assert_close_probabilities, make_predictor, predict_ours, predict_stock
-from placing import finest_columns
+from placing import finest_columns, straight_to_file
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget import planner
@@ -25,7 +25,7 @@ from nnunet_lowmem.budget.arrays import Placement, allocations
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.labels.resampling import resampling_tables
-from nnunet_lowmem.nnunet import predictors
+from nnunet_lowmem.nnunet import label_writing, predictors
 from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.types import Place
 from nnunet_lowmem.window.tiling import axis_starts
@@ -35,12 +35,12 @@ Bounds = list[tuple[int, int]]
 MODELS: dict[str, tuple[ModelSpec, str]] = {
     "z-score": (ModelSpec(), "head"),
     "ct": (ModelSpec(normalisation=("CTNormalization",)), "ct"),
-    "cropped": (ModelSpec(transpose_forward=(1, 2, 0)), "head_margin"),
+    "cropped": (ModelSpec(transpose_forward=(1, 2, 0), file_ending=".nii"), "head_margin"),
     "masked": (ModelSpec(use_mask_for_norm=(True,)), "head_margin"),
-    "two channels": (ModelSpec(**CHANNELS, use_mask_for_norm=(True, False)), "head_holes"),
+    "two channels": (ModelSpec(**CHANNELS, use_mask_for_norm=(True, False), file_ending=".nii"), "head_holes"),
     "not resampled": (ModelSpec(spacing=(5.0, 5.0, 5.0)), "head"),
-    "regions": (ModelSpec(**REGIONS, transpose_forward=(2, 0, 1)), "head_margin"),
-    "two folds, mirrored": (ModelSpec(folds=(0, 1), mirror_axes=(2,)), "head"),
+    "regions": (ModelSpec(**REGIONS, transpose_forward=(2, 0, 1), file_ending=".nii"), "head_margin"),
+    "two folds, mirrored": (ModelSpec(folds=(0, 1), mirror_axes=(2,), file_ending=".nii"), "head"),
     "smaller than the patch": (ModelSpec(patch_size=(40, 40, 40)), "small"),
     "separate z": (ModelSpec(patch_size=(6, 32, 32), spacing=(5.0, 2.0, 2.2)), "aniso"),
     "slices": (ModelSpec(patch_size=(24, 20), spacing=(4.2, 4.3)), "head_margin"),
@@ -75,6 +75,17 @@ def predict_part(
     return reports[0]
 
 
+@pytest.fixture(autouse=True)
+def _small_maps_leave(monkeypatch) -> None:
+    """Let labels go straight to their file as those of large volumes do, wherever they can."""
+    monkeypatch.setattr(label_writing, "STREAMED_FROM_BYTES", 0)
+    monkeypatch.setattr(planner, "placements", straight_to_file)
+
+
+# planes become final along the fastest axis of the file; all logits are needed first
+KEPT = ["regions", "torch's resampling"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_labels_in_random_boxes_and_in_columns_are_those_of_stocks_whole_run(
     name, images, models, tmp_path, monkeypatch
@@ -83,20 +94,24 @@ def test_labels_in_random_boxes_and_in_columns_are_those_of_stocks_whole_run(
     files = images(image)
     model = models(spec, files if image != "small" else images("head"))
     predict_stock(make_predictor(nnUNetPredictor, model, spec.folds), [files], [str(tmp_path / "stock")])
-    whole = read_voxels(tmp_path / "stock.nii.gz")
+    whole = read_voxels(tmp_path / f"stock{spec.file_ending}")
     assert len(np.unique(whole)) > 1, "a map of one value tells nothing"
     rng = random.Random(name)
     may_be_cut = name not in ("smaller than the patch", "torch's resampling")
     for number in range(1 if may_be_cut else 2):
         box = random_box(rng, whole.shape)
         report = predict_part(model, files, tmp_path / str(number), spec.folds, bbox=text_of(box))
-        np.testing.assert_array_equal(read_voxels(tmp_path / f"{number}.nii.gz"), whole[slices_of(box)], str(box))
+        found = read_voxels(tmp_path / f"{number}{spec.file_ending}")
+        np.testing.assert_array_equal(found, whole[slices_of(box)], str(box))
         assert report.tiles <= report.tiles_of_case
+        assert (report.plan.placement.label_map is None) == (name not in KEPT)
     if may_be_cut:  # each column is a box, and all of them are the whole
         monkeypatch.setattr(planner, "placements", finest_columns)
         report = predict_part(model, files, tmp_path / "columns", spec.folds)
-        np.testing.assert_array_equal(read_voxels(tmp_path / "columns.nii.gz"), whole)
+        np.testing.assert_array_equal(read_voxels(tmp_path / f"columns{spec.file_ending}"), whole)
         assert np.prod(report.plan.placement.columns) > 1
+        leaves = spec.file_ending == ".nii" and name not in KEPT  # a compressed file takes planes in order only
+        assert (report.plan.placement.label_map is None) == leaves
         assert report.tiles_of_case < report.tiles
 
 
@@ -109,18 +124,20 @@ def test_labels_in_a_region_are_those_of_the_whole_run_and_0_elsewhere(name, ima
     files = images(image)
     model = models(spec, files)
     predict_stock(make_predictor(nnUNetPredictor, model, spec.folds), [files], [str(tmp_path / "stock")])
-    whole = read_voxels(tmp_path / "stock.nii.gz")
+    whole = read_voxels(tmp_path / f"stock{spec.file_ending}")
     mask = np.zeros_like(whole)
     rng = random.Random(name)
     for _ in range(2):
         mask[slices_of([(a, min(b, a + 5)) for a, b in random_box(rng, whole.shape)])] = 7
     write_like(files[0], mask, tmp_path / "mask.nii.gz")
     report = predict_part(model, files, tmp_path / "part", spec.folds, roi=tmp_path / "mask.nii.gz")
-    np.testing.assert_array_equal(read_voxels(tmp_path / "part.nii.gz"), np.where(mask, whole, 0))
+    np.testing.assert_array_equal(read_voxels(tmp_path / f"part{spec.file_ending}"), np.where(mask, whole, 0))
     assert report.tiles < report.tiles_of_case or name == "torch's resampling"
     box = [(0, size // 2) for size in whole.shape]
     predict_part(model, files, tmp_path / "both", spec.folds, roi=str(tmp_path / "mask.nii.gz"), bbox=text_of(box))
-    np.testing.assert_array_equal(read_voxels(tmp_path / "both.nii.gz"), np.where(mask, whole, 0)[slices_of(box)])
+    np.testing.assert_array_equal(
+        read_voxels(tmp_path / f"both{spec.file_ending}"), np.where(mask, whole, 0)[slices_of(box)]
+    )
 
 
 def write_like(file: str, voxels: np.ndarray, target: Path) -> None:

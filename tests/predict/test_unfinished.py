@@ -18,12 +18,12 @@ from factory import ModelSpec
 from images import SUPPORT
 from model_table import REGIONS
 from oracle import make_predictor, predict_ours
-from placing import finest_columns
+from placing import finest_columns, straight_to_file
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget import planner
-from nnunet_lowmem.budget.planner import placements
 from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.nnunet import label_writing
 from nnunet_lowmem.predict import unfinished
 from nnunet_lowmem.predict.outcomes import CaseReport
 
@@ -43,11 +43,12 @@ def read_voxels(file: Path) -> np.ndarray:
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
 
 
-def ball(image: str, file: Path) -> str:
-    """Write a mask of an image whose planes hold voxels outside of it."""
+def balls(image: str, file: Path, *centres: float) -> str:
+    """Write a mask of an image whose planes hold voxels outside of it, between these shares of its diagonal."""
     like = SimpleITK.ReadImage(image)
     z, y, x = np.indices(like.GetSize()[::-1])
-    inside = sum(((at - n / 2) / n) ** 2 for at, n in zip((z, y, x), z.shape, strict=True)) < 0.15
+    balls = (sum(((at - n * c) / n) ** 2 for at, n in zip((z, y, x), z.shape, strict=True)) < 0.04 for c in centres)
+    inside = np.any(list(balls), 0)
     mask = SimpleITK.GetImageFromArray(inside.astype(np.uint8))
     mask.CopyInformation(like)
     SimpleITK.WriteImage(mask, str(file))
@@ -85,14 +86,26 @@ def predict(
     return totals[-1], reports[0] if reports else None
 
 
-@pytest.mark.parametrize("name, columns", [*((name, False) for name in MODELS), ("cropped, transposed", True)])
-def test_continues_behind_what_was_final(name, columns, images, models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, columns, ending, leaves",
+    [
+        ("cropped, transposed", True, ".nii.gz", False),
+        ("regions", False, ".nii", False),
+        ("a box", False, ".nii.gz", True),
+        ("cropped, transposed", True, ".nii", True),
+    ],
+)
+def test_continues_behind_what_was_final(name, columns, ending, leaves, images, models, tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished, "EVERY_S", 0.0)
+    monkeypatch.setattr(label_writing, "STREAMED_FROM_BYTES", 0)
+    if leaves:
+        monkeypatch.setattr(planner, "placements", straight_to_file)
     spec, image, options = MODELS[name]
+    spec = replace(spec, file_ending=ending)
     files = images(image)
     model = models(spec, files)
-    if name == "regions":
-        options = {"roi": ball(files[0], tmp_path / "ball.nii.gz")}
+    if name != "cropped, transposed":  # between two balls there is nothing to do, behind the first one row is left
+        options = options | {"roi": balls(files[0], tmp_path / "balls.nii.gz", 0.25, 0.75)}
     all_tiles, _ = predict(model, files, tmp_path / "whole", **options)
     assert left_in(tmp_path) == []
     if columns:
@@ -103,16 +116,18 @@ def test_continues_behind_what_was_final(name, columns, images, models, tmp_path
     ended = random.Random(name).randint(all_tiles // 2, all_tiles - 1)
     predict(model, files, tmp_path / "case", ended, **options)
     assert len(left_in(tmp_path)) == 1
-    assert not (tmp_path / "case.nii.gz").exists()
+    assert not (tmp_path / f"case{ending}").exists()
     left, _ = predict(model, files, tmp_path / "case", 2, **options)  # ended once more
     assert left < all_tiles
-    monkeypatch.setattr(planner, "placements", placements)  # another budget: planes are not cut again
+    if columns:
+        monkeypatch.setattr(planner, "placements", straight_to_file)  # another budget: planes are not cut again
     again, report = predict(model, files, tmp_path / "case", **options)
     assert again <= left
     assert report is not None
     assert report.tiles == again
+    assert (report.plan.placement.label_map is None) == leaves
     assert report.tiles_of_case == all_tiles or options or columns
-    np.testing.assert_array_equal(read_voxels(tmp_path / "case.nii.gz"), read_voxels(tmp_path / "whole.nii.gz"))
+    np.testing.assert_array_equal(read_voxels(tmp_path / f"case{ending}"), read_voxels(tmp_path / f"whole{ending}"))
     assert left_in(tmp_path) == []
 
 

@@ -10,7 +10,7 @@ from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from scipy.ndimage import binary_fill_holes
 
 from nnunet_lowmem.preprocessing import crop
-from nnunet_lowmem.volumes.planes import spilled_array
+from nnunet_lowmem.volumes.mapped import spilled_array
 
 
 @settings(deadline=None, max_examples=300)

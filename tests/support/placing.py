@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from nnunet_lowmem.budget.arrays import Placement
 from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
@@ -10,7 +11,18 @@ from nnunet_lowmem.budget.planner import placements
 
 
 def finest_columns(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
-    """Return those with the smallest columns that planes may be cut into; all where they may not be cut."""
+    """Return those with the smallest columns that planes may be cut into, straight to the file where they may leave."""
     found = placements(model, case)
     most = max(math.prod(placement.columns) for placement in found)
-    return tuple(placement for placement in found if math.prod(placement.columns) == most)
+    return straight(placement for placement in found if math.prod(placement.columns) == most)
+
+
+def straight_to_file(model: ModelFacts, case: CaseFacts) -> tuple[Placement, ...]:
+    """Return those that keep nothing of the label map; all where there are none."""
+    return straight(placements(model, case))
+
+
+def straight(found: Iterable[Placement]) -> tuple[Placement, ...]:
+    """Return of several those that keep nothing of the label map; all where there are none."""
+    given = tuple(found)
+    return tuple(placement for placement in given if placement.label_map is None) or given

@@ -18,7 +18,7 @@ from oracle import assert_same_segmentation, make_predictor, predict_stock
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError, WriteError
 from nnunet_lowmem.system.atomic_files import atomic_output, try_output
-from nnunet_lowmem.volumes import planes
+from nnunet_lowmem.volumes import mapped
 
 LACKING = {
     "nothing": ((), 0),
@@ -141,17 +141,17 @@ def test_room_for_spilled_arrays_is_written_where_it_cannot_be_asked_for(tmp_pat
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    array = planes.spilled_array((3, 2**20), planes.np.dtype(planes.np.uint8), tmp_path)
+    array = mapped.spilled_array((3, 2**20), mapped.np.dtype(mapped.np.uint8), tmp_path)
     assert array.sum() == 0
     array[:] = 7
     assert array.sum() == 7 * 3 * 2**20
-    assert planes.why_unspillable(tmp_path) == ""
+    assert mapped.why_unspillable(tmp_path) == ""
 
 
 def test_folder_that_maps_no_files_is_no_place_to_spill(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(planes.np, "memmap", refuse)
-    assert planes.why_unspillable(tmp_path) == f"takes no mapped files ({os.strerror(errno.ENODEV)})"
-    assert planes.why_unspillable(tmp_path / "gone") == ""
+    monkeypatch.setattr(mapped.np, "memmap", refuse)
+    assert mapped.why_unspillable(tmp_path) == f"takes no mapped files ({os.strerror(errno.ENODEV)})"
+    assert mapped.why_unspillable(tmp_path / "gone") == ""

@@ -20,10 +20,11 @@ from nnunetv2.imageio import simpleitk_reader_writer
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_lowmem.nnunet import label_writing
 from nnunet_lowmem.nnunet.label_writing import write_segmentation, writer_bytes
-from nnunet_lowmem.volumes import streamed
+from nnunet_lowmem.volumes import streamed, tiff_pages, voxel_files
 
 TURN = (0.36, 0.48, -0.8, -0.8, 0.6, 0.0, 0.48, 0.64, 0.6)
 GEOMETRIES = {
@@ -104,6 +105,25 @@ def test_files_are_those_of_stocks_writer(ending, geometry, tmp_path, streams):
     assert names(tmp_path) == sorted([path.name, expected.name])
 
 
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 3, 7), (5, 1, 300), (3, 6, 7), (6, 5, 3), (1, 6, 7)])
+def test_tiffs_have_the_bytes_of_stocks_writer(shape, tmp_path, monkeypatch):
+    """Page by page, but where an axis could be one of colours; what is written beside them as well."""
+    written: list[Path] = []
+    write = tiff_pages.Pages.write
+    monkeypatch.setattr(tiff_pages.Pages, "write", lambda *given: (write(*given), written.append(given[-1]))[0])
+    for number, largest in enumerate(LARGEST_LABELS):
+        ours_in, stocks_in = tmp_path / f"ours{number}", tmp_path / f"stocks{number}"
+        for folder in (ours_in, stocks_in):
+            folder.mkdir()
+        array = np.asfortranarray(labels(shape, largest))
+        Tiff3DIO().write_seg(array, str(stocks_in / "case.tif"), {"spacing": (1.0, 2.0, 3.0)})
+        ours(array, ours_in / "case.tif", {"spacing": (1.0, 2.0, 3.0)}, Tiff3DIO)
+        assert names(ours_in) == ["case.json", "case.tif"]
+        for name in names(ours_in):
+            assert (ours_in / name).read_bytes() == (stocks_in / name).read_bytes()
+    assert len(written) == (len(LARGEST_LABELS) if shape[0] > 4 and shape[2] > 4 else 0)
+
+
 @pytest.mark.parametrize("ending", streamed.ENDINGS)
 def test_flat_images(ending, tmp_path, streams):
     stuff = {"sitk_stuff": {"spacing": (0.5, 2.0), "origin": (-3.0, 4.0), "direction": (0.0, 1.0, -1.0, 0.0)}}
@@ -116,7 +136,7 @@ def test_flat_images(ending, tmp_path, streams):
 @pytest.mark.parametrize("block_bytes", [1, 10, 100, 1000])
 @pytest.mark.parametrize("ending", [".nii", ".gipl"])
 def test_blocks_follow_each_other_however_the_map_lies_in_memory(ending, block_bytes, tmp_path, monkeypatch, streams):
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(voxel_files, "BLOCK_BYTES", block_bytes)
     mapped = np.memmap(tmp_path / "map", np.uint16, "w+", shape=(8, 9, 10))
     mapped[:] = labels((8, 9, 10), 300)
     views = [mapped, mapped.transpose(2, 0, 1), mapped.T, mapped[::-1, :, ::2], np.minimum(mapped, 7).T]
@@ -147,7 +167,7 @@ def with_another_library(monkeypatch) -> type:
 def test_what_is_not_stocks_is_called(writer: Callable[..., type], tmp_path, monkeypatch, streams):
     ours(labels((5, 6, 7)), tmp_path / "case.nii.gz", properties(), made := writer(monkeypatch))
     assert not streams
-    assert writer_bytes(made, ".nii.gz", 1000, 2) == BUFFER_BYTES + 2000
+    assert writer_bytes(made, ".nii.gz", (10, 10, 10), 2) == BUFFER_BYTES + 2000
 
 
 @pytest.mark.parametrize("stuff, shape", [({}, (5, 6, 7)), (properties(), (1, 1, 2**15)), (properties(), (0, 6, 7))])
@@ -173,7 +193,7 @@ def test_what_writers_take_beside_the_map():
         (NaturalImage2DIO, ".png", 1, 2),
         *([(reorient, ".nii.gz", 3, 3)] if reorient else []),
     ]:
-        taken = [writer_bytes(writer, ending, 10**6, label_bytes) - BUFFER_BYTES for label_bytes in (1, 2)]
+        taken = [writer_bytes(writer, ending, (100, 100, 100), label_bytes) - BUFFER_BYTES for label_bytes in (1, 2)]
         assert taken == [one * 10**6, two * 10**6], (writer, ending)
 
 
@@ -203,7 +223,7 @@ LIMITED = """
     write(few, "few.nii.gz")
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     held_bytes = 1024 * int(status["VmData"].split()[0])
-    room_bytes = writer_bytes(SimpleITKIO, ".nii.gz", labels.size, 1) + 2**23
+    room_bytes = writer_bytes(SimpleITKIO, ".nii.gz", labels.shape, 1) + 2**23
     resource.setrlimit(resource.RLIMIT_DATA, (held_bytes + room_bytes, resource.RLIM_INFINITY))
     print(room_bytes, write(labels, "large.nii.gz"))
     try:
