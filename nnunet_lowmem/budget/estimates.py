@@ -41,6 +41,8 @@ class Estimate:
         The smallest RAM budgets with which the case is predicted, with and without arrays on disk.
     read_bytes : int
         Of the files of images and mask.
+    written_bytes : int
+        Of the label map, at most: as it is where its file is not compressed.
     """
 
     case: str
@@ -52,6 +54,7 @@ class Estimate:
     least_ram_bytes: int = 0
     least_ram_unspilled_bytes: int = 0
     read_bytes: int = 0
+    written_bytes: int = 0
 
     @property
     def tiles(self) -> int:
@@ -79,6 +82,7 @@ class Estimate:
             "tiles": self.tiles,
             "tiles_of_case": self.facts.tiles_of_case,
             "read_bytes": self.read_bytes,
+            "written_bytes": self.written_bytes,
             "placement": {name: value.value if isinstance(value, Place) else value for name, value in chosen},
             "projected_bytes": {place.value: self.plan.projected_bytes(place) for place in Place},
             "reserved_bytes": {place.value: self.plan.budget.reserved(place) for place in Place},
@@ -116,9 +120,9 @@ def estimates(
         plan = closest_plan(model, facts, budget)
         spilled, unspilled = (smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False))
         problem = None if plan.fits_everywhere() else refused(model, facts, plan)
-        yield Estimate(
-            name, arithmetic, facts, plan, problem, stock_bytes(model, whole), spilled, unspilled, read_bytes
-        )
+        written_bytes = math.prod(facts.original_shape) * model.label_bytes
+        stocks = stock_bytes(model, whole)
+        yield Estimate(name, arithmetic, facts, plan, problem, stocks, spilled, unspilled, read_bytes, written_bytes)
 
 
 def stock_bytes(model: ModelFacts, facts: CaseFacts) -> int:

@@ -128,7 +128,8 @@ def _estimate_lines(estimate: Estimate) -> Iterator[str]:
         yield f"plan for {named}: {shapes[0]}, resampled {shapes[1]}; {plan.placement.in_words()}"
         tiles, of_case = estimate.tiles, facts.tiles_of_case
         counted = f"{tiles:,} tiles" if tiles >= of_case else f"{tiles:,} of {of_case:,} tiles"
-        yield f"  reads {format_gib(estimate.read_bytes)}; {counted} for each fold"
+        sizes = f"reads {format_gib(estimate.read_bytes)}, writes at most {format_gib(estimate.written_bytes)}"
+        yield f"  {sizes}; {counted} for each fold"
         limits = ((place, plan.budget.limit(place)) for place in Place)
         yield "  projected " + ", ".join(
             f"{place.value} {format_gib(plan.projected_bytes(place))} of {format_gib(limit)}"
