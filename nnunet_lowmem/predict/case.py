@@ -34,7 +34,7 @@ from nnunet_lowmem.overrides.lookup import IN_WORKERS_BEFORE
 from nnunet_lowmem.predict import parts
 from nnunet_lowmem.predict.held_logits import HeldLogits, label_manager
 from nnunet_lowmem.predict.jobs import Array, Files, Job
-from nnunet_lowmem.predict.leaving import leaving
+from nnunet_lowmem.predict.leaving import Leaving, leaving
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import Load, facts_of_job
 from nnunet_lowmem.predict.logits import FoldLogits, TileNetwork
@@ -167,15 +167,11 @@ class CaseRun:
         as_a_whole = rule is None or not self._is_ours(case)
         part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
         part = part_of()
-        written, keeper, way = parts.as_case(case, part, setup), Keeper(), None
+        written = parts.as_case(case, part, setup)
         if self.job.output is not None and not setup.steps.replaced(Step.EXPORT):
             with clock.failing_in("writing"):
                 self._rehearse_writing(self.job.output, written.properties, rule)
-        if not as_a_whole and rule is not None and rules.streams(part.resampling, rule, self.probabilities):
-            keeper = unfinished_of(setup, self.job, part, rule.dtype) or keeper
-            if self._may_leave:
-                stuff = written.properties, keeper.found, clock, self.folder
-                way = leaving(setup, self.job, part, rule, *stuff)
+        keeper, way = (Keeper(), None) if as_a_whole else self._keeping(written.properties, part, rule)
         # planned as a whole, so that what is left of it is cut where it was cut before
         rest = without(part.crop, keeper.found, along_last(part.grid.roll_axis))
         axis = part.grid.roll_axis
@@ -206,6 +202,15 @@ class CaseRun:
             with clock.failing_in("export"):
                 adapter.write_properties(written.properties, self.job.output + ".pkl")
         return Predicted(result, plan, written, reused, tiles, setup.weights.folds * part.tiles_of_case)
+
+    def _keeping(self, properties: dict[str, Any], part: Part, rule: LabelRule | None) -> tuple[Keeper, Leaving | None]:
+        """Return who holds the labels that are found slab by slab, and how they may leave for their file."""
+        if rule is None or not rules.streams(part.resampling, rule, self.probabilities):
+            return Keeper(), None
+        keeper = unfinished_of(self.setup, self.job, part, rule.dtype) or Keeper()
+        if not self._may_leave:
+            return keeper, None
+        return keeper, leaving(self.setup, self.job, part, rule, properties, keeper.found, self.clock, self.folder)
 
     def _turn(
         self, turn: Part, case: PreprocessedCase, planning: CasePlanning
