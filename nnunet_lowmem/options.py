@@ -128,6 +128,33 @@ class Options:
     report: bool = _option(
         False, "write `lowmem_report.html` into the output folder: memory, times, plans, slices, failures", "--report"
     )
+    scheduler: str | None = _option(
+        None,
+        "let a Dask cluster predict: `tcp://HOST:PORT`, or without a value what `DASK_SCHEDULER_ADDRESS` says",
+        "--scheduler",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+    )
+    scheduler_file: str | os.PathLike[str] | None = _option(
+        None, "likewise, by the file that `dask scheduler --scheduler-file` writes", "--scheduler-file", metavar="FILE"
+    )
+    workers: int | None = _option(
+        None,
+        "as many processes in this machine, each with its share of cores and memory",
+        "--workers",
+        type=int,
+        metavar="N",
+    )
+    client: Any = _option(None, "a `distributed.Client`, which stays open")
+    allow_mixed: bool = _option(
+        False, "accept workers with another processor or other versions, and labels that may differ", "--allow-mixed"
+    )
+    tls_ca_file: str | os.PathLike[str] | None = _option(
+        None, "certificates of a cluster that speaks TLS, as Dask spells them", "--tls-ca-file", metavar="FILE"
+    )
+    tls_cert: str | os.PathLike[str] | None = _option(None, "this command's", "--tls-cert", metavar="FILE")
+    tls_key: str | os.PathLike[str] | None = _option(None, "its key", "--tls-key", metavar="FILE")
     on_plan: Callable[[Any], None] | None = _option(
         None, "called with the `Plan` of each case when it is final: of the first after its first tile"
     )
@@ -146,6 +173,14 @@ OPTIONS: tuple[Field[Any], ...] = fields(Options)
 WITH_FLAG = tuple(option for option in OPTIONS if option.metadata["flag"])
 #: A model that could say whom to trust would say itself; it may choose sizes and numbers.
 NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metadata["for_models"])
+
+#: How a cluster is reached; workers are not told.
+OF_CLUSTERS = ("scheduler", "scheduler_file", "workers", "client", "allow_mixed", "tls_ca_file", "tls_cert", "tls_key")
+
+
+def asks_for_cluster(options: Options) -> bool:
+    """Whether cases go to the workers of a cluster."""
+    return any(way is not None for way in (options.scheduler, options.scheduler_file, options.workers, options.client))
 
 
 def variable(name: str) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from nnunet_lowmem.budget.estimates import Estimate
 from nnunet_lowmem.nnunet import adapter, predictors
 from nnunet_lowmem.nnunet.model import load_folds
 from nnunet_lowmem.nnunet.trust import Trust
-from nnunet_lowmem.options import OPTIONS, Arithmetic, Options, arithmetic, with_options
+from nnunet_lowmem.options import OPTIONS, Arithmetic, Options, arithmetic, asks_for_cluster, with_options
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import IN_WORKERS_AFTER, IN_WORKERS_BEFORE, replaced, tell, unless_replaced
@@ -62,6 +61,8 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         At most; None takes stock's number, which it sets for predictions and not for validations.
     run_report : RunReport
         Of the latest call.
+    came_from : tuple or None
+        Where the model is: what workers of a cluster read.
 
     Notes
     -----
@@ -73,6 +74,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
     foreign_ends_run = True
     network_threads: int | None = None
     run_report: RunReport
+    came_from: tuple[Any, ...] | None = None
     _checkpoints: tuple[Path, ...] = ()
     _memo: Memo | None = None
 
@@ -123,6 +125,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         limit, in_use = machine.ram_limit(self.max_ram)
         free_bytes = 2**62 if limit is None else max(0, limit - in_use)
         self._describe(model_training_output_dir, use_folds, checkpoint_name, "cpu", free_bytes, trainer_class)
+        self.came_from = None if trainer_class else (model_training_output_dir, use_folds, checkpoint_name)
         weights.load_into(self.network, self.list_of_parameters[0], str(self._checkpoints[0]), None)
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):  # noqa: SIM112  # nnU-Net's spelling
             self.network = torch.compile(self.network)
@@ -156,7 +159,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
         self.network = model.network
 
-    def _setup(self) -> Setup:
+    def picture(self) -> Setup:
         """Return a picture of this predictor, for a case that begins now."""
         self._memo = self._memo or Memo()
         steps = Steps(
@@ -176,11 +179,11 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Return a picture of this predictor with another network."""
         other = copy.copy(self)
         other.network, other.allowed_mirroring_axes, other._memo = network, mirroring_axes, None
-        return other._setup()
+        return other.picture()
 
     def estimate(self, source_folder: str, probabilities: bool = False) -> Iterator[Estimate]:
         """Plan every case of a folder from its header: upper bounds, since the nonzero crop is not known yet."""
-        return estimating.estimate(self._setup(), self._setup_with, source_folder, probabilities)
+        return estimating.estimate(self.picture(), self._setup_with, source_folder, probabilities)
 
     @unless_replaced
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
@@ -192,7 +195,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
             return super().predict_sliding_window_return_logits(input_image)  # type: ignore[no-any-return]  # stock's
         assert input_image.ndim == 4, "input_image must be a 4D torch.Tensor (c, x, y, z)"
         case = PreprocessedCase(input_image.detach().cpu().numpy(), None, {})
-        setup = self._setup()
+        setup = self.picture()
         listeners = audience(setup)
         clock = runs.clock_of("image", listeners)
         with runs.followed(clock, listeners):
@@ -215,7 +218,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         use_cropped_logits_resampling: bool = False,
     ) -> list[Result] | None:
         """Predict a folder or a list of cases; as in stock, one result per case, None where a file was written."""
-        arguments = _as_recorded("predict_from_files", locals())
+        arguments = adapter.as_recorded(nnUNetPredictor.predict_from_files, locals())
         _note_exact(use_cropped_logits_resampling)
         return self._predict_files(arguments, in_workers=True)
 
@@ -230,7 +233,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         use_cropped_logits_resampling: bool = False,
     ) -> list[Result] | None:
         """Predict case after case; as in stock, the list holds only what was not written to a file."""
-        arguments = _as_recorded("predict_from_files_sequential", locals())
+        arguments = adapter.as_recorded(nnUNetPredictor.predict_from_files_sequential, locals())
         _note_exact(use_cropped_logits_resampling)
         results = self._predict_files(arguments, in_workers=False)
         return None if results is None else [result for result in results if result is not None]
@@ -239,25 +242,30 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Predict files; `in_workers` says whether stock preprocesses and exports them in processes of their own."""
         target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
         probabilities, is_listed = arguments["save_probabilities"], tell(self, Step.LISTING)
-        wanted = list_jobs(arguments, self._setup(), self._manage_input_and_output_lists, is_listed)
+        wanted = list_jobs(arguments, self.picture(), self._manage_input_and_output_lists, is_listed)
         report = self.run_report = RunReport()  # of this call, whatever other threads begin
         if not arguments["overwrite"] and target is not None and not is_listed:
             listed = wanted
             wanted = cases.without_those_done(listed, report)
             if wanted:
-                cases.keep_arithmetic(listed, self._setup())
+                cases.keep_arithmetic(listed, self.picture())
         if in_workers and wanted and replaced(self, *lookup.OF_FILES):
             return self._predict_iterated(wanted, arguments)
         results = None
-        with following(self._setup(), report, target) as listeners:
+        with following(self.picture(), report, target) as listeners:
             outcomes = Outcomes(report, self._failing(in_workers), listeners)
             if wanted:
                 tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(bool(self.fast)))
                 wanted = wanted if replaced(self, Step.EXPORT) else refuse_unwritable(wanted)
-                cases.require_space(wanted, self._setup(), probabilities)
+                cases.require_space(wanted, self.picture(), probabilities)
                 ahead = arguments.get("num_processes_preprocessing", 0) > 0
                 try:
-                    results = runs.predict_cases(wanted, self._setup, probabilities, outcomes, may_prefetch=ahead)
+                    if asks_for_cluster(self):
+                        from nnunet_lowmem.cluster import running  # nobody else loads Dask
+
+                        results = running.predict_cases(self, wanted, self.picture(), probabilities, outcomes)
+                    else:
+                        results = runs.predict_cases(wanted, self.picture, probabilities, outcomes, may_prefetch=ahead)
                 finally:  # what failed is told in the output folder
                     if target is not None:
                         report.write_failures(adapter.output_folder(target))
@@ -266,11 +274,11 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
 
     def _predict_iterated(self, wanted: Sequence[Job], arguments: dict[str, Any]) -> list[Result] | None:
         """Predict files stock's way over an iterator, where somebody else makes the iterator, or takes it."""
-        items: Any = loading.items_of(wanted, self._setup())
+        items: Any = loading.items_of(wanted, self.picture())
         if tell(self, Step.FILES, Step.READING, *IN_WORKERS_BEFORE):
             for job in wanted:
                 if job.files is None:  # one that cannot be right: it says why
-                    loading.load(job, self._setup(), None)
+                    loading.load(job, self.picture(), None)
             read = [job.files for job in wanted if job.files is not None]
             items = self._internal_get_data_iterator_from_lists_of_filenames(
                 [files.images for files in read],
@@ -331,7 +339,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         if replaced(self, Step.ITERATION, *IN_WORKERS_AFTER):
             tell(self, Step.ITERATION)
             refuse_if_asked_for(self, replaced(self, Step.ITERATION))
-            items = loading.items_of(wanted, self._setup())
+            items = loading.items_of(wanted, self.picture())
             return self.predict_from_data_iterator(items, save_probabilities, num_processes_segmentation_export)
         tell(self, *lookup.of_prediction(bool(self.fast)))
         return self._predict_unrecorded(wanted, save_probabilities, self._failing(in_workers=True))
@@ -380,18 +388,11 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
     ) -> list[Result]:
         """Predict what has no input files, or is not written: arrays and iterators."""
         report = self.run_report = RunReport()
-        with following(self._setup(), report) as listeners:
+        with following(self.picture(), report) as listeners:
             outcomes = Outcomes(report, failing, listeners)
-            results = runs.predict_cases(wanted, self._setup, probabilities, outcomes, load=load)
+            results = runs.predict_cases(wanted, self.picture, probabilities, outcomes, load=load)
         outcomes.raise_failures(results)
         return results
-
-
-def _as_recorded(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a stock method: what stock records in predict_from_raw_data_args.json."""
-    return {
-        name: given[name] for name in inspect.signature(getattr(nnUNetPredictor, method)).parameters if name != "self"
-    }
 
 
 def _note_exact(use_cropped_logits_resampling: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -204,3 +204,8 @@ def _default_tables(
     if changes and options["order_z"] != 0:
         return None
     return resampling_tables(geometry.network_shape, geometry.cropped_shape, int(axis))
+
+
+def as_recorded(method: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a stock method: what stock records in predict_from_raw_data_args.json."""
+    return {name: given[name] for name in inspect.signature(method).parameters if name != "self"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_lowmem.boxes import box_within
-from nnunet_lowmem.errors import CasesFailedError, LowMemError, UsageError, WriteError, of_kinds, twin
+from nnunet_lowmem.errors import CasesFailedError, LowMemError, UsageError, WorkerError, WriteError, of_kinds, twin
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.overrides.foreign import foreign
@@ -155,6 +155,22 @@ class Outcomes:
         self._report.failed.append(failed)
         logger.error("%s", failed.in_words())
         logger.debug("%s", failed.traceback_text)
+
+    def note_failed(self, failed: FailedCase) -> None:
+        """Note a case that has failed in another process, or raise that it has.
+
+        Raises
+        ------
+        WorkerError
+            Where the others are not to be predicted.
+        """
+        self._report.failed.append(failed)
+        logger.error("%s", failed.in_words())
+        logger.debug("%s", failed.traceback_text)
+        if not self._failing.keep_going:
+            error = WorkerError(failed.in_words())
+            error.exit_code = failed.exit_code
+            raise error
 
     def raise_failures(self, results: list[Any] | None) -> None:
         """Raise one error for all cases that failed, if any.

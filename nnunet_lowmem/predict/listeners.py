@@ -132,7 +132,7 @@ class ProgressBars(Listener):
     """One bar per stage of a case that has several steps."""
 
     def __init__(self) -> None:
-        self._bars: dict[str, Any] = {}
+        self._bars: dict[tuple[str, str], Any] = {}
 
     @contextmanager
     def case(self, name: str, sampler: PeakSampler | None) -> Iterator[None]:
@@ -140,18 +140,18 @@ class ProgressBars(Listener):
         try:
             yield
         finally:
-            for bar in self._bars.values():
-                bar.close()
-            self._bars.clear()
+            for key in [key for key in self._bars if key[0] == name]:
+                self._bars.pop(key).close()
 
     def progress(self, progress: Progress) -> None:
         """Move the bar of this stage."""
         if progress.total == 1:
             return
-        if progress.stage not in self._bars:
-            name = f"{progress.case} {progress.stage}"
-            self._bars[progress.stage] = tqdm(total=progress.total, desc=name, bar_format=_FORMAT)
-        bar = self._bars[progress.stage]
+        key = progress.case, progress.stage
+        if key not in self._bars:
+            name = f"{progress.where} {progress.stage}"
+            self._bars[key] = tqdm(total=progress.total, desc=name, bar_format=_FORMAT)
+        bar = self._bars[key]
         if progress.memory_bytes:
             bar.set_postfix_str(format_gib(progress.memory_bytes), refresh=False)
         bar.update(progress.done - bar.n)

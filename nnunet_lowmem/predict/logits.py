@@ -127,10 +127,10 @@ class TileNetwork:
 
     def most_threads(self) -> int:
         """Return how many threads the network may use: as many as in stock or, run fast, all."""
-        if self.ways.arithmetic() is not Arithmetic.EXACT:
-            return usable_cores()
         most = self._setup.network_threads
-        return stock_calls.network_threads() if most is None else most
+        if most is not None:
+            return most
+        return stock_calls.network_threads() if self.ways.arithmetic() is Arithmetic.EXACT else usable_cores()
 
     def way_threads(self) -> AbstractContextManager[object]:
         """Give the kernels that take part in running the network their threads in the block."""

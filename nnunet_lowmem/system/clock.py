@@ -29,6 +29,8 @@ class Progress:
         pass, where they are needed as a whole); a stage without steps is one.
     memory_bytes : int
         What the process tree holds; 0 where nobody measures.
+    worker : str
+        Of a cluster, which has the case; empty in this process.
     """
 
     stage: str
@@ -36,6 +38,12 @@ class Progress:
     done: int
     total: int
     memory_bytes: int = 0
+    worker: str = ""
+
+    @property
+    def where(self) -> str:
+        """The case, and the worker that has it."""
+        return f"{self.case} on {self.worker}" if self.worker else self.case
 
 
 @dataclass

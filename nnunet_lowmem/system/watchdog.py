@@ -84,7 +84,7 @@ class StallWatch:
             if self._line_s and now >= self._line_due:
                 self._line_due = now + self._line_s
                 at, held = self._progress, format_gib(process_tree_bytes())
-                logger.info("case %s: %s, %d of %d, %s", at.case, at.stage, at.done, at.total, held)
+                logger.info("case %s: %s, %d of %d, %s", at.where, at.stage, at.done, at.total, held)
 
     def _tell(self, overdue: str) -> None:
         logger.warning(

@@ -59,7 +59,7 @@ def test_labels_in_other_grids_are_stocks(image, spec, images, models, tmp_path)
     stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     for predictor in (ours, stock):
         predictor.initialize_from_trained_model_folder(folder, (0,))
-    case = load(Job("case", None, Files(files)), ours._setup(), None)
+    case = load(Job("case", None, Files(files)), ours.picture(), None)
     shapes = [tuple(round(size * factor) for size in case.image.shape[1:]) for factor in (LARGER, SMALLER, 1)]
     managers = (stock.plans_manager, stock.configuration_manager)
     trainer = SimpleNamespace(

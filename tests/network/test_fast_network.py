@@ -73,7 +73,7 @@ def test_logits_are_close_and_no_tile_of_them_is_made(name, models, images):
     plain, fast = (make_predictor(LowMemPredictor, models(NETWORKS[name], files), fast=flag) for flag in (False, True))
     image = torch.randn((1, 30, 40, 30), generator=torch.Generator().manual_seed(0))
     expected, found = (made.predict_sliding_window_return_logits(image).float() for made in (plain, fast))
-    parts = Ways(fast._setup()).taken()
+    parts = Ways(fast.picture()).taken()
     assert parts.head_layer is not None
     assert parts.channels == parts.head().weights.shape[1]
     assert any(isinstance(module, FastNorm) for module in parts.body.modules())

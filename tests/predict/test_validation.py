@@ -100,7 +100,7 @@ def test_network_runs_on_as_many_threads_as_the_trainer_has(images, models, elev
     """Stock sets a limit for predictions and none for validations; the output of the network depends on it."""
     predictor = LowMemPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(models(ModelSpec(), images("head")), (0,))
-    case = load(Job("case", None, Files(images("head"))), predictor._setup(), None)
+    case = load(Job("case", None, Files(images("head"))), predictor.picture(), None)
     seen = set()
 
     def note(network: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:

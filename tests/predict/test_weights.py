@@ -115,7 +115,7 @@ def copied(predictor: Predictor, folder: Path) -> Predictor:
 def test_what_happens_to_the_folder_later_changes_nothing(happens, on_disk, folder, predicted, expected):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
     if on_disk:
-        predictor._setup().weights.move()
+        predictor.picture().weights.move()
     assert_same_array(expected, predicted(happens(predictor, folder)))
 
 
@@ -124,7 +124,7 @@ def test_relative_folder_and_another_working_directory(folder, predicted, expect
     predictor = make_predictor(LowMemPredictor, folder.name, (0, 1))
     monkeypatch.chdir("/")
     assert_same_array(expected, predicted(predictor))
-    assert str(Path(folder.name, "fold_1", CHECKPOINT)) in predictor._setup().weights.name(1)
+    assert str(Path(folder.name, "fold_1", CHECKPOINT)) in predictor.picture().weights.name(1)
 
 
 def test_loader_that_decrypts_is_only_there_while_the_model_is_read(folder, predicted, expected, monkeypatch):
@@ -147,7 +147,7 @@ def test_loader_that_decrypts_is_only_there_while_the_model_is_read(folder, pred
 @pytest.mark.slow
 def test_another_process_needs_no_folder(folder, predicted, expected, images, tmp_path):
     predictor = make_predictor(LowMemPredictor, str(folder), (0, 1))
-    predictor._setup().weights.move()
+    predictor.picture().weights.move()
     (tmp_path / "predictor").write_bytes(pickle.dumps(predictor))
     shutil.rmtree(folder)
     program = """
@@ -269,9 +269,9 @@ def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, c
     predictor, other = (make_predictor(LowMemPredictor, model, folds) for folds in ((0, 1), (1,)))
     if on_disk:
         assert_same_array(expected, predicted(predictor))
-        predictor._setup().weights.move()
-        other._setup().weights.move()
-        assert predictor._setup().weights.movable_bytes == 0
+        predictor.picture().weights.move()
+        other.picture().weights.move()
+        assert predictor.picture().weights.movable_bytes == 0
     change(predictor, other)
     assert_same_array(changed(change), predicted(predictor))
 
@@ -279,30 +279,30 @@ def test_changed_weights_give_stocks_labels(change, on_disk, model, predicted, c
 def test_changes_are_told_apart_by_done_records(model, predicted):
     """By the weights themselves; where they are kept and who copied them does not matter."""
     predictor, other = (make_predictor(LowMemPredictor, model, folds) for folds in ((0, 1), (1,)))
-    size = predictor._setup().weights.movable_bytes
-    before = checksum(predictor._setup(), False)
-    assert predictor._setup().weights.movable_bytes == size > 0
-    predictor._setup().weights.move()
+    size = predictor.picture().weights.movable_bytes
+    before = checksum(predictor.picture(), False)
+    assert predictor.picture().weights.movable_bytes == size > 0
+    predictor.picture().weights.move()
     predictor = pickle.loads(pickle.dumps(predictor))
-    assert checksum(predictor._setup(), False) == before
+    assert checksum(predictor.picture(), False) == before
     predictor.list_of_parameters = [{name: value.clone() for name, value in fold.items()}
                                     for fold in predictor.list_of_parameters]  # fmt: skip
-    assert checksum(predictor._setup(), False) == before
+    assert checksum(predictor.picture(), False) == before
     seen = {before}
     for change in CHANGES[:7]:
         changing = copy.deepcopy(predictor)
         change(changing, other)
-        seen.add(checksum(changing._setup(), False))
+        seen.add(checksum(changing.picture(), False))
     assert len(seen) == 6  # `added` and `appended` make the same, and `assigned` has one fold twice
     predictor.list_of_parameters = None
-    assert checksum(predictor._setup(), False) not in seen
+    assert checksum(predictor.picture(), False) not in seen
 
 
 def test_weights_are_named_by_their_checkpoint_as_long_as_they_come_from_there(model):
     predictor = make_predictor(LowMemPredictor, model, (0, 1))
-    assert predictor._setup().weights.name(1) == str(Path(model, "fold_1", CHECKPOINT))
+    assert predictor.picture().weights.name(1) == str(Path(model, "fold_1", CHECKPOINT))
     predictor.list_of_parameters.append(predictor.list_of_parameters[0])
-    assert predictor._setup().weights.name(1) == "entry 1 of list_of_parameters"
+    assert predictor.picture().weights.name(1) == "entry 1 of list_of_parameters"
 
 
 # -- in a file
@@ -369,7 +369,7 @@ def test_file_goes_with_the_predictor(model, predicted):
     before = deleted_files()
     predictor = make_predictor(LowMemPredictor, model)
     predicted(predictor)
-    predictor._setup().weights.move()
+    predictor.picture().weights.move()
     predicted(predictor)
     assert len(deleted_files()) == len(before) + 1
     assert pickle.loads(pickle.dumps(predictor)).list_of_parameters
@@ -377,7 +377,7 @@ def test_file_goes_with_the_predictor(model, predicted):
     try:
         predictor.list_of_parameters = copy.deepcopy(predictor.list_of_parameters)
         assert deleted_files() == before
-        predictor._setup().weights.move()
+        predictor.picture().weights.move()
         predicted(predictor)
         del predictor
         assert deleted_files() == before
@@ -403,13 +403,13 @@ def test_memory_that_others_use_stays_where_it_is(tmp_path):
 )
 def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, monkeypatch, predicted, expected):
     """What is beyond goes to disk as it is read, as long as there is room; none is offered where that is in RAM."""
-    fold = make_predictor(LowMemPredictor, model)._setup().weights.movable_bytes
+    fold = make_predictor(LowMemPredictor, model).picture().weights.movable_bytes
     free, room = 4 * fold if free == "fold" else free, fold if room == "fold" else room
     with monkeypatch.context() as patch:
         patch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda _: (free + 1, 1))
         patch.setattr("nnunet_lowmem.budget.machine.spill_bytes", lambda _: room)
         predictor = make_predictor(LowMemPredictor, model, (0, 1))
-    assert predictor._setup().weights.movable_bytes == in_ram * fold
+    assert predictor.picture().weights.movable_bytes == in_ram * fold
     assert_same_array(expected, predicted(predictor))
 
 
@@ -422,7 +422,7 @@ def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     first = roomy.predict_from_files_sequential([images("small")], None)[0]
     assert free[0].placement.weights is Place.RAM
     kept = {a.name: a.size_bytes for a in free[0].allocations}["weights of all folds"]
-    assert kept == roomy._setup().weights.movable_bytes
+    assert kept == roomy.picture().weights.movable_bytes
     predictor = make_predictor(LowMemPredictor, model, (0, 1), on_plan=plans.append)
     real = Setup.budget
 
@@ -436,7 +436,7 @@ def test_plan_says_where_the_weights_are(model, images, monkeypatch):
     second = predictor.predict_from_files_sequential([images("small")] * 2, None)
     assert [plan.placement.weights for plan in plans] == [Place.DISK, Place.DISK]
     assert "on disk: weights" in plans[1].placement.in_words()
-    assert predictor._setup().weights.movable_bytes == 0
+    assert predictor.picture().weights.movable_bytes == 0
     for labels in second:
         assert_same_array(first, labels)
 

@@ -23,6 +23,7 @@ ROOMS = """
 __main__ startup training trainers
 commands
 predictor
+cluster
 report
 predict
 budget

@@ -423,7 +423,7 @@ def test_second_fold_that_does_not_fit_is_named():
     ours = predictor(LowMemPredictor, (8, 10, 6), nn.Conv3d(1, HEADS, 1), folds=2)
     ours.list_of_parameters = [ours.network.state_dict(), nn.Conv3d(1, HEADS + 1, 1).state_dict()]
     with pytest.raises(ModelError, match=r"entry 1 of list_of_parameters do not fit.*size mismatch"):
-        TileNetwork(ours._setup()).load(1)
+        TileNetwork(ours.picture()).load(1)
 
 
 def test_tile_outside_the_window_is_caught_before_the_kernel_writes():

@@ -1,0 +1,78 @@
+"""Cases on their way to workers, and how often that was tried."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from nnunet_lowmem.cluster.members import Member
+from nnunet_lowmem.errors import WorkerError
+from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.outcomes import FailedCase, RunReport
+
+
+@dataclass
+class Task:
+    """One case on its way.
+
+    Attributes
+    ----------
+    job : Job
+    size : int
+        What decides who comes first.
+    lost_with : list of Member
+        Workers that have gone while they had it.
+    starts, misread : int
+        How often it was given to a worker, and to one that could not read the model.
+    too_small : float or None
+        Bytes of the largest worker on which it did not fit.
+    refused : FailedCase or None
+        What that worker said.
+    """
+
+    job: Job
+    size: int
+    lost_with: list[Member] = field(default_factory=list)
+    starts: int = 0
+    misread: int = 0
+    too_small: float | None = None
+    refused: FailedCase | None = None
+
+    def may_run_on(self, member: Member) -> bool:
+        """Whether a worker has more memory than one that was too small, and is not one that has gone with it."""
+        is_larger = self.too_small is None or member.limit > self.too_small
+        return is_larger and all(member.key != lost.key for lost in self.lost_with)
+
+
+@dataclass
+class Attempt:
+    """A case that a worker has.
+
+    Attributes
+    ----------
+    task : Task
+    member : Member
+    name : str
+        Of the file without which the worker leaves the case.
+    began_s : float
+        When it was sent.
+    followed : ExitStack
+        Listeners that take part.
+    is_heard : bool
+        The worker has said something of it.
+    unfetched : int
+        How often its report could not be fetched.
+    """
+
+    task: Task
+    member: Member
+    name: str
+    began_s: float
+    followed: ExitStack
+    is_heard: bool = False
+    unfetched: int = 0
+
+
+def failed(task: Task, error: WorkerError) -> RunReport:
+    """Return the report of a case that fails by what became of its workers."""
+    return RunReport(failed=[FailedCase.of(task.job.name, "prediction", error)])

@@ -1,0 +1,113 @@
+"""What reaches a cluster and what does not, on workers that are threads of this process; others: test_cluster."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factory import ModelSpec
+from images import broken
+from oracle import make_predictor, outputs, read_voxels, recorded_names
+
+from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.cluster import connecting
+from nnunet_lowmem.errors import CasesFailedError, UsageError
+
+# Dask is loaded by no other test of a process: it changes how exceptions are pickled
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("distributed") is None, reason="needs Dask")]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    here = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with importlib.import_module("distributed").Client(**here, set_as_default=False) as given:
+        yield given
+
+
+@pytest.fixture
+def cases(images) -> list[list[str]]:
+    return [images(name) for name in ("head", "small")]
+
+
+@pytest.fixture
+def model(models, cases) -> str:
+    return models(ModelSpec(), cases[0])
+
+
+def test_cases_on_workers_have_the_labels_of_one_process(model, cases, client, tmp_path, monkeypatch):
+    for name in ("one", "many"):
+        (tmp_path / name).mkdir()
+    make_predictor(LowMemPredictor, model).predict_from_files(cases, outputs(cases, tmp_path / "one"))
+    told: list[Any] = []
+    monkeypatch.chdir(tmp_path)  # paths mean the same to workers, wherever these are
+    predictor = make_predictor(LowMemPredictor, model, client=client, on_case=told.append, report=True)
+    threads = torch.get_num_threads()
+    assert predictor.predict_from_files(cases, outputs(cases, Path("many"))) == [None, None]
+    assert torch.get_num_threads() == threads
+    for file in (tmp_path / "one").glob("*.nii.gz"):
+        assert read_voxels(tmp_path / "many" / file.name).tobytes() == read_voxels(file).tobytes()
+    assert sorted(report.case for report in told) == ["head", "small"]
+    assert recorded_names(tmp_path / "many") == ["head.nii.gz", "small.nii.gz"]
+    assert not list((tmp_path / "many").glob(".partial*"))
+    predictor.predict_from_files(cases, outputs(cases, Path("many")), overwrite=False)
+    assert len(predictor.run_report.skipped) == 2
+    assert (tmp_path / "many" / "lowmem_report.html").stat().st_size > 1000
+    assert client.status == "running"
+
+
+def test_a_bad_case_costs_itself_and_says_where(model, cases, client, tmp_path):
+    cases = [broken(tmp_path, "bad"), cases[1]]
+    predictor = make_predictor(LowMemPredictor, model, client=client)
+    with pytest.raises(CasesFailedError, match=r"1 of 2 cases failed: case bad, preprocessing: .*\(worker [01], "):
+        predictor.predict_from_files(cases, outputs(cases, tmp_path))
+    assert [report.case for report in predictor.run_report.done] == ["small"]
+
+
+def test_what_does_not_reach_workers_is_refused(model, cases, client, tmp_path, monkeypatch):
+    class Mine(LowMemPredictor):
+        """Overrides what workers could not be told of."""
+
+        def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+            return super().predict_sliding_window_return_logits(input_image)
+
+    files = cases[:1], outputs(cases[:1], tmp_path)
+    monkeypatch.setattr(connecting, "_PATIENCE_S", 0.5)
+    by_hand = make_predictor(LowMemPredictor, model, client=client)
+    by_hand.came_from = None
+    for predictor, given, told in [
+        (by_hand, files, "workers read the model by themselves"),
+        (make_predictor(LowMemPredictor, model, client=client), (cases[:1], None), "workers write files"),
+        (make_predictor(Mine, model, client=client), files, "predict_sliding_window_return_logits is replaced"),
+        (make_predictor(LowMemPredictor, model, workers=1, scheduler=""), files, "exclude each other: give one"),
+        (make_predictor(LowMemPredictor, model, workers=0), files, "--workers must be at least 1, got 0"),
+        (make_predictor(LowMemPredictor, model, scheduler="tcp://127.0.0.1:9"), files, "no scheduler answers at tcp"),
+        (
+            make_predictor(LowMemPredictor, model, scheduler_file=tmp_path / "none"),
+            files,
+            "none is not there",
+        ),
+    ]:
+        with pytest.raises(UsageError, match=told):
+            predictor.predict_from_files(*given)
+
+
+def test_without_dask_one_line_says_what_to_install(model, cases, tmp_path, monkeypatch):
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(connecting, "import_module", missing)
+    with pytest.raises(UsageError, match=r"pip install 'nnunet_lowmem\[dask\]'"):
+        make_predictor(LowMemPredictor, model, workers=2).predict_from_files(cases, outputs(cases, tmp_path))
+    assert importlib.import_module("distributed")
+
+
+def test_the_table_shows_what_differs():
+    from nnunet_lowmem.cluster.members import _table
+
+    rows = [("this machine", {"torch": "2.1", "numpy": "2.0"}), ("tcp://other:1", {"torch": "2.0", "numpy": "2.0"})]
+    assert _table(rows).splitlines() == ["               torch", "this machine   2.1", "tcp://other:1  2.0"]
