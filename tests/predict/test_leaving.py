@@ -84,7 +84,7 @@ def predict(model: str, cases: list[list[str]], folder: Path, **options: Any) ->
     return reports
 
 
-@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".gipl"])
+@pytest.mark.parametrize("ending", [".mha", *(pytest.param(e, marks=pytest.mark.slow) for e in (".nrrd", ".gipl"))])
 @pytest.mark.usefixtures("_straight")
 def test_cases_in_a_row_in_other_formats(ending, images, models, tmp_path, monkeypatch):
     """The file of one is verified and named beside the next one."""

@@ -86,7 +86,10 @@ def _small_maps_leave(monkeypatch) -> None:
 KEPT = ["regions", "torch's resampling"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "two folds, mirrored" else []) for name in MODELS],
+)
 def test_labels_in_random_boxes_and_in_columns_are_those_of_stocks_whole_run(
     name, images, models, tmp_path, monkeypatch
 ):
