@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nnunet_lowmem.errors import UsageError
@@ -179,8 +180,19 @@ OF_CLUSTERS = ("scheduler", "scheduler_file", "workers", "client", "allow_mixed"
 
 
 def asks_for_cluster(options: Options) -> bool:
-    """Whether cases go to the workers of a cluster."""
-    return any(way is not None for way in (options.scheduler, options.scheduler_file, options.workers, options.client))
+    """Whether cases go to the workers of a cluster.
+
+    Raises
+    ------
+    UsageError
+        If Dask is not installed.
+    """
+    ways = options.scheduler, options.scheduler_file, options.workers, options.client
+    if all(way is None for way in ways):
+        return False
+    if find_spec("distributed") is None:
+        raise UsageError("clusters need Dask: pip install 'nnunet_lowmem[dask]'")
+    return True
 
 
 def variable(name: str) -> str:

@@ -86,10 +86,7 @@ def _wait_for(file: Path) -> None:
 
 
 def _dask() -> Any:
-    try:
-        return import_module("distributed")
-    except ImportError as error:
-        raise UsageError("clusters need Dask: pip install 'nnunet_lowmem[dask]'") from error
+    return import_module("distributed")  # which nobody else loads, and ships few types
 
 
 def _security(options: Options) -> Any:

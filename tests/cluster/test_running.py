@@ -96,16 +96,6 @@ def test_what_does_not_reach_workers_is_refused(model, cases, client, tmp_path, 
             predictor.predict_from_files(*given)
 
 
-def test_without_dask_one_line_says_what_to_install(model, cases, tmp_path, monkeypatch):
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(connecting, "import_module", missing)
-    with pytest.raises(UsageError, match=r"pip install 'nnunet_lowmem\[dask\]'"):
-        make_predictor(LowMemPredictor, model, workers=2).predict_from_files(cases, outputs(cases, tmp_path))
-    assert importlib.import_module("distributed")
-
-
 def test_the_table_shows_what_differs():
     from nnunet_lowmem.cluster.members import _table
 
