@@ -259,6 +259,13 @@ def give_back(mapping: mmap.mmap) -> None:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
+def expect_random(mapping: mmap.mmap, *, is_random: bool) -> None:
+    """Say whether the pages of a mapping are asked for in no order: then nothing is read ahead, nor in large blocks."""
+    if _LINUX:
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_RANDOM if is_random else mmap.MADV_NORMAL)
+
+
 def reserve(descriptor: int, size_bytes: int) -> None:
     """Give an empty open file its room on the disk: by asking for it, or else by writing zeros.
 

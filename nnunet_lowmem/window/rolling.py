@@ -23,7 +23,7 @@ from nnunet_lowmem.network.fast_network import Head
 from nnunet_lowmem.network.tile_memory import storage_users
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Attempt, Place, Shape3, once, shape3
-from nnunet_lowmem.volumes.mapped import give_back, spilled_array
+from nnunet_lowmem.volumes.mapped import give_back, spilled_array, touched_page_by_page
 from nnunet_lowmem.volumes.planes import PlaneStore
 from nnunet_lowmem.window import kernels
 from nnunet_lowmem.window.host_buffer import HostBuffer
@@ -84,7 +84,7 @@ class RollingWindow:
         if folder is None:
             self._buffer = torch.zeros((heads, *shape), dtype=torch.half, device=importance.device)
         else:
-            mapped = spilled_array((heads, *shape), np.dtype(np.float16), folder)
+            mapped = _on_disk((heads, *shape), folder)
             self._buffer, self._give_back = torch.from_numpy(mapped), partial(give_back, mapped)
         self._weight_sum = torch.zeros(shape, dtype=torch.half, device=importance.device)
         self._position = 0
@@ -99,8 +99,8 @@ class RollingWindow:
         if place is self._place:
             return
         self._place = place
-        shape, half = tuple(self._buffer.shape), np.dtype(np.float16)
-        array = spilled_array(shape, half, folder) if place is Place.DISK else np.empty(shape, half)
+        shape = tuple(self._buffer.shape)
+        array = _on_disk(shape, folder) if place is Place.DISK else np.empty(shape, np.float16)
         self._give_back = partial(give_back, array) if place is Place.DISK else object
         with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
             buffer = torch.from_numpy(array)
@@ -307,6 +307,12 @@ class RollingWindow:
                     tensor.select(axis, plane).copy_(tensor.select(axis, plane + shift))
         self._empty(shift, left)
         self._position = stop
+
+
+def _on_disk(shape: tuple[int, ...], folder: Path) -> NDArray[Any]:
+    array = spilled_array(shape, np.dtype(np.float16), folder)
+    touched_page_by_page(array)  # tiles go into it
+    return array
 
 
 def _bits(halves: torch.Tensor) -> NDArray[np.uint16]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,23 @@ def test_room_for_spilled_arrays_is_written_where_it_cannot_be_asked_for(tmp_pat
     array[:] = 7
     assert array.sum() == 7 * 3 * 2**20
     assert mapped.why_unspillable(tmp_path) == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="has no such file")
+def test_of_a_spilled_array_that_is_touched_here_and_there_only_that_is_resident(tmp_path):
+    array = mapped.spilled_array((2**5, 2**23), mapped.np.dtype(mapped.np.uint8), tmp_path)
+    mapped.touched_page_by_page(array)
+    for plane in array:
+        plane[:] = 0
+        mapped.give_back(array)
+    array[:, : 2**19] += 1
+    with open("/proc/self/smaps") as file:
+        sizes = [
+            dict(re.findall(r"^(Size|Rss): +(\d+) kB", part, re.M)) for part in re.split(r"(?m)^(?=\w+-)", file.read())
+        ]
+    assert any(int(size["Size"]) == 2**18 and int(size["Rss"]) < 2**15 for size in sizes if size)
+    mapped.give_back(array)
+    assert array.sum() == 2**24
 
 
 def test_folder_that_maps_no_files_is_no_place_to_spill(tmp_path, monkeypatch):
