@@ -13,6 +13,9 @@ from nnunet_lowmem.types import BBox, Box
 _RANGE = re.compile(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*")
 _HOW = "write z0:z1,y0:y1,x0:x1 in voxels of the file, the stop excluded; an end that is left out is the volume's"
 
+#: A box without a voxel.
+NOTHING: Box = (slice(0, 0), slice(0, 0), slice(0, 0))
+
 
 def parse_box(value: Any) -> BBox | None:
     """Return what the option `bbox` asks for.
@@ -83,6 +86,12 @@ def box_within(bbox: BBox, shape: Sequence[int]) -> Box:
 def whole(shape: Sequence[int]) -> Box:
     """Return the box that is all of a shape."""
     z, y, x = (slice(0, int(extent)) for extent in shape)
+    return z, y, x
+
+
+def moved(box: Box, into: Box) -> Box:
+    """Return a box that is counted from the beginning of another as it is counted where that one is."""
+    z, y, x = (slice(at.start + part.start, at.start + part.stop) for at, part in zip(into, box, strict=True))
     return z, y, x
 
 

@@ -147,6 +147,13 @@ class Options:
         type=int,
         metavar="N",
     )
+    split: str | int = _option(
+        "auto",
+        "on a cluster, cut each case into `N` parts for several workers, `never`, or (`auto`) only long cases that are "
+        "fewer than workers",
+        "--split",
+        metavar="auto|never|N",
+    )
     client: Any = _option(None, "a `distributed.Client`, which stays open")
     allow_mixed: bool = _option(
         False, "accept workers with another processor or other versions, and labels that may differ", "--allow-mixed"
@@ -176,7 +183,17 @@ WITH_FLAG = tuple(option for option in OPTIONS if option.metadata["flag"])
 NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metadata["for_models"])
 
 #: How a cluster is reached; workers are not told.
-OF_CLUSTERS = ("scheduler", "scheduler_file", "workers", "client", "allow_mixed", "tls_ca_file", "tls_cert", "tls_key")
+OF_CLUSTERS = (
+    "scheduler",
+    "scheduler_file",
+    "workers",
+    "split",
+    "client",
+    "allow_mixed",
+    "tls_ca_file",
+    "tls_cert",
+    "tls_key",
+)
 
 
 def asks_for_cluster(options: Options) -> bool:
@@ -189,6 +206,8 @@ def asks_for_cluster(options: Options) -> bool:
     """
     ways = options.scheduler, options.scheduler_file, options.workers, options.client
     if all(way is None for way in ways):
+        if options.split != Options.split:
+            raise UsageError("--split is for clusters: give --scheduler, --scheduler-file or --workers, too")
         return False
     if find_spec("distributed") is None:
         raise UsageError("clusters need Dask: pip install 'nnunet_lowmem[dask]'")

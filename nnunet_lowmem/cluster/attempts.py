@@ -8,12 +8,31 @@ from dataclasses import dataclass, field
 from nnunet_lowmem.cluster.members import Member
 from nnunet_lowmem.errors import WorkerError
 from nnunet_lowmem.predict.jobs import Job
-from nnunet_lowmem.predict.outcomes import FailedCase, RunReport
+from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport
+
+
+@dataclass
+class Whole:
+    """A case that is made in pieces.
+
+    Attributes
+    ----------
+    job : Job
+        As it was to begin with.
+    left : int
+        Pieces that are not done yet.
+    reports : list of CaseReport
+        Of those that are.
+    """
+
+    job: Job
+    left: int
+    reports: list[CaseReport] = field(default_factory=list)
 
 
 @dataclass
 class Task:
-    """One case on its way.
+    """One case on its way, or a piece of it.
 
     Attributes
     ----------
@@ -28,6 +47,8 @@ class Task:
         Bytes of the largest worker on which it did not fit.
     refused : FailedCase or None
         What that worker said.
+    whole : Whole or None
+        Of what it is a piece.
     """
 
     job: Job
@@ -37,6 +58,12 @@ class Task:
     misread: int = 0
     too_small: float | None = None
     refused: FailedCase | None = None
+    whole: Whole | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether the files of the case are there when it is done."""
+        return self.job.piece is None or self.job.piece.box is None
 
     def may_run_on(self, member: Member) -> bool:
         """Whether a worker has more memory than one that was too small, and is not one that has gone with it."""

@@ -18,14 +18,16 @@ from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
-from nnunet_lowmem.cluster.attempts import Attempt, Task, failed
+from nnunet_lowmem.cluster.attempts import Attempt, Task, Whole, failed
 from nnunet_lowmem.cluster.members import Member, Members
-from nnunet_lowmem.cluster.tasks import Sent, forget, predict
+from nnunet_lowmem.cluster.splitting import Splitting
+from nnunet_lowmem.cluster.tasks import Sent, forget, perform
 from nnunet_lowmem.errors import BudgetError, LowMemError, ModelError, UsageError, WorkerError
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.outcomes import RunReport
+from nnunet_lowmem.predict.prepared import Cut
 from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.clock import Progress
 from nnunet_lowmem.system.owned_folders import BEAT_S
@@ -63,6 +65,7 @@ class Dispatcher:
         For a first worker, and for another one where all have gone; 0 for ever.
     listeners : sequence of Listener
         Told of the progress of each case, in this thread.
+    splitting : Splitting
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class Dispatcher:
         probabilities: bool,
         waits_s: float,
         listeners: Sequence[Listener],
+        splitting: Splitting,
     ) -> None:
         self._client, self._members, self._sent, self._probabilities = client, members, sent, probabilities
-        self._waits_s, self._listeners = waits_s, listeners
+        self._waits_s, self._listeners, self._splitting = waits_s, listeners, splitting
         self._topic = f"nnunet_lowmem-{uuid.uuid4().hex}"
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._running: dict[Any, Attempt] = {}
@@ -138,12 +142,17 @@ class Dispatcher:
             self._beat()
             self._look()
             if self._is_connected() and not (is_undecided and self._running):
-                self._send(waiting, 1 if is_undecided else len(waiting))
-            for job, report in chain(self._ended(waiting), self._hopeless(waiting)):
+                self._send(waiting, is_undecided)
+            for task, heard in chain(self._ended(waiting), self._hopeless(waiting)):
+                report = self._splitting.heard(task, heard, waiting)
+                if report is None:
+                    continue
                 if is_undecided and report.done:
                     is_undecided = False
                     self._sent = replace(self._sent, arithmetic=Arithmetic(report.done[0].arithmetic))
-                yield job, report
+                if report.failed and task.whole is not None:
+                    self._leave_others(task.whole)
+                yield task.job if task.whole is None else task.whole.job, report
             self._tell()
             time.sleep(_WAIT_S)
 
@@ -190,20 +199,23 @@ class Dispatcher:
         """Workers that take tasks now."""
         return [member for member in self._there if member.is_ready]
 
-    def _send(self, waiting: list[Task], most: int) -> None:
-        """Give each idle worker the largest case that it may have."""
+    def _send(self, waiting: list[Task], is_undecided: bool) -> None:
+        """Give each idle worker the largest task that it may have; one alone as long as something is undecided."""
         if self._members.is_strict and self._members.is_waiting and time.monotonic() < self._began_s + _BEGIN_S:
             return  # whether all are alike is known before the first case
-        busy = {attempt.member.key for attempt in self._running.values()}
-        for member in self._candidates():
+        busy, most = {attempt.member.key for attempt in self._running.values()}, 1 if is_undecided else len(waiting)
+        candidates = self._candidates()
+        for member in candidates:
             task = next((task for task in waiting if task.may_run_on(member)), None)
             if member.key in busy or task is None or most < 1:
                 continue
+            cases = {id(other.whole or other) for other in (*waiting, *(a.task for a in self._running.values()))}
+            cutting = None if is_undecided else self._splitting.cutting(task, len(cases), len(candidates))
             name = f"attempt-{uuid.uuid4().hex}"
             (self._sent.folder / name).touch()
             try:
                 future = self._client.submit(
-                    predict, self._sent, task.job, self._probabilities, self._topic, name,
+                    perform, self._sent, task.job, self._probabilities, cutting, self._topic, name,
                     key=f"{task.job.name}-{name}", workers=[member.address], allow_other_workers=False,
                     resources=dict(member.resources) or None, pure=False, retries=0,
                 )  # fmt: skip
@@ -226,14 +238,14 @@ class Dispatcher:
 
     # -- cases -------------------------------------------------------------------------------------------------------
 
-    def _ended(self, waiting: list[Task]) -> Iterator[tuple[Job, RunReport]]:
+    def _ended(self, waiting: list[Task]) -> Iterator[tuple[Task, RunReport]]:
         if not self._is_connected():
             return
         errors: list[LowMemError] = []
         for future, attempt in list(self._running.items()):
             report = self._of_one(future, attempt, waiting, errors)
             if report is not None and (report.done or report.failed):
-                yield attempt.task.job, report
+                yield attempt.task, report
         for error in errors:
             raise error
 
@@ -245,7 +257,7 @@ class Dispatcher:
         there = {other.key: other for other in self._there}
         if future.done() and future.status == "finished":
             try:
-                report: RunReport = future.result(timeout=_TRAVEL_S)
+                report: RunReport | Cut = future.result(timeout=_TRAVEL_S)
             except Exception as error:  # the worker has gone before it could be fetched
                 logger.debug("case %s: no report: %s", task.job.name, error)
                 attempt.unfetched += 1
@@ -254,6 +266,9 @@ class Dispatcher:
                 self._leave(future, attempt)
                 return self._again(attempt, waiting, "has a report that cannot be fetched")
             self._leave(future, attempt)
+            if isinstance(report, Cut):
+                waiting[:0] = self._splitting.pieces(task, report)
+                return None
             if not report.done and not report.failed:  # it believes that nobody waits
                 return self._again(attempt, waiting, "has left it")
             return self._report(task, member, report, waiting)
@@ -285,6 +300,10 @@ class Dispatcher:
         names = ", then ".join(lost.in_words() for lost in task.lost_with)
         told = f"worker {names} has gone while it was predicted: killed, out of memory, or cut off"
         return failed(task, WorkerError(told))
+
+    def _leave_others(self, whole: Whole) -> None:
+        for future, attempt in [entry for entry in self._running.items() if entry[1].task.whole is whole]:
+            self._leave(future, attempt)
 
     def _leave(self, future: Any, attempt: Attempt) -> None:
         del self._running[future]
@@ -319,7 +338,8 @@ class Dispatcher:
 
     def _report(self, task: Task, member: Member, report: RunReport, waiting: list[Task]) -> RunReport | None:
         """Return what has become of a case; None where a larger worker is to try it."""
-        missing = [path for path in (task.job.recipe.outputs if task.job.recipe else ()) if not path.exists()]
+        outputs = task.job.recipe.outputs if task.job.recipe and task.writes else ()
+        missing = [path for path in outputs if not path.exists()]
         if report.done and missing:
             told = f"worker {member.in_words()} has written {missing[0]}, which is not there for this machine"
             return failed(task, WorkerError(told))
@@ -329,7 +349,7 @@ class Dispatcher:
         waiting.append(task)  # `_hopeless` gives it up where nobody has more
         return None
 
-    def _hopeless(self, waiting: list[Task]) -> Iterator[tuple[Job, RunReport]]:
+    def _hopeless(self, waiting: list[Task]) -> Iterator[tuple[Task, RunReport]]:
         """Give up cases that nobody can have who is there, and all where nobody has come for long."""
         now_s = time.monotonic()
         # a larger one may be about to come, or to come back
@@ -338,7 +358,7 @@ class Dispatcher:
             for task in [task for task in waiting if task.refused and not any(map(task.may_run_on, self._there))]:
                 waiting.remove(task)
                 assert task.refused is not None, "it was looked for"
-                yield task.job, RunReport(failed=[task.refused])
+                yield task, RunReport(failed=[task.refused])
             if not self._running and waiting and not any(t.may_run_on(m) for t in waiting for m in self._there):
                 for task in waiting:  # better by the one that has gone with it, and is there again, than never
                     task.lost_with.clear()
@@ -351,7 +371,7 @@ class Dispatcher:
             raise UsageError(told)
         while waiting:
             task = waiting.pop()
-            yield task.job, failed(task, WorkerError(told))
+            yield task, failed(task, WorkerError(told))
 
     def _tell(self) -> None:
         attempts = {attempt.name: attempt for attempt in self._running.values()}

@@ -16,22 +16,23 @@ from nnunet_lowmem.cluster.attempts import Task
 from nnunet_lowmem.cluster.connecting import connected
 from nnunet_lowmem.cluster.dispatching import Dispatcher
 from nnunet_lowmem.cluster.members import Members
+from nnunet_lowmem.cluster.splitting import Splitting
 from nnunet_lowmem.cluster.tasks import TOKEN, Sent
 from nnunet_lowmem.errors import UsageError, WorkerError, WriteError
 from nnunet_lowmem.options import OF_CLUSTERS, OPTIONS, Arithmetic
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import replaced
+from nnunet_lowmem.predict.case import case_sizes
 from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Files, Job
+from nnunet_lowmem.predict.loading import facts_of_job
 from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.ways import Ways
-from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.owned_folders import PARTIAL, make_owned_folder, remove_owned_folder
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.types import Result
-from nnunet_lowmem.volumes.formats import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ def predict_cases(
         model, mixed = Path(sent.model[0]), setup.options.allow_mixed
         members = Members(client, folders, model, setup.device.type, mixed)
         logger.info("cases go to %s", _in_words(client))
-        tasks = [Task(_everywhere(job), _size(job, setup)) for job in jobs]
-        dispatched = sent, probabilities, setup.options.worker_timeout_s, outcomes.listeners
+        splitting = Splitting(str(setup.options.split))
+        tasks = _tasks(jobs, setup, probabilities)
+        dispatched = sent, probabilities, setup.options.worker_timeout_s, outcomes.listeners, splitting
         with Dispatcher(client, members, *dispatched) as dispatcher:
             for job, report in dispatcher.run(tasks, ways.is_undecided):
                 for done in report.done:
@@ -151,14 +153,15 @@ def _everywhere(job: Job) -> Job:
     return replace(job, output=None if job.output is None else os.path.abspath(job.output), recipe=recipe)
 
 
-def _size(job: Job, setup: Setup) -> int:
-    """Return the voxels of a case; 0 where that is for a worker to find out."""
-    with suppress(UsageError):
-        if job.files is not None:
-            return int(
-                read_header(job.files.images[0], counted_by(setup.plans_manager.image_reader_writer_class)).voxels
-            )
-    return 0
+def _tasks(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> list[Task]:
+    """Return one task a case, with its tiles by the header; 0 where these are for a worker to find out."""
+    sizes, tasks = case_sizes(setup, TileNetwork(setup).facts()), []
+    for job in jobs:
+        facts = None
+        with suppress(UsageError):
+            facts = facts_of_job(sizes, job, probabilities)
+        tasks.append(Task(_everywhere(job), 0 if facts is None else setup.weights.folds * facts.tiles))
+    return tasks
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from nnunet_lowmem.predict import runs
 from nnunet_lowmem.predict.cases import Failing, Outcomes
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.outcomes import FailedCase, RunReport
+from nnunet_lowmem.predict.prepared import Cut, prepare
 from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.report.following import following
@@ -174,8 +175,18 @@ def forget() -> None:
             _one_at_a_time.release()
 
 
-def predict(sent: Sent, job: Job, probabilities: bool, topic: str, attempt: str) -> RunReport:
-    """Predict one case with the predictor of this process, which is made or kept; one at a time.
+@dataclass(frozen=True)
+class Cutting:
+    """Into how many boxes a case may be cut; `is_asked_for` by the user, whatever it costs."""
+
+    count: int
+    is_asked_for: bool
+
+
+def perform(
+    sent: Sent, job: Job, probabilities: bool, cutting: Cutting | None, topic: str, attempt: str
+) -> RunReport | Cut:
+    """Predict a case, or a piece of it, with the predictor of this process, which is made or kept; one at a time.
 
     Parameters
     ----------
@@ -183,6 +194,8 @@ def predict(sent: Sent, job: Job, probabilities: bool, topic: str, attempt: str)
     job : Job
     probabilities : bool
         Are written, too.
+    cutting : Cutting or None
+        The case is not predicted, but prepared for others.
     topic : str
         Of the events that tell how far the case is.
     attempt : str
@@ -190,8 +203,9 @@ def predict(sent: Sent, job: Job, probabilities: bool, topic: str, attempt: str)
 
     Returns
     -------
-    RunReport
-        With the case among those done or failed; neither, where nobody waits for it.
+    RunReport or Cut
+        With the case among those done or failed; neither, where nobody waits for it. Of one that is prepared how it is
+        cut.
 
     Raises
     ------
@@ -205,7 +219,8 @@ def predict(sent: Sent, job: Job, probabilities: bool, topic: str, attempt: str)
             predictor = _predictor(sent)
             predictor.on_progress = tell
             try:
-                report = _predict(predictor.picture, job, probabilities, sent.arithmetic)
+                given = sent, predictor.picture, job, probabilities
+                report, cut = (_predict(*given), None) if cutting is None else _prepare(*given, cutting)
             finally:
                 predictor.on_progress = None
     except CancelledError:
@@ -213,8 +228,8 @@ def predict(sent: Sent, job: Job, probabilities: bool, topic: str, attempt: str)
     except ModelError:
         raise
     except LowMemError as error:
-        report = RunReport(failed=[FailedCase.of(job.name, "start", error)])
-    return replace(report, failed=[_with_worker(case) for case in report.failed])
+        report, cut = RunReport(failed=[FailedCase.of(job.name, "start", error)]), None
+    return cut or replace(report, failed=[_with_worker(case) for case in report.failed])
 
 
 def _predictor(sent: Sent) -> Any:
@@ -235,19 +250,44 @@ def _ram(sent: Sent) -> Any:
     return min(filter(None, (asked, has)), default=None)
 
 
-def _predict(setup: Callable[[], Setup], job: Job, probabilities: bool, arithmetic: Arithmetic | None) -> RunReport:
-    picture, report = setup(), RunReport()
+def _checked(sent: Sent, picture: Setup, job: Job, probabilities: bool) -> Setup:
     if job.recipe is not None and job.recipe.made_with != checksum(picture, probabilities):
         raise ModelError(
             f"the model or its options are not on worker {_name()} what they are where the command runs: all have to "
             "read the same files"
         )
-    if arithmetic is not None:
-        Ways(picture).take(arithmetic)
+    if sent.arithmetic is not None:
+        Ways(picture).take(sent.arithmetic)
+    return picture
+
+
+def _predict(sent: Sent, setup: Callable[[], Setup], job: Job, probabilities: bool) -> RunReport:
+    picture, report = _checked(sent, setup(), job, probabilities), RunReport()
     with following(picture, report) as listeners:
         outcomes = Outcomes(report, Failing(foreign_ends_run=False), listeners)
         runs.predict_cases([job], setup, probabilities, outcomes)
     return report
+
+
+def _prepare(
+    sent: Sent, setup: Callable[[], Setup], job: Job, probabilities: bool, cutting: Cutting
+) -> tuple[RunReport, Cut | None]:
+    picture, report = _checked(sent, setup(), job, probabilities), RunReport()
+    with following(picture, report) as listeners:
+        outcomes = Outcomes(report, Failing(foreign_ends_run=False), listeners)
+        clock = runs.clock_of(job.name, listeners)
+        try:
+            with runs.followed(clock, listeners):
+                made = prepare(
+                    picture, job, probabilities, cutting.count, sent.folder, clock, listeners,
+                    is_asked_for=cutting.is_asked_for,
+                )  # fmt: skip
+        except ModelError:
+            raise
+        except Exception as error:
+            outcomes.failed(clock, error)
+            return report, None
+    return report, made
 
 
 class _Teller:

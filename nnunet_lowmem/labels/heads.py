@@ -120,6 +120,9 @@ class Keeper:
     def labelled(self, labels: LabelMap, box: Box, ends: bool = False) -> None:
         """Take note: a box is final; `ends` where others follow, each of which is final at its end."""
 
+    def ended(self) -> None:
+        """Take note: nothing more is labelled."""
+
 
 class HeadContest:
     """Labels of voxels while one head after the other is shown: a running argmax.

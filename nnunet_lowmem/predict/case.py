@@ -139,8 +139,8 @@ class CaseRun:
         model = TileNetwork(setup).facts(worker_bytes=worker_bytes)
         budget = setup.budget(with_children=worker_bytes == 0)
         sizes = case_sizes(setup, model)
-        header = None
-        if not setup.steps.replaced(Step.READING, Step.PREPROCESSING):
+        header, is_stored = None, self.job.piece is not None and self.job.piece.stored is not None
+        if not is_stored and not setup.steps.replaced(Step.READING, Step.PREPROCESSING):
             with suppress(UsageError):  # the reader tells it better
                 header = facts_of_job(sizes, self.job, self.probabilities)
         if header is not None and not self._may_leave:
@@ -155,16 +155,17 @@ class CaseRun:
         with foreign(self.clock if others else None):
             mask = parts.read_mask(self.setup, self.job)
             case = planning.preprocessing(lambda: load(self.job, self.setup, planning))
-        return parts.with_wanted(case, mask, self.setup, of_file=not isinstance(self.job.source, Array))
+        case = parts.with_wanted(case, mask, self.setup, of_file=not isinstance(self.job.source, Array))
+        return parts.narrowed(case, None if self.job.piece is None else self.job.piece.box)
 
     def predicted(self, case: PreprocessedCase, planning: CasePlanning, output: ExitStack) -> Predicted:
         """Return what is predicted of a case; probabilities are written where the job has an output.
 
         Where labels leave for their file, it gets its name when `output` is closed, and there is no result.
         """
-        setup, clock, rule = self.setup, self.clock, self._label_rule()
+        setup, clock, rule = self.setup, self.clock, self.label_rule()
         geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
-        as_a_whole = rule is None or not self._is_ours(case)
+        as_a_whole = rule is None or not self.is_ours(case)
         part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
         part = part_of()
         written = parts.as_case(case, part, setup)
@@ -191,13 +192,14 @@ class CaseRun:
             for turn in turns:
                 if turn is not left:
                     logits, folds = self._turn(turn, case, planning)
-                if self._is_ours(case):
+                if self.is_ours(case):
                     slabs = logits.slabs(folds, threads, self.folder, recovery)
                     more = turn is not turns[-1]
                     result = self._labels(slabs, logits, turn, rule, threads, recovery, keeper, more)
                 else:
                     result = self._labels_of_held(logits, turn, rule, threads, recovery)
                 reused += logits.reused
+            keeper.ended()
         if self.probabilities and self.job.output is not None and isinstance(result, np.ndarray):
             with clock.failing_in("export"):
                 adapter.write_properties(written.properties, self.job.output + ".pkl")
@@ -245,7 +247,7 @@ class CaseRun:
         """Return the final plan of a case, and the tiles of its folds, of which the network may have seen the first."""
         folds = logits.folds()
         planned()
-        if self._is_ours(logits.case) and logits.tile_count:
+        if self.is_ours(logits.case) and logits.tile_count:
             with self.clock.stage("prediction", logits.tile_count):
                 folds = self._tried(planned, folds, logits, planning)
         self.beside(planning)
@@ -357,7 +359,7 @@ class CaseRun:
     def _held(self) -> HeldLogits:
         return HeldLogits(self.setup, self.job, self.clock, self.probabilities)
 
-    def _label_rule(self) -> LabelRule | None:
+    def label_rule(self) -> LabelRule | None:
         """How logits become labels; None where nnU-Net's, or somebody's, functions have to be asked."""
         if self.setup.steps.replaced(Step.EXPORT):
             return None
@@ -369,7 +371,7 @@ class CaseRun:
         is_asked_for = any(listener.draws for listener in self.listeners) or self.setup.steps.replaced(Step.EXPORT)
         return self.job.output is not None and not is_asked_for
 
-    def _is_ours(self, case: PreprocessedCase) -> bool:
+    def is_ours(self, case: PreprocessedCase) -> bool:
         """Whether nobody else takes part in making the logits, and the image is what our tiles are."""
         is_single = case.image.dtype == np.float32 or case.image.dtype.kind != "f"
         return is_single and not self.setup.steps.replaced(Step.LOGITS, Step.WINDOW)

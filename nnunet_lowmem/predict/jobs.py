@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nnunet_lowmem.errors import LowMemError, UsageError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.records import Recipe
+from nnunet_lowmem.types import Box, Shape3
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,29 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What is to be made of a case that several processes label, each a box of it.
+
+    Attributes
+    ----------
+    made_with : str or None
+        Checksum of all that its labels depend on, of who has cut it: labels are joined by that. None is one's own.
+    shape : int, 3
+        Of what is asked for of the case, axes of the network.
+    box : 3 slices or None
+        Of that shape: what is labelled, and kept beside the output. None joins what is kept, labels what is not, and
+        writes the file.
+    stored : Path or None
+        Where the preprocessed case is; None where it is read as it is needed.
+    """
+
+    made_with: str | None
+    shape: Shape3
+    box: Box | None = None
+    stored: Path | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """One case to predict.
 
@@ -79,6 +104,8 @@ class Job:
         What a done-record of the case is about; None where nothing is recorded.
     continues : bool
         Goes on with what an earlier run has left of it.
+    piece : Piece or None
+        What is made of it, where that is not all.
     """
 
     name: str
@@ -86,6 +113,7 @@ class Job:
     source: Files | Array | Item | Stored | Refused
     recipe: Recipe | None = None
     continues: bool = False
+    piece: Piece | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", shown(self.name))

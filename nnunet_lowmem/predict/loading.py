@@ -15,6 +15,7 @@ from nnunet_lowmem.budget.facts import CaseFacts
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.predict.jobs import Array, Files, Item, Job, Refused
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.stored import stored
 from nnunet_lowmem.preprocessing.case import preprocess_array, preprocess_case
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -33,6 +34,8 @@ def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedC
         If it does not fit once it is cropped.
     """
     source = job.source
+    if job.piece is not None and job.piece.stored is not None:
+        return stored(job.piece.stored)
     options: dict[str, Any] = {
         "threads": 1 if planning is None else planning.threads,
         "allocate": np.empty if planning is None else planning.allocate,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.boxes import box_within, check_mask_shape, parse_box
+from nnunet_lowmem.boxes import box_within, check_mask_shape, moved, parse_box, whole
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.nnunet import frames
@@ -107,7 +107,7 @@ class Mask:
 
 
 def read_mask(setup: Setup, job: Job) -> Mask | None:
-    """Return the mask of a case, if one is given.
+    """Return the mask of a case, if one is given; of one that is stored it is there.
 
     Raises
     ------
@@ -115,7 +115,8 @@ def read_mask(setup: Setup, job: Job) -> Mask | None:
         If it cannot be read, or holds what is no number.
     """
     roi, source = setup.options.roi, job.source
-    if roi is None or isinstance(source, Refused):
+    is_stored = job.piece is not None and job.piece.stored is not None
+    if roi is None or is_stored or isinstance(source, Refused):
         return None
     if isinstance(source, Array) and not isinstance(roi, str | os.PathLike):
         array = np.asarray(roi)
@@ -147,7 +148,7 @@ def with_wanted(case: PreprocessedCase, mask: Mask | None, setup: Setup, of_file
     UsageError
         If the case has no such box, or another shape than the mask.
     """
-    if setup.bbox is None and mask is None:
+    if case.wanted is not None or (setup.bbox is None and mask is None):
         return case
     forward, shape = setup.plans_manager.transpose_forward, array_shape(case, setup)
     box: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
@@ -163,6 +164,14 @@ def with_wanted(case: PreprocessedCase, mask: Mask | None, setup: Setup, of_file
         inside = mask.inside.transpose(forward)
     z, y, x = (box[axis] for axis in forward)
     return replace(case, wanted=Wanted((z, y, x), inside))
+
+
+def narrowed(case: PreprocessedCase, box: Box | None) -> PreprocessedCase:
+    """Return a case of which no more than a box of what is asked for of it is wanted, axes of the network."""
+    if box is None:
+        return case
+    wanted = case.wanted or Wanted(whole(case.properties["shape_before_cropping"]))
+    return replace(case, wanted=replace(wanted, box=moved(box, wanted.box)))
 
 
 def _tell_if_elsewhere(mask: Mask, case: PreprocessedCase) -> None:

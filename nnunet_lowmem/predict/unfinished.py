@@ -2,7 +2,8 @@
 
 Whatever ends a process leaves this file alone; it goes when the case is done. Chunks are appended, each a box of the
 label map with a checksum, so that what a kill or a power cut has torn is the last one and shows itself. A run that
-continues reads the file of another and begins its own, so no two processes write to one.
+continues reads the files of others and begins its own, so no two processes write to one. Where several processes
+label a case, each leaves its box this way, and the last joins them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nnunet_lowmem.boxes import joined
-from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.boxes import NOTHING, common, joined, moved
+from nnunet_lowmem.errors import UsageError, WriteError, because
 from nnunet_lowmem.labels.heads import Keeper
 from nnunet_lowmem.labels.labeller import LabelMap
 from nnunet_lowmem.labels.parts import Part
@@ -50,8 +51,8 @@ _KIND = "lowmem_unfinished"
 EVERY_S = 60.0
 #: Seconds that a part of a case of several folds may take, before a kill costs that much.
 PART_S = 1800.0
-# what cuts may cost, of all tiles
-_SHARE = 0.2
+#: What cuts may cost, of all tiles.
+SHARE_OF_CUTS = 0.2
 # start and stop along three axes, bytes, and a checksum of these and of what follows
 _CHUNK = struct.Struct("<7QI")
 
@@ -97,31 +98,46 @@ class Unfinished(Keeper):
         Between tiles, as a share of the patch.
     arithmetic : callable
         Tells in which the network is run by now.
+    within : 3 slices or None
+        Where in the label map all lies that is labelled here; others label the rest.
     """
 
     def __init__(
-        self, output: Path, key: Key, continues: bool, folds: int, step_size: float, arithmetic: Callable[[], str]
+        self,
+        output: Path,
+        key: Key,
+        continues: bool,
+        folds: int,
+        step_size: float,
+        arithmetic: Callable[[], str],
+        within: Box | None = None,
     ) -> None:
         super().__init__()
         self._output, self._key, self._arithmetic = output, key, arithmetic
         self._own = output.parent / f"{owned_name(_KIND, secrets.token_hex(4))}.{_digest(output)}"
         self._continues, self._folds, self._rows_again = continues, folds, math.ceil(1 / step_size)
-        self._earlier = _longest(output, key) if continues else None
-        self.found = [] if self._earlier is None else self._earlier.boxes
+        self._earlier = _kept(output, key) if continues else []
+        self.found = _joined(box for earlier in self._earlier for box in earlier.boxes)
+        self._within = within
         self._pending: list[Box] = []
         self._is_begun, self._last_s = False, time.monotonic()
         self._is_given_up = False
+
+    @property
+    def made_with(self) -> str:
+        """Checksum of all that the labels depend on."""
+        return self._key.made_with
 
     def counts(self, part: Part, columns: Shape3, seconds: float) -> Shape3:
         """As it says; a long case of several folds is cut along its columns, too, each box with all folds.
 
         Only for who has said that the run is to be continued: every cut computes again the rows of tiles that reach
-        across it, which is `_SHARE` of all at most.
+        across it, which is `SHARE_OF_CUTS` of all at most.
         """
         if not self._continues or self._folds < 2:
             return columns
         axis = part.grid.roll_axis
-        most = 1 + int(_SHARE * len(part.grid.starts[axis]) / self._rows_again)
+        most = 1 + int(SHARE_OF_CUTS * len(part.grid.starts[axis]) / self._rows_again)
         counts = list(columns)
         counts[axis] = max(1, min(most, math.ceil(seconds / PART_S / math.prod(columns))))
         return shape3(counts)
@@ -136,20 +152,22 @@ class Unfinished(Keeper):
         """
         is_new = self._labels is None
         labels = super().label_map(make)
-        if is_new and self._earlier is not None:
-            self._fill(labels, self._earlier.file)
+        if is_new and self._earlier:
+            self._fill(labels)
         return labels
 
-    def _fill(self, labels: LabelMap, earlier: Path) -> None:
+    def _fill(self, labels: LabelMap) -> None:
         boxes: list[Box] = []
-        for chunk in _chunks(earlier, self._key):
-            labels.put(chunk.box, chunk.values)
-            _append(boxes, chunk.box)
+        for earlier in self._earlier:
+            for chunk in _chunks(earlier.file, self._key, earlier.size_bytes):
+                labels.put(chunk.box, chunk.values)
+                _append(boxes, chunk.box)
         if boxes != self.found:
             held, holds = (f"{_voxels(found):,} labelled voxels" for found in (self.found, boxes))
-            raise UsageError(f"{earlier.name} held {held} when the case began, now it holds {holds}: run again")
+            names = ", ".join(earlier.file.name for earlier in self._earlier)
+            raise UsageError(f"{names} held {held} when the case began, now {holds}: run again")
         share = 100 * _voxels(boxes) / math.prod(self._key.shape)
-        logger.info("goes on behind %.1f %% of the label map, which an earlier run has labelled", share)
+        logger.info("goes on behind %.1f %% of the label map, which is labelled", share)
 
     def labelled(self, labels: LabelMap, box: Box, ends: bool = False) -> None:
         """Keep what is final: each minute, with several folds at the end of each box."""
@@ -163,31 +181,41 @@ class Unfinished(Keeper):
             self._is_given_up = True
             with contextlib.suppress(OSError):  # it may take the room that the output needs
                 self._own.unlink(missing_ok=True)
+            if self._within is not None:
+                raise because(WriteError, f"{self._own}: labels cannot be kept: {error}", error) from error
             logger.warning(
                 "%s: labels cannot be kept, a run that is killed begins where this one did: %s", self._own, error
             )
             return
-        if not self._is_begun:  # it holds all that was found, too
+        if not self._is_begun and self._within is None:  # it holds all that was found, too
             _forget(self._output, self._own)
         self._is_begun, self._last_s = True, time.monotonic()
         self._pending.clear()
 
+    def ended(self) -> None:
+        """Keep what is not kept yet, where that is all that is made of the case.
+
+        Raises
+        ------
+        WriteError
+            If it cannot be kept.
+        """
+        if self._within is not None and self._labels is not None:
+            self._last_s = float("-inf")
+            self.labelled(self._labels, NOTHING)
+
     def _has_copied(self, file: BinaryIO) -> bool:
-        """Whether the file begins now with what an earlier run has kept, which may be gone meanwhile."""
-        if self._earlier is None or self._arithmetic() != self._key.arithmetic:
+        """Whether the file begins now with what others have kept, which may be gone meanwhile."""
+        if not self._earlier or self._arithmetic() != self._key.arithmetic:
             return False
-        left = self._earlier.size_bytes
         try:
-            earlier = self._earlier.file.open("rb")
-        except OSError:
-            return False
-        with earlier:
-            while left and (data := earlier.read(min(left, 2**22))):
-                left -= file.write(data)
-        if left:  # it was cut
+            for number, earlier in enumerate(self._earlier):
+                _copy(earlier, file, 0 if number == 0 else len(self._key.line))
+        except OSError:  # it was cut
             file.seek(0)
             file.truncate()
-        return not left
+            return False
+        return True
 
     def _keep(self, labels: LabelMap) -> None:
         with self._own.open("ab" if self._is_begun else "wb") as file:
@@ -197,22 +225,30 @@ class Unfinished(Keeper):
             for box in self._pending:
                 for chunk in _some_mib(box, np.dtype(self._key.dtype).itemsize):
                     data = zlib.compress(np.ascontiguousarray(labels.read(chunk), self._key.dtype).tobytes(), 1)
-                    file.write(_CHUNK.pack(*_head(chunk, data), _checksum(chunk, data)) + data)
+                    at = chunk if self._within is None else moved(chunk, self._within)
+                    file.write(_CHUNK.pack(*_head(at, data), _checksum(at, data)) + data)
         flush(self._own)
         if not self._is_begun:
             flush(self._own.parent)
 
 
-def forget(output: Path) -> None:
-    """Remove what this process, and those that have ended, have kept of an output that is there."""
-    _forget(output)
+def forget(output: Path, of_all: bool = False) -> None:
+    """Remove what this process, and those that have ended, have kept of an output that is there; or what all have."""
+    _forget(output, of_all=of_all)
 
 
-def _forget(output: Path, but: Path | None = None) -> None:
+def _forget(output: Path, but: Path | None = None, of_all: bool = False) -> None:
     for file in _files_of(output):
-        if file != but and is_left_over(file, file.name.partition(".")[0], (_KIND,)):
+        if (file != but and of_all) or is_left_over(file, file.name.partition(".")[0], (_KIND,)):
             with contextlib.suppress(OSError):
                 file.unlink()
+
+
+def _joined(boxes: Iterable[Box]) -> list[Box]:
+    joined_boxes: list[Box] = []
+    for box in boxes:
+        _append(joined_boxes, box)
+    return joined_boxes
 
 
 def _append(boxes: list[Box], box: Box) -> None:
@@ -269,25 +305,47 @@ class _Earlier:
     size_bytes: int
 
 
-def _longest(output: Path, key: Key) -> _Earlier | None:
-    """Return what holds most among the files by which a case can be continued; None if there is none."""
-    longest = None
-    for file in _files_of(output):
-        boxes: list[Box] = []
-        for chunk in _chunks(file, key):
-            _append(boxes, chunk.box)
-        if boxes and (longest is None or _voxels(boxes) > _voxels(longest.boxes)):
-            longest = _Earlier(file, boxes, chunk.stop)
-    return longest
+def _kept(output: Path, key: Key) -> list[_Earlier]:
+    """Return the files by which a case can be continued, those that hold most, as far as they hold different voxels."""
+    earlier = [found for file in _files_of(output) if (found := _found_in(file, key)) is not None]
+    taken: list[_Earlier] = []
+    for found in sorted(earlier, key=lambda found: -_voxels(found.boxes)):
+        if not any(common(box, other) for box in found.boxes for one in taken for other in one.boxes):
+            taken.append(found)
+    return sorted(taken, key=lambda found: [part.start for part in found.boxes[0]])
 
 
-def _chunks(file: Path, key: Key) -> Iterator[_Chunk]:
-    """Give the whole chunks of a file, and where each ends; nothing of one with another key."""
+def _found_in(file: Path, key: Key) -> _Earlier | None:
+    boxes: list[Box] = []
+    for chunk in _chunks(file, key):
+        _append(boxes, chunk.box)
+    return _Earlier(file, boxes, chunk.stop) if boxes else None
+
+
+def _copy(earlier: _Earlier, file: BinaryIO, start: int) -> None:
+    """Append what a file of others holds from a byte on.
+
+    Raises
+    ------
+    OSError
+        If it is not all there any more.
+    """
+    left = earlier.size_bytes - start
+    with earlier.file.open("rb") as source:
+        source.seek(start)
+        while left and (data := source.read(min(left, 2**22))):
+            left -= file.write(data)
+    if left:
+        raise OSError(f"{earlier.file} has been cut")
+
+
+def _chunks(file: Path, key: Key, stop: int | None = None) -> Iterator[_Chunk]:
+    """Give the whole chunks of a file up to a byte, and where each ends; nothing of one with another key."""
     itemsize = np.dtype(key.dtype).itemsize
     with contextlib.suppress(OSError), file.open("rb") as stream:
         if stream.readline(len(key.line)) != key.line:
             return
-        while len(head := stream.read(_CHUNK.size)) == _CHUNK.size:
+        while stream.tell() != stop and len(head := stream.read(_CHUNK.size)) == _CHUNK.size:
             *ends, size, checksum = _CHUNK.unpack(head)
             box = slice(*ends[:2]), slice(*ends[2:4]), slice(*ends[4:])
             inside = all(part.start < part.stop <= full for part, full in zip(box, key.shape, strict=True))
@@ -303,19 +361,20 @@ def unfinished_of(setup: Setup, job: Job, part: Part, dtype: np.dtype[Any]) -> U
 
     With several folds no plane is final before the last of them, so that a long case is computed in parts.
     """
-    recipe, ways = job.recipe, Ways(setup)
+    recipe, piece, ways = job.recipe, job.piece, Ways(setup)
     if recipe is None or job.files is None:
         return None
     try:
-        made_with = _made_with(setup, recipe, job.files.images)
+        made_with = (piece and piece.made_with) or _made_with(setup, recipe, job.files.images)
     except (OSError, UsageError) as error:
         logger.warning("labels of %s cannot be kept: %s", recipe.outputs[0].name, error)
         return None
-    key = Key(made_with, part.shape, dtype.name, ways.arithmetic().value)
+    shape, within = (part.shape, None) if piece is None else (piece.shape, piece.box)
+    key = Key(made_with, shape, dtype.name, ways.arithmetic().value)
     # which arithmetic is not known before the first tile
-    continues, folds = job.continues and not ways.is_undecided, setup.weights.folds
-    step_size = setup.tile_step_size
-    return Unfinished(recipe.outputs[0], key, continues, folds, step_size, lambda: ways.arithmetic().value)
+    continues = job.continues and not ways.is_undecided
+    folds, step_size = setup.weights.folds, setup.tile_step_size
+    return Unfinished(recipe.outputs[0], key, continues, folds, step_size, lambda: ways.arithmetic().value, within)
 
 
 def _made_with(setup: Setup, recipe: Recipe, images: Sequence[str]) -> str:
