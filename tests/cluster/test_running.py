@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ from typing import Any
 import pytest
 import torch
 from factory import ModelSpec
-from images import broken
+from images import balls, broken
+from model_table import CHANNELS, REGIONS
 from oracle import make_predictor, outputs, read_voxels, recorded_names
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.cluster import connecting
 from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.predict.jobs import Files, Job
+from nnunet_lowmem.volumes.mapped import spilled_array
+
+SMALL = {"patch_size": (12, 24, 24)}
 
 # Dask is loaded by no other test of a process: it changes how exceptions are pickled
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("distributed") is None, reason="needs Dask")]
@@ -58,6 +65,77 @@ def test_cases_on_workers_have_the_labels_of_one_process(model, cases, client, t
     assert len(predictor.run_report.skipped) == 2
     assert (tmp_path / "many" / "lowmem_report.html").stat().st_size > 1000
     assert client.status == "running"
+
+
+KINDS: dict[str, tuple[ModelSpec, str, dict[str, Any]]] = {
+    "plain": (ModelSpec(**SMALL), "head", {}),
+    "regions, transposed": (
+        ModelSpec(**SMALL, **REGIONS, transpose_forward=(2, 0, 1), file_ending=".nii"),
+        "head_margin",
+        {},
+    ),
+    "folds, mirrored": (ModelSpec(**SMALL, folds=(0, 1), mirror_axes=(2,)), "head", {"folds": (0, 1)}),
+    "two channels": (ModelSpec(**SMALL, **CHANNELS, use_mask_for_norm=(True, False)), "head_holes", {}),
+    "a box": (ModelSpec(**SMALL), "head_margin", {"bbox": "4:40,:,10:"}),
+    "a region": (ModelSpec(**SMALL), "head_margin", {"roi": "roi.nii.gz"}),
+    "bfloat16": (ModelSpec(**SMALL), "head", {"fast": "bfloat16"}),
+    "read as needed": (ModelSpec(**SMALL, spacing=(5.0, 5.0, 5.0)), "head", {}),
+    "not resampled by tables": (ModelSpec(**SMALL, resampling="torch"), "head", {}),
+}
+
+
+SLOW = ["folds, mirrored", "two channels", "a box", "bfloat16"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KINDS])
+def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, client, tmp_path, monkeypatch):
+    spec, image, given = KINDS[name]
+    files, folds, options = images(image), given.get("folds", (0,)), {**given}
+    options.pop("folds", None)
+    model = models(spec, files)
+    if "roi" in options:
+        options["roi"] = balls(files[0], tmp_path / options["roi"], 0.25, 0.75)
+    if name == "read as needed":
+        monkeypatch.setattr(CasePlanning, "keeps_image", False)
+        monkeypatch.setattr(CasePlanning, "spill", lambda _: partial(spilled_array, folder=tmp_path))
+    reports = []
+    for folder, more in [("one", {}), ("many", {"client": client, "split": 3})]:
+        (tmp_path / folder).mkdir()
+        predictor = make_predictor(LowMemPredictor, model, folds, on_case=reports.append, **options, **more)
+        predictor.predict_from_files([files], [str(tmp_path / folder / "case")])
+    file = f"case{spec.file_ending}"
+    assert read_voxels(tmp_path / "many" / file).tobytes() == read_voxels(tmp_path / "one" / file).tobytes()
+    assert read_voxels(tmp_path / "one" / file).any()
+    one, many = reports
+    assert (many.case, many.output) == (one.case, str(tmp_path / "many" / "case"))
+    assert many.tiles_of_case == one.tiles_of_case
+    if name != "bfloat16":  # of which a case on one worker may have to decide first
+        assert (many.tiles > one.tiles) is (name != "not resampled by tables")
+    left = {path.name for path in (tmp_path / "many").iterdir() if path.suffix not in (".json", ".jsonl")}
+    assert left == {file}, "parts and hidden folders are gone"
+
+
+def test_how_cases_are_cut_may_be_told(model, cases, client, tmp_path):
+    files = cases[:1], outputs(cases[:1], tmp_path)
+    for split, told in [("often", "auto, never or a number"), (0, "auto, never or a number"), (-2, "and not '-2'")]:
+        with pytest.raises(UsageError, match=told):
+            make_predictor(LowMemPredictor, model, client=client, split=split).predict_from_files(*files)
+    with pytest.raises(UsageError, match="--split is for clusters"):
+        make_predictor(LowMemPredictor, model, split=2).predict_from_files(*files)
+
+
+def test_only_long_cases_are_cut_by_themselves_and_where_workers_have_nothing_to_do():
+    from nnunet_lowmem.cluster.attempts import Task
+    from nnunet_lowmem.cluster.splitting import LONG_TILES, Splitting
+    from nnunet_lowmem.cluster.tasks import Cutting
+
+    job = Job("case", "out", Files(["case.nii.gz"]))
+    long, short = Task(job, LONG_TILES), Task(job, LONG_TILES - 1)
+    auto = Splitting("auto")
+    assert [auto.cutting(long, cases, 4) for cases in (1, 2, 3)] == [Cutting(4, False), Cutting(2, False), None]
+    assert auto.cutting(short, 1, 4) is None
+    assert Splitting("never").cutting(long, 1, 4) is None
+    assert Splitting("3").cutting(short, 9, 1) == Cutting(3, True)
 
 
 def test_a_bad_case_costs_itself_and_says_where(model, cases, client, tmp_path):

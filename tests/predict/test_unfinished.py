@@ -15,7 +15,7 @@ import pytest
 import SimpleITK
 import torch
 from factory import ModelSpec
-from images import SUPPORT
+from images import SUPPORT, balls
 from model_table import REGIONS
 from oracle import make_predictor, predict_ours
 from placing import finest_columns, straight_to_file
@@ -41,18 +41,6 @@ class Ended(BaseException):
 
 def read_voxels(file: Path) -> np.ndarray:
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
-
-
-def balls(image: str, file: Path, *centres: float) -> str:
-    """Write a mask of an image whose planes hold voxels outside of it, between these shares of its diagonal."""
-    like = SimpleITK.ReadImage(image)
-    z, y, x = np.indices(like.GetSize()[::-1])
-    balls = (sum(((at - n * c) / n) ** 2 for at, n in zip((z, y, x), z.shape, strict=True)) < 0.04 for c in centres)
-    inside = np.any(list(balls), 0)
-    mask = SimpleITK.GetImageFromArray(inside.astype(np.uint8))
-    mask.CopyInformation(like)
-    SimpleITK.WriteImage(mask, str(file))
-    return str(file)
 
 
 def left_in(folder: Path) -> list[str]:

@@ -130,6 +130,18 @@ def write_image(image: SimpleITK.Image | NDArray, path: Path) -> None:
         io.imsave(path, image, check_contrast=False)
 
 
+def balls(image: str, file: Path, *centres: float) -> str:
+    """Write a mask of an image whose planes hold voxels outside of it, between these shares of its diagonal."""
+    like = read(Path(image))
+    z, y, x = np.indices(like.GetSize()[::-1])
+    balls = (sum(((at - n * c) / n) ** 2 for at, n in zip((z, y, x), z.shape, strict=True)) < 0.04 for c in centres)
+    inside = np.any(list(balls), 0)
+    mask = SimpleITK.GetImageFromArray(inside.astype(np.uint8))
+    mask.CopyInformation(like)
+    SimpleITK.WriteImage(mask, str(file))
+    return str(file)
+
+
 def broken(folder: Path, name: str = "broken") -> list[str]:
     path = folder / f"{name}_0000.nii.gz"
     path.write_bytes(b"this is no image")
