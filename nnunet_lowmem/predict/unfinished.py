@@ -157,15 +157,18 @@ class Unfinished(Keeper):
         return labels
 
     def _fill(self, labels: LabelMap) -> None:
-        boxes: list[Box] = []
+        found: list[Box] = []
         for earlier in self._earlier:
+            boxes: list[Box] = []
             for chunk in _chunks(earlier.file, self._key, earlier.size_bytes):
                 labels.put(chunk.box, chunk.values)
                 _append(boxes, chunk.box)
+            found += boxes
+        boxes = _joined(found)
         if boxes != self.found:
             held, holds = (f"{_voxels(found):,} labelled voxels" for found in (self.found, boxes))
             names = ", ".join(earlier.file.name for earlier in self._earlier)
-            raise UsageError(f"{names} held {held} when the case began, now {holds}: run again")
+            raise UsageError(f"{names} held {held} when the case began, now it holds {holds}: run again")
         share = 100 * _voxels(boxes) / math.prod(self._key.shape)
         logger.info("goes on behind %.1f %% of the label map, which is labelled", share)
 
@@ -239,7 +242,7 @@ def forget(output: Path, of_all: bool = False) -> None:
 
 def _forget(output: Path, but: Path | None = None, of_all: bool = False) -> None:
     for file in _files_of(output):
-        if (file != but and of_all) or is_left_over(file, file.name.partition(".")[0], (_KIND,)):
+        if file != but and (of_all or is_left_over(file, file.name.partition(".")[0], (_KIND,))):
             with contextlib.suppress(OSError):
                 file.unlink()
 
