@@ -30,7 +30,7 @@ from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.system.clock import StageClock
-from nnunet_lowmem.system.owned_folders import PARTIAL, make_owned_folder, remove_owned_folder
+from nnunet_lowmem.system.owned_folders import PARTIAL, make_owned_folder, remove_owned_folder, remove_stale
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.types import Result
 
@@ -180,3 +180,4 @@ def _folders(jobs: Sequence[Job]) -> Iterator[list[Path]]:
     finally:
         for folder in folders:
             remove_owned_folder(folder)
+            remove_stale(folder.parent)  # of workers of this machine that were killed

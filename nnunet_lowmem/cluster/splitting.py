@@ -69,6 +69,7 @@ class Splitting:
                     job,
                     name=f"{job.name}, part {number} of {count}",
                     output=None,
+                    continues=False,
                     piece=replace(cut.piece, box=box),
                 ),
                 tiles,

@@ -113,6 +113,7 @@ class Unfinished(Keeper):
         within: Box | None = None,
     ) -> None:
         super().__init__()
+        assert within is None or not continues, "what is found is all of a case"
         self._output, self._key, self._arithmetic = output, key, arithmetic
         self._own = output.parent / f"{owned_name(_KIND, secrets.token_hex(4))}.{_digest(output)}"
         self._continues, self._folds, self._rows_again = continues, folds, math.ceil(1 / step_size)
