@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from nnunet_lowmem.cluster.members import Member
 from nnunet_lowmem.errors import WorkerError
 from nnunet_lowmem.predict.jobs import Job
-from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport
+from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, Turn
 
 
 @dataclass
@@ -81,8 +82,12 @@ class Attempt:
     member : Member
     name : str
         Of the file without which the worker leaves the case.
+    what : str
+        The case, and what of it.
     began_s : float
-        When it was sent.
+        When it was sent, by a clock that only goes on.
+    began_at_s : float
+        The same in seconds since the epoch.
     followed : ExitStack
         Listeners that take part.
     is_heard : bool
@@ -94,10 +99,16 @@ class Attempt:
     task: Task
     member: Member
     name: str
+    what: str
     began_s: float
+    began_at_s: float
     followed: ExitStack
     is_heard: bool = False
     unfetched: int = 0
+
+    def turn(self, *, is_done: bool) -> Turn:
+        """Return what the worker has done, which has just ended."""
+        return Turn(self.member.name, self.what, self.began_at_s, time.time(), is_done)
 
 
 def failed(task: Task, error: WorkerError) -> RunReport:

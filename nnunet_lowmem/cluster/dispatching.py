@@ -26,7 +26,7 @@ from nnunet_lowmem.errors import BudgetError, LowMemError, ModelError, UsageErro
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
-from nnunet_lowmem.predict.outcomes import RunReport
+from nnunet_lowmem.predict.outcomes import RunReport, Turn
 from nnunet_lowmem.predict.prepared import Cut
 from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.clock import Progress
@@ -66,6 +66,11 @@ class Dispatcher:
     listeners : sequence of Listener
         Told of the progress of each case, in this thread.
     splitting : Splitting
+
+    Attributes
+    ----------
+    turns : list of Turn
+        What workers have done.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Dispatcher:
         self._topic = f"nnunet_lowmem-{uuid.uuid4().hex}"
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._running: dict[Any, Attempt] = {}
+        self.turns: list[Turn] = []
         self._there: list[Member] = []
         self._began_s = self._looked_s = self._seen_s = self._beat_s = time.monotonic()
         self._lost_s = float("-inf")
@@ -225,10 +231,12 @@ class Dispatcher:
             self._members.is_strict = False
             waiting.remove(task)
             task.starts, most = task.starts + 1, most - 1
+            what = task.job.name if cutting is None else f"{task.job.name}, prepared"
+            what = f"{what}, finished" if task.whole is not None and task.writes else what
             followed = ExitStack()
             for listener in self._listeners:
                 followed.enter_context(listener.case(task.job.name, None))
-            self._running[future] = Attempt(task, member, name, time.monotonic(), followed)
+            self._running[future] = Attempt(task, member, name, what, time.monotonic(), time.time(), followed)
             logger.debug("case %s goes to worker %s", task.job.name, member.in_words())
 
     def _give_up(self, attempt: Attempt) -> None:
@@ -265,7 +273,7 @@ class Dispatcher:
                     return None
                 self._leave(future, attempt)
                 return self._again(attempt, waiting, "has a report that cannot be fetched")
-            self._leave(future, attempt)
+            self._leave(future, attempt, is_done=isinstance(report, Cut) or bool(report.done))
             if isinstance(report, Cut):
                 waiting[:0] = self._splitting.pieces(task, report)
                 return None
@@ -305,8 +313,9 @@ class Dispatcher:
         for future, attempt in [entry for entry in self._running.items() if entry[1].task.whole is whole]:
             self._leave(future, attempt)
 
-    def _leave(self, future: Any, attempt: Attempt) -> None:
+    def _leave(self, future: Any, attempt: Attempt, *, is_done: bool = False) -> None:
         del self._running[future]
+        self.turns.append(attempt.turn(is_done=is_done))
         self._give_up(attempt)
         with suppress(Exception):  # of a connection that has just been lost
             self._client.cancel([future], force=True)

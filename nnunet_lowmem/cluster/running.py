@@ -86,11 +86,15 @@ def predict_cases(
         tasks = _tasks(jobs, setup, probabilities)
         dispatched = sent, probabilities, setup.options.worker_timeout_s, outcomes.listeners, splitting
         with Dispatcher(client, members, *dispatched) as dispatcher:
-            for job, report in dispatcher.run(tasks, ways.is_undecided):
-                for done in report.done:
-                    outcomes.predicted(StageClock(job.name), done, None)
-                for failed in report.failed:
-                    outcomes.note_failed(failed)
+            try:
+                for job, report in dispatcher.run(tasks, ways.is_undecided):
+                    for done in report.done:
+                        outcomes.predicted(StageClock(job.name), done, None)
+                    for failed in report.failed:
+                        outcomes.note_failed(failed)
+            finally:
+                for turn in dispatcher.turns:
+                    outcomes.note_turn(turn)
     return [None] * len(jobs)
 
 

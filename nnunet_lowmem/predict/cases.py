@@ -19,7 +19,7 @@ from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.overrides.foreign import foreign
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
-from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, SkippedCase
+from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, SkippedCase, Turn
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.records import Records, latest_arithmetic
 from nnunet_lowmem.predict.setup import Setup
@@ -155,6 +155,10 @@ class Outcomes:
         self._report.failed.append(failed)
         logger.error("%s", failed.in_words())
         logger.debug("%s", failed.traceback_text)
+
+    def note_turn(self, turn: Turn) -> None:
+        """Note what a worker has done."""
+        self._report.turns.append(turn)
 
     def note_failed(self, failed: FailedCase) -> None:
         """Note a case that has failed in another process, or raise that it has.

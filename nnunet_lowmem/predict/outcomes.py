@@ -104,6 +104,28 @@ class SkippedCase:
     reason: str
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a worker of a cluster has done for a time.
+
+    Attributes
+    ----------
+    worker : str
+    task : str
+        A case, or what of it.
+    began_s, ended_s : float
+        Seconds since the epoch, by the clock of who gave it.
+    is_done : bool
+        It had a result; else the task was given to another worker, or its case has failed.
+    """
+
+    worker: str
+    task: str
+    began_s: float
+    ended_s: float
+    is_done: bool
+
+
 @dataclass
 class RunReport:
     """All cases of one run.
@@ -113,11 +135,14 @@ class RunReport:
     done : list of CaseReport
     failed : list of FailedCase
     skipped : list of SkippedCase
+    turns : list of Turn
+        Of the workers of a cluster.
     """
 
     done: list[CaseReport] = field(default_factory=list)
     failed: list[FailedCase] = field(default_factory=list)
     skipped: list[SkippedCase] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:

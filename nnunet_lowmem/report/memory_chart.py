@@ -24,24 +24,24 @@ STAGE_COLOURS = {
     "report": "#d3d3d3",
 }
 _OTHER_COLOUR = "#d3d3d3"
-_INK, _MEASURED, _PROJECTED, _BUDGET = "#22303c", "#1f5f8b", "#b3541e", "#a01c2c"
-_STYLE: Any = {
+INK, _MEASURED, _PROJECTED, _BUDGET = "#22303c", "#1f5f8b", "#b3541e", "#a01c2c"
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nnunet_lowmem",
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
     "axes.edgecolor": "#9aa5ae",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 _BAND = 0.45
 # cases whose names have room in the chart
 _NAMED_CASES = 8
 # a budget beyond so many times the highest curve would press the curves to the ground
 _FAR = 2.5
-_MINUTES_FROM_S = 300.0
+MINUTES_FROM_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def stage_colour(stage: str) -> str:
 
 def memory_chart(story: MemoryStory, width: float, height: float) -> bytes:
     """Draw it, as an SVG file of so many inches."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
-        unit_s, unit = (60.0, "min") if story.end_s >= _MINUTES_FROM_S else (1.0, "s")
+        unit_s, unit = (60.0, "min") if story.end_s >= MINUTES_FROM_S else (1.0, "s")
         _draw_stages(axes, story, unit_s)
         lines = _draw_curves(axes, story, unit_s)
         axes.set_xlabel(f"time since the start of the run ({unit})")

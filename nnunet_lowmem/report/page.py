@@ -33,6 +33,7 @@ from nnunet_lowmem.predict.outcomes import RunReport
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.report.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
 from nnunet_lowmem.report.slices import colour, labelled_volume, overlays
+from nnunet_lowmem.report.workers_chart import workers_chart
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.clock import Progress
@@ -145,6 +146,10 @@ class HtmlReport(Listener):
             for piece in template.generate(self._content(ended_by)):
                 file.write(piece.encode("utf-8", "backslashreplace"))
 
+    def _workers(self) -> str:
+        turns = self._report.turns
+        return _data_uri(workers_chart(turns, self._began_s), "image/svg+xml") if turns else ""
+
     def _content(self, ended_by: str) -> dict[str, Any]:
         sizes = (_WIDE, _NARROW) if self._story.points else ()
         charts = [_data_uri(memory_chart(self._story, *size), "image/svg+xml") for size in sizes]
@@ -155,6 +160,7 @@ class HtmlReport(Listener):
             "peak": max(self._report.done, key=lambda case: case.peak_bytes, default=None),
             "longest_s": max((sum(case.seconds.values()) for case in self._report.done), default=0.0),
             "charts": charts,
+            "workers": self._workers(),
             "story": self._story,
             "messages": self._messages,
             "facts": self._facts,

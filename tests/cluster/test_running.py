@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -61,9 +62,13 @@ def test_cases_on_workers_have_the_labels_of_one_process(model, cases, client, t
     assert sorted(report.case for report in told) == ["head", "small"]
     assert recorded_names(tmp_path / "many") == ["head.nii.gz", "small.nii.gz"]
     assert not list((tmp_path / "many").glob(".partial*"))
+    page = (tmp_path / "many" / "lowmem_report.html").read_text()
+    assert re.search(r"Workers over time.*image/svg.*2 tasks on\s+2 workers\.", page, re.DOTALL)
+    assert sorted(turn.task for turn in predictor.run_report.turns) == ["head", "small"]
     predictor.predict_from_files(cases, outputs(cases, Path("many")), overwrite=False)
     assert len(predictor.run_report.skipped) == 2
-    assert (tmp_path / "many" / "lowmem_report.html").stat().st_size > 1000
+    page = (tmp_path / "many" / "lowmem_report.html").read_text()
+    assert "Workers over time" not in page, "of a run in which nothing was left to do"
     assert client.status == "running"
 
 
@@ -106,6 +111,10 @@ def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, cli
     file = f"case{spec.file_ending}"
     assert read_voxels(tmp_path / "many" / file).tobytes() == read_voxels(tmp_path / "one" / file).tobytes()
     assert read_voxels(tmp_path / "one" / file).any()
+    turns = [turn.task for turn in predictor.run_report.turns]
+    if name == "plain":
+        parts = [f"head, part {number} of 3" for number in (1, 2, 3)]
+        assert sorted(turns) == sorted(["head, finished", *parts, "head, prepared"])
     one, many = reports
     assert (many.case, many.output) == (one.case, str(tmp_path / "many" / "case"))
     assert many.tiles_of_case == one.tiles_of_case
