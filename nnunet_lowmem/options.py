@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from importlib.util import find_spec
@@ -182,18 +182,10 @@ WITH_FLAG = tuple(option for option in OPTIONS if option.metadata["flag"])
 #: A model that could say whom to trust would say itself; it may choose sizes and numbers.
 NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metadata["for_models"])
 
-#: How a cluster is reached; workers are not told.
-OF_CLUSTERS = (
-    "scheduler",
-    "scheduler_file",
-    "workers",
-    "split",
-    "client",
-    "allow_mixed",
-    "tls_ca_file",
-    "tls_cert",
-    "tls_key",
-)
+#: How a cluster is reached.
+OF_CONNECTIONS = ("scheduler", "scheduler_file", "workers", "tls_ca_file", "tls_cert", "tls_key")
+#: What only the command has to know, and workers are not told.
+OF_CLUSTERS = (*OF_CONNECTIONS, "split", "client", "allow_mixed")
 
 
 def asks_for_cluster(options: Options) -> bool:
@@ -242,6 +234,13 @@ def values_of(holder: Options) -> Options:
     return values
 
 
+def chosen(**values: Any) -> Options:
+    """Return options of which some have other values than where nobody sets them."""
+    options = Options()
+    vars(options).update(values)
+    return options
+
+
 def with_options(constructor: Constructor) -> Constructor:
     """Let the signature of a constructor that takes all options as keywords name each of them."""
     written = inspect.signature(constructor).parameters.values()
@@ -252,9 +251,14 @@ def with_options(constructor: Constructor) -> Constructor:
     return constructor
 
 
-def add_flags(add: Callable[..., object]) -> None:
-    """Add the flag of each option that has one; what is not given is None, and may come from variables and plans."""
+def add_flags(add: Callable[..., object], names: Collection[str] | None = None) -> None:
+    """Add the flag of each option that has one, or of some of them.
+
+    What is not given is None, and may come from variables and plans.
+    """
     for option in WITH_FLAG:
+        if names is not None and option.name not in names:
+            continue
         told, words = option.metadata, dict(option.metadata["words"])
         if option.type == "bool":
             words["action"] = "store_true"

@@ -20,7 +20,7 @@ from nnunet_lowmem.commands.shell import guarded
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
-from nnunet_lowmem.options import WITH_FLAG
+from nnunet_lowmem.options import OF_CONNECTIONS, WITH_FLAG, add_flags, chosen
 from nnunet_lowmem.system import allocator
 
 __all__ = ["main", "predict_entry_point", "predict_parser"]
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ensemble.add_argument("-np", type=int, default=1, metavar="N", help="accepted; one process is used")
     ensemble.add_argument("--save_npz", action="store_true", help="write the averaged probabilities, too")
     ensemble.add_argument("--verbose", action="store_true", help="show tracebacks")
+    add_flags(ensemble.add_argument, OF_CONNECTIONS)
     ensemble.set_defaults(run=_ensemble)
     tool = commands.add_parser(
         "run", help="run a tool that uses nnU-Net, with this package in its place: run -- COMMAND"
@@ -147,7 +148,9 @@ def _ensemble(options: argparse.Namespace) -> int:
     _check_writable(Path(options.o))
     from nnunet_lowmem.commands.ensemble import ensemble_folders
 
-    for path in ensemble_folders([Path(folder) for folder in options.i], Path(options.o), options.save_npz):
+    given = {name: value for name in OF_CONNECTIONS if (value := getattr(options, name)) is not None}
+    folders = [Path(folder) for folder in options.i]
+    for path in ensemble_folders(folders, Path(options.o), options.save_npz, chosen(**given)):
         print(shown(str(path)))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import zipfile
 import zlib
@@ -24,6 +25,7 @@ from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.nnunet.adapter import label_rule, write_properties
 from nnunet_lowmem.nnunet.label_writing import write_segmentation
 from nnunet_lowmem.nnunet.rehearsing import rehearse
+from nnunet_lowmem.options import Options, asks_for_cluster
 from nnunet_lowmem.system.atomic_files import atomic_output
 
 _ENTRY = "probabilities.npy"
@@ -92,7 +94,9 @@ def open_heads(path: Path) -> Iterator[HeadArchive]:
         yield HeadArchive(path, shape, dtype, fortran_order, file)
 
 
-def ensemble_folders(folders: Sequence[Path], output: Path, save_npz: bool) -> list[Path]:
+def ensemble_folders(
+    folders: Sequence[Path], output: Path, save_npz: bool, options: Options | None = None
+) -> Iterator[Path]:
     """Average the archives of the same name in all folders and write segmentations, as ``nnUNetv2_ensemble`` does.
 
     Parameters
@@ -102,39 +106,60 @@ def ensemble_folders(folders: Sequence[Path], output: Path, save_npz: bool) -> l
     output : Path
     save_npz : bool
         Write the averaged probabilities, too.
+    options : Options or None
+        Where these ask for a cluster, its workers do it, case by case.
 
-    Returns
-    -------
-    list of Path
-        The segmentations.
+    Yields
+    ------
+    Path
+        Each segmentation, when it is there.
 
     Raises
     ------
     UsageError
         If a folder lacks a case, or the archives of a case disagree in shape.
     """
-    dataset_json, plans = load_json(str(folders[0] / "dataset.json")), load_json(str(folders[0] / "plans.json"))
+    many = options is not None and asks_for_cluster(options)
+    if many:  # whose workers are in other folders
+        folders, output = [Path(os.path.abspath(folder)) for folder in folders], Path(os.path.abspath(output))
+    _managers(folders[0])
+    names = _common_archives(folders)
+    output.mkdir(parents=True, exist_ok=True)
+    save_json(load_json(str(folders[0] / "dataset.json")), str(output / "dataset.json"), sort_keys=False)
+    calls = [(name.removesuffix(".npz"), folders, output, save_npz) for name in names]
+    if options is not None and many:
+        from nnunet_lowmem.cluster.spreading import on_workers  # nobody else loads Dask
+
+        yield from on_workers(ensemble_case, calls, options)
+        return
+    for call in calls:
+        yield ensemble_case(*call)
+
+
+def _managers(folder: Path) -> tuple[dict[str, Any], PlansManager, LabelRule]:
+    dataset_json, plans = load_json(str(folder / "dataset.json")), load_json(str(folder / "plans.json"))
     plans_manager = PlansManager(plans)
     rule = label_rule(plans_manager.get_label_manager(dataset_json))
     if rule is None:
         raise UsageError("the plans use a label manager that is not nnU-Net's own; use nnUNetv2_ensemble")
-    output.mkdir(parents=True, exist_ok=True)
-    save_json(dataset_json, str(output / "dataset.json"), sort_keys=False)
-    ending, reader = dataset_json["file_ending"], plans_manager.image_reader_writer_class
-    written = []
-    for name in _common_archives(folders):
-        case = output / name.removesuffix(".npz")
-        properties = load_pickle(str(folders[0] / f"{name.removesuffix('.npz')}.pkl"))
-        with open_heads(folders[0] / name) as archive:
-            shape = archive.shape[1:]
-        rehearse(reader, str(case), ending, properties, shape, rule, Path(tempfile.gettempdir()))
-        target = f"{case}{ending}"
-        labels = _merge([folder / name for folder in folders], rule, Path(f"{case}.npz") if save_npz else None)
-        if save_npz:
-            write_properties(properties, f"{case}.pkl")
-        write_segmentation(labels, properties, target, plans_manager)
-        written.append(Path(target))
-    return written
+    return dataset_json, plans_manager, rule
+
+
+def ensemble_case(name: str, folders: Sequence[Path], output: Path, save_npz: bool) -> Path:
+    """Average the archives of one case and write its segmentation, which is returned. See `ensemble_folders`."""
+    dataset_json, plans_manager, rule = _managers(folders[0])
+    ending, case = dataset_json["file_ending"], output / name
+    properties = load_pickle(str(folders[0] / f"{name}.pkl"))
+    archives = [folder / f"{name}.npz" for folder in folders]
+    with open_heads(archives[0]) as archive:
+        shape = archive.shape[1:]
+    reader = plans_manager.image_reader_writer_class
+    rehearse(reader, str(case), ending, properties, shape, rule, Path(tempfile.gettempdir()))
+    labels = _merge(archives, rule, Path(f"{case}.npz") if save_npz else None)
+    if save_npz:
+        write_properties(properties, f"{case}.pkl")
+    write_segmentation(labels, properties, f"{case}{ending}", plans_manager)
+    return Path(f"{case}{ending}")
 
 
 def _common_archives(folders: Sequence[Path]) -> list[str]:

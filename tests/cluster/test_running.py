@@ -20,7 +20,9 @@ from oracle import make_predictor, outputs, read_voxels, recorded_names
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.cluster import connecting
+from nnunet_lowmem.commands.ensemble import ensemble_folders
 from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.options import chosen
 from nnunet_lowmem.predict.jobs import Files, Job
 from nnunet_lowmem.volumes.mapped import spilled_array
 
@@ -122,6 +124,24 @@ def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, cli
         assert (many.tiles > one.tiles) is (name != "not resampled by tables")
     left = {path.name for path in (tmp_path / "many").iterdir() if path.suffix not in (".json", ".jsonl")}
     assert left == {file}, "parts and hidden folders are gone"
+
+
+def test_ensembles_on_workers_are_those_of_one_process(model, cases, client, tmp_path, monkeypatch):
+    for name, step_size in (("half", 0.5), ("whole", 1.0)):
+        (tmp_path / name).mkdir()
+        predictor = make_predictor(LowMemPredictor, model, tile_step_size=step_size)
+        predictor.predict_from_files(cases, outputs(cases, tmp_path / name), save_probabilities=True)
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("half"), Path("whole")]
+    one = list(ensemble_folders(folders, Path("one"), True))
+    many = list(ensemble_folders(folders, Path("many"), True, chosen(client=client)))
+    assert [file.name for file in many] == [file.name for file in one] == ["head.nii.gz", "small.nii.gz"]
+    for file in one:
+        assert read_voxels(tmp_path / "many" / file.name).tobytes() == read_voxels(tmp_path / file).tobytes()
+        assert (tmp_path / "many" / file.name.replace(".nii.gz", ".npz")).stat().st_size
+    (tmp_path / "whole" / "small.npz").write_bytes(b"PK no zip")
+    with pytest.raises(UsageError, match=r"small\.npz is no archive"):
+        list(ensemble_folders(folders, Path("many"), False, chosen(client=client)))
 
 
 def test_how_cases_are_cut_may_be_told(model, cases, client, tmp_path):

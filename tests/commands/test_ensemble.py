@@ -93,7 +93,7 @@ def test_single_region_equals_stock(one_head, fortran, tmp_path):
     # what the command does for each case, here without its pool
     merge_files(files, str(stock / name), dataset_json["file_ending"], reader, labels, True)
     shutil.copy(one_head[0] / "dataset.json", stock)
-    ensemble_folders(one_head, tmp_path / "ours", True)
+    list(ensemble_folders(one_head, tmp_path / "ours", True))
     assert_same_folder(tmp_path / "stock", tmp_path / "ours")
 
 
@@ -107,19 +107,19 @@ def test_numpy_stores_backwards_only_what_has_one_head():
 def test_missing_archive_is_named(predictions, tmp_path):
     shutil.copy(predictions[0] / "head_margin.npz", predictions[0] / "other.npz")
     with pytest.raises(UsageError, match=r"lacks 1 of 2 archives; the first is other\.npz"):
-        ensemble_folders(predictions, tmp_path / "ours", False)
+        list(ensemble_folders(predictions, tmp_path / "ours", False))
 
 
 def test_archives_of_different_shape_are_refused_with_both_shapes(predictions, tmp_path):
     np.savez_compressed(predictions[1] / "head_margin.npz", probabilities=np.zeros((2, 3, 4, 5), np.float32))
     with pytest.raises(UsageError, match=r"\(2, 3, 4, 5\)"):
-        ensemble_folders(predictions, tmp_path / "ours", False)
+        list(ensemble_folders(predictions, tmp_path / "ours", False))
 
 
 def test_damaged_archive_is_named(predictions, tmp_path):
     (predictions[1] / "head_margin.npz").write_bytes(b"PK no zip")
     with pytest.raises(UsageError, match=r"head_margin\.npz is no archive"):
-        ensemble_folders(predictions, tmp_path / "ours", False)
+        list(ensemble_folders(predictions, tmp_path / "ours", False))
 
 
 @pytest.mark.parametrize("place", [0.3, 0.7, 0.9])
