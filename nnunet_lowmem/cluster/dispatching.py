@@ -221,7 +221,7 @@ class Dispatcher:
             (self._sent.folder / name).touch()
             try:
                 future = self._client.submit(
-                    perform, self._sent, task.job, self._probabilities, cutting, self._topic, name,
+                    perform, self._sent, task.job, self._probabilities, cutting, member.on_machine, self._topic, name,
                     key=f"{task.job.name}-{name}", workers=[member.address], allow_other_workers=False,
                     resources=dict(member.resources) or None, pure=False, retries=0,
                 )  # fmt: skip

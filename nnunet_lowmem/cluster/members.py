@@ -35,6 +35,8 @@ class Member:
         Which of its resources a task of ours takes: all of its memory, and a graphics card.
     is_ready : bool
         It takes tasks; one that is paused or about to end does not.
+    on_machine : int
+        Workers of the cluster that share its machine, itself among them.
     """
 
     address: str
@@ -43,6 +45,7 @@ class Member:
     memory_bytes: int
     resources: tuple[tuple[str, float], ...]
     is_ready: bool
+    on_machine: int = 1
 
     @property
     def limit(self) -> float:
@@ -128,7 +131,9 @@ class Members:
             if future.done():
                 del self._asked[key]
                 self._hear(key, known[key], future)
-        there = [self._member(key, known[key]) for key in known if key in self._told and key not in self._refused]
+        hosts = Counter(str(told.get("host")) for told in known.values())
+        usable = [key for key in known if key in self._told and key not in self._refused]
+        there = [self._member(key, known[key], hosts[str(known[key].get("host"))]) for key in usable]
         return sorted(there, key=lambda member: -member.limit)
 
     def _hear(self, key: tuple[str, str], known: Mapping[str, Any], future: Any) -> None:
@@ -177,13 +182,13 @@ class Members:
         logger.warning("left out: %s", why)
         self._refused.add(key)
 
-    def _member(self, key: tuple[str, str], known: Mapping[str, Any]) -> Member:
+    def _member(self, key: tuple[str, str], known: Mapping[str, Any], on_machine: int) -> Member:
         stated = dict(known.get("resources") or {})
         wanted = {MEMORY: stated[MEMORY]} if MEMORY in stated else {}
         if self._needs_gpu and stated.get(GPU):
             wanted[GPU] = 1
         is_ready = known.get("status", "running") == "running"
-        return Member(*key, _name(known), self._told[key].memory_bytes, tuple(wanted.items()), is_ready)
+        return Member(*key, _name(known), self._told[key].memory_bytes, tuple(wanted.items()), is_ready, on_machine)
 
     def _compared(self, told: Mapping[str, str]) -> dict[str, str]:
         # a submitting machine need not have the graphics card, and the processor is not what computes beside one

@@ -134,7 +134,6 @@ def _sent(predictor: Any, setup: Setup, folder: Path, arithmetic: Arithmetic | N
             arguments[option.name] = os.path.abspath(value) if option.name in ("tmp_dir", "roi") and value else value
     if predictor.workers is not None:  # each has a share, which its limit tells
         arguments["max_ram"] = None
-        arguments["kernel_threads"] = predictor.kernel_threads or max(1, usable_cores() // int(predictor.workers))
     if setup.options.fast:  # the network's own kernels are among them
         arguments["kernel_threads"] = predictor.kernel_threads or usable_cores()
     model_folder, *how = predictor.came_from

@@ -32,6 +32,7 @@ from nnunet_lowmem.sizes import asked_bytes, format_gib
 from nnunet_lowmem.system.clock import Progress
 from nnunet_lowmem.system.memory_limits import total_ram_bytes
 from nnunet_lowmem.system.owned_folders import BEAT_S
+from nnunet_lowmem.system.platform import usable_cores
 
 #: What of a worker's resources is memory, in bytes, and what counts graphics cards.
 MEMORY, GPU = "MEMORY", "GPU"
@@ -184,7 +185,7 @@ class Cutting:
 
 
 def perform(
-    sent: Sent, job: Job, probabilities: bool, cutting: Cutting | None, topic: str, attempt: str
+    sent: Sent, job: Job, probabilities: bool, cutting: Cutting | None, on_machine: int, topic: str, attempt: str
 ) -> RunReport | Cut:
     """Predict a case, or a piece of it, with the predictor of this process, which is made or kept; one at a time.
 
@@ -196,6 +197,8 @@ def perform(
         Are written, too.
     cutting : Cutting or None
         The case is not predicted, but prepared for others.
+    on_machine : int
+        Workers that share the cores of this machine.
     topic : str
         Of the events that tell how far the case is.
     attempt : str
@@ -218,6 +221,7 @@ def perform(
             tell.check()
             predictor = _predictor(sent)
             predictor.on_progress = tell
+            predictor.kernel_threads = sent.arguments["kernel_threads"] or max(1, usable_cores() // on_machine)
             try:
                 given = sent, predictor.picture, job, probabilities
                 report, cut = (_predict(*given), None) if cutting is None else _prepare(*given, cutting)
