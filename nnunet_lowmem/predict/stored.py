@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.types import PreprocessedCase
 
 
@@ -17,9 +18,11 @@ def store(case: PreprocessedCase, folder: Path) -> Path | None:
     Raises
     ------
     OSError
+        If there is too little room, among others.
     """
     if not isinstance(case.image, np.ndarray):
         return None
+    require_free_bytes(folder, case.image.nbytes, "make room there, or leave the case whole with --split never")
     file = folder / f"case-{uuid.uuid4().hex}.pkl"
     np.save(file.with_suffix(".npy"), case.image)
     file.write_bytes(pickle.dumps((case.previous_stage, case.properties, case.wanted)))

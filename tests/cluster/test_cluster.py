@@ -121,6 +121,7 @@ def test_the_scheduler_goes_and_the_command_ends_with_what_is_done(start, models
 
 
 def test_workers_that_are_not_alike_are_refused_unless_they_are_accepted(start, models, cases, tmp_path):
+    """Of the other torch there is only what names its version: two of them would be 6 GB."""
     cluster = start()
     cluster.join("old", ONEDNN_MAX_CPU_ISA="AVX2")
     model = models(ModelSpec(), cases[0])
@@ -129,9 +130,18 @@ def test_workers_that_are_not_alike_are_refused_unless_they_are_accepted(start, 
     ):
         predict(model, cases, tmp_path / "out", scheduler_file=cluster.file)
     assert voxels(tmp_path / "out") == {}
-    assert (
-        len(predict(model, cases, tmp_path / "out", scheduler_file=cluster.file, allow_mixed=True).run_report.done) == 3
-    )
+    # in parts, which are joined though the machines differ
+    options = {"scheduler_file": cluster.file, "allow_mixed": True, "split": 2}
+    done = predict(model, cases, tmp_path / "out", **options).run_report.done
+    assert len(done) == 3
+    assert any(case.tiles > case.tiles_of_case for case in done)
+    assert all(case.tiles < 2 * case.tiles_of_case for case in done), "the last task has joined and not begun again"
+    cluster.kill("old")
+    (tmp_path / "torch-0.1.dist-info").mkdir()
+    (tmp_path / "torch-0.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 0.1\n")
+    cluster.join("older", PYTHONPATH=os.pathsep.join([str(tmp_path), ENVIRON["PYTHONPATH"]]))
+    with pytest.raises(UsageError, match=r"torch\nthis machine +\S+\nworker older +0\.1\n"):
+        predict(model, cases, tmp_path / "again", scheduler_file=cluster.file)
 
 
 def test_threads_are_the_commands_whatever_a_worker_has(start, models, images, tmp_path):
@@ -298,3 +308,32 @@ def test_two_hundred_small_cases(start, models, images, tmp_path):
     assert len(predictor.run_report.done) == 200
     assert len(recorded_names(tmp_path / "out")) == 200
     assert left_in(tmp_path / "out") == []
+
+
+def test_two_commands_at_once_on_one_cluster_and_one_with_its_own_workers(start, models, cases, tmp_path):
+    cluster = start("a", "b")
+    model = models(ModelSpec(), cases[0])
+    predict(model, cases, tmp_path / "one")
+    (tmp_path / "in").mkdir()
+    for files in cases:
+        shutil.copy(files[0], tmp_path / "in")
+    program = "from nnunet_lowmem.commands.cli import predict_entry_point as run; raise SystemExit(run())"
+    fixed = ["-m", model, "-i", tmp_path / "in", "-f", "0", "-device", "cpu"]
+    flags = [["--scheduler-file", cluster.file], ["--scheduler-file", cluster.file, "--split", "2"], ["--workers", "2"]]
+    commands = [
+        [
+            sys.executable,
+            "-c",
+            f"if __name__ == '__main__':\n    {program}",
+            *fixed,
+            "-o",
+            tmp_path / str(number),
+            *more,
+        ]
+        for number, more in enumerate(flags)
+    ]
+    running = [subprocess.Popen(list(map(str, command)), env=ENVIRON) for command in commands]
+    assert [process.wait(200) for process in running] == [0, 0, 0]
+    for number in range(3):
+        assert voxels(tmp_path / str(number)) == voxels(tmp_path / "one")
+        assert left_in(tmp_path / str(number)) == []
