@@ -10,9 +10,12 @@ from nnunet_lowmem.cluster.members import Member
 from nnunet_lowmem.errors import WorkerError
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, Turn
+from nnunet_lowmem.predict.prepared import Cut
+from nnunet_lowmem.predict.stored import forget_stored
+from nnunet_lowmem.predict.unfinished import forget_pieces
 
 
-@dataclass
+@dataclass(eq=False)
 class Whole:
     """A case that is made in pieces.
 
@@ -20,18 +23,29 @@ class Whole:
     ----------
     job : Job
         As it was to begin with.
+    cut : Cut
+        Perhaps into nothing: then it is left whole.
     left : int
-        Pieces that are not done yet.
+        Pieces that are not done yet; the last one, which joins them, comes when they are.
     reports : list of CaseReport
         Of those that are.
     """
 
     job: Job
+    cut: Cut
     left: int
     reports: list[CaseReport] = field(default_factory=list)
 
+    def forget(self, *, is_done: bool) -> None:
+        """Remove what is kept of the case; labels only when its file is there."""
+        piece, recipe = self.cut.piece, self.job.recipe
+        if piece is not None and piece.stored is not None:
+            forget_stored(piece.stored)
+        if piece is not None and recipe is not None and is_done:
+            forget_pieces(recipe.outputs[0], piece.token)
 
-@dataclass
+
+@dataclass(eq=False)
 class Task:
     """One case on its way, or a piece of it.
 
@@ -39,7 +53,10 @@ class Task:
     ----------
     job : Job
     size : int
-        What decides who comes first.
+        Tiles of all folds: what decides who comes first; 0 where they are not known.
+    may_be_cut : bool
+    most_parts : int
+        Into how many, where nobody asks for more.
     lost_with : list of Member
         Workers that have gone while they had it.
     starts, misread : int
@@ -54,6 +71,8 @@ class Task:
 
     job: Job
     size: int
+    may_be_cut: bool = False
+    most_parts: int = 1
     lost_with: list[Member] = field(default_factory=list)
     starts: int = 0
     misread: int = 0
@@ -65,6 +84,11 @@ class Task:
     def writes(self) -> bool:
         """Whether the files of the case are there when it is done."""
         return self.job.piece is None or self.job.piece.box is None
+
+    @property
+    def suffix(self) -> str:
+        """Say behind its name what it does of its case, as far as the name does not."""
+        return ", finished" if self.job.piece is not None and self.writes else ""
 
     def may_run_on(self, member: Member) -> bool:
         """Whether a worker has more memory than one that was too small, and is not one that has gone with it."""

@@ -21,7 +21,7 @@ from typing import Any
 from nnunet_lowmem.cluster.attempts import Attempt, Task, Whole, failed
 from nnunet_lowmem.cluster.members import Member, Members
 from nnunet_lowmem.cluster.splitting import Splitting
-from nnunet_lowmem.cluster.tasks import Sent, forget, perform
+from nnunet_lowmem.cluster.tasks import Cutting, Sent, forget, perform
 from nnunet_lowmem.errors import BudgetError, LowMemError, ModelError, UsageError, WorkerError
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.jobs import Job
@@ -210,13 +210,11 @@ class Dispatcher:
         if self._members.is_strict and self._members.is_waiting and time.monotonic() < self._began_s + _BEGIN_S:
             return  # whether all are alike is known before the first case
         busy, most = {attempt.member.key for attempt in self._running.values()}, 1 if is_undecided else len(waiting)
-        candidates = self._candidates()
-        for member in candidates:
+        for member in self._candidates():
             task = next((task for task in waiting if task.may_run_on(member)), None)
             if member.key in busy or task is None or most < 1:
                 continue
-            cases = {id(other.whole or other) for other in (*waiting, *(a.task for a in self._running.values()))}
-            cutting = None if is_undecided else self._splitting.cutting(task, len(cases), len(candidates))
+            cutting = None if is_undecided else self._cutting(task, waiting)
             name = f"attempt-{uuid.uuid4().hex}"
             (self._sent.folder / name).touch()
             try:
@@ -231,13 +229,16 @@ class Dispatcher:
             self._members.is_strict = False
             waiting.remove(task)
             task.starts, most = task.starts + 1, most - 1
-            what = task.job.name if cutting is None else f"{task.job.name}, prepared"
-            what = f"{what}, finished" if task.whole is not None and task.writes else what
+            what = f"{task.job.name}{task.suffix if cutting is None else ', prepared'}"
             followed = ExitStack()
             for listener in self._listeners:
                 followed.enter_context(listener.case(task.job.name, None))
             self._running[future] = Attempt(task, member, name, what, time.monotonic(), time.time(), followed)
             logger.debug("case %s goes to worker %s", task.job.name, member.in_words())
+
+    def _cutting(self, task: Task, waiting: Sequence[Task]) -> Cutting | None:
+        cases = {id(other.whole or other) for other in (*waiting, *(entry.task for entry in self._running.values()))}
+        return self._splitting.cutting(task, len(cases), sum(map(task.may_run_on, self._candidates())))
 
     def _give_up(self, attempt: Attempt) -> None:
         attempt.followed.close()
@@ -251,6 +252,8 @@ class Dispatcher:
             return
         errors: list[LowMemError] = []
         for future, attempt in list(self._running.items()):
+            if future not in self._running:  # its case has failed meanwhile
+                continue
             report = self._of_one(future, attempt, waiting, errors)
             if report is not None and (report.done or report.failed):
                 yield attempt.task, report
@@ -365,6 +368,8 @@ class Dispatcher:
         is_waiting = self._members.is_waiting and now_s < self._began_s + _SLOW_S
         if self._there and not is_waiting and now_s > self._lost_s + _RETURN_S:
             for task in [task for task in waiting if task.refused and not any(map(task.may_run_on, self._there))]:
+                if task not in waiting:  # its case has failed meanwhile
+                    continue
                 waiting.remove(task)
                 assert task.refused is not None, "it was looked for"
                 yield task, RunReport(failed=[task.refused])

@@ -27,6 +27,7 @@ from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Files, Job
 from nnunet_lowmem.predict.loading import facts_of_job
 from nnunet_lowmem.predict.logits import TileNetwork
+from nnunet_lowmem.predict.prepared import most_parts
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.system.clock import StageClock
@@ -163,7 +164,10 @@ def _tasks(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> list[Task]
         facts = None
         with suppress(UsageError):
             facts = facts_of_job(sizes, job, probabilities)
-        tasks.append(Task(_everywhere(job), 0 if facts is None else setup.weights.folds * facts.tiles))
+        tasks.append(Task(_everywhere(job), 0))
+        if facts is not None:
+            tasks[-1].size = setup.weights.folds * facts.tiles
+            tasks[-1].may_be_cut, tasks[-1].most_parts = facts.may_be_cut, most_parts(facts.grid)
     return tasks
 
 

@@ -11,6 +11,7 @@ from nnunet_lowmem.cluster.tasks import Cutting
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport
 from nnunet_lowmem.predict.prepared import Cut
+from nnunet_lowmem.types import Place
 
 #: Tiles, of all folds, of a case that is worth more than one worker where others would have nothing to do.
 LONG_TILES = 64
@@ -49,34 +50,20 @@ class Splitting:
             That wait or are being predicted, this one among them.
         workers : int
         """
-        if task.whole is not None or task.job.piece is not None or task.job.files is None:
+        if task.whole is not None or not task.may_be_cut:
             return None
         count = self._count
         if count is None:
-            count = workers // cases if task.size >= LONG_TILES else 1
+            count = min(task.most_parts, workers // cases) if task.size >= LONG_TILES else 1
         return Cutting(count, self._count is not None) if count > 1 else None
 
     @staticmethod
     def pieces(task: Task, cut: Cut) -> list[Task]:
         """Return what is to be done of a case that has been prepared."""
-        count, job = len(cut.boxes), task.job
-        if not count:
-            return [Task(replace(job, piece=cut.piece), task.size, whole=Whole(job, left=1))]
-        whole = Whole(replace(job, piece=cut.piece, continues=True), left=count)
-        return [
-            Task(
-                replace(
-                    job,
-                    name=f"{job.name}, part {number} of {count}",
-                    output=None,
-                    continues=False,
-                    piece=replace(cut.piece, box=box),
-                ),
-                tiles,
-                whole=whole,
-            )
-            for number, (box, tiles) in enumerate(zip(cut.boxes, cut.tiles, strict=True), 1)
-        ]
+        whole = Whole(task.job, cut, max(1, len(cut.boxes)))
+        if cut.piece is None:
+            return [replace(task, whole=whole)]
+        return [_part(whole, number) for number in range(whole.left)]
 
     @staticmethod
     def heard(task: Task, report: RunReport, waiting: list[Task]) -> RunReport | None:
@@ -95,27 +82,40 @@ class Splitting:
             return report
         if report.failed:
             waiting[:] = [other for other in waiting if other.whole is not whole]
+            whole.forget(is_done=False)
             return RunReport(failed=[_of_case(whole, failed) for failed in report.failed])
         whole.reports += report.done
         whole.left -= 1
         if whole.left:
             return None
         if task.writes:
-            return RunReport(done=[joined(whole.reports)])
+            whole.forget(is_done=True)
+            return RunReport(done=[joined(whole.reports, whole.cut)])
         whole.left = 1
-        waiting.insert(0, Task(whole.job, 0, whole=whole))
+        waiting.insert(0, Task(replace(whole.job, piece=whole.cut.piece), 0, whole=whole))
         return None
 
 
-def joined(reports: Sequence[CaseReport]) -> CaseReport:
-    """Return the report of a case of those of its pieces, the last of which has written it, with the time of all."""
-    seconds: Counter[str] = Counter()
-    peaks: dict[str, int] = {}
+def _part(whole: Whole, number: int) -> Task:
+    job, cut = whole.job, whole.cut
+    assert cut.piece is not None, "it has been cut"
+    name = f"{job.name}, part {number + 1} of {len(cut.boxes)}"
+    piece = replace(cut.piece, box=cut.boxes[number])
+    part = replace(job, name=name, output=None, continues=False, piece=piece)
+    return Task(part, cut.tiles[number], whole=whole)
+
+
+def joined(reports: Sequence[CaseReport], cut: Cut) -> CaseReport:
+    """Return the report of a case of those of its pieces, the last of which has written it, with the time of all.
+
+    Its plan is that of the piece which takes most.
+    """
+    seconds, peaks = Counter(cut.seconds), dict(cut.measured_bytes)
     for report in reports:
         seconds.update(report.seconds)
         for stage, peak in report.measured_bytes.items():
             peaks[stage] = max(peak, peaks.get(stage, 0))
-    largest, last = max(reports, key=lambda report: report.tiles), reports[-1]
+    largest, last = max(reports, key=lambda report: report.plan.projected_bytes(Place.RAM)), reports[-1]
     return replace(
         last,
         seconds=dict(seconds),
@@ -129,4 +129,7 @@ def joined(reports: Sequence[CaseReport]) -> CaseReport:
 def _of_case(whole: Whole, failed: FailedCase) -> FailedCase:
     case = whole.job.name
     piece = failed.case.removeprefix(f"{case}, ")
-    return failed if piece == failed.case else replace(failed, case=case, reason=f"{piece}: {failed.reason}")
+    if piece == failed.case:
+        return failed
+    reason = failed.reason.removeprefix(f"case {failed.case}").lstrip(" ,:")
+    return replace(failed, case=case, reason=f"{piece}: {reason}")

@@ -131,11 +131,20 @@ def part_of(
     return Part(tiles, own, replace(resampling, tables=tables), wanted.box, crop, network, grid.tile_count, mask)
 
 
-def cut(part: Part, counts: Shape3, rest: Sequence[Box]) -> list[Box]:
+def cut(part: Part, counts: Shape3, rest: Sequence[Box], evenly: bool = False) -> list[Box]:
     """Cut what is labelled of a part, as far as it is left to do, into so many boxes along each axis, or fewer.
 
     Each begins with the first voxel that is interpolated from a row of tiles, so that two need as few of the same tiles
     as can be. Those of a column follow each other.
+
+    Parameters
+    ----------
+    part : Part
+    counts : int, 3
+    rest : sequence of boxes
+        What is left to do.
+    evenly : bool
+        With as many tiles in each box as can be, the repeated ones among them; else with as many rows of its own.
 
     Returns
     -------
@@ -146,7 +155,8 @@ def cut(part: Part, counts: Shape3, rest: Sequence[Box]) -> list[Box]:
         return []
     ends = []
     for axis, (count, crop, table) in enumerate(zip(counts, part.crop, part.resampling.tables, strict=True)):
-        firsts = [start for start, _ in part.grid.pieces(axis, count)][1:]
+        again = part.grid.again(axis) if evenly else 0
+        firsts = [start for start, _ in part.grid.pieces(axis, count, again)][1:]
         inner = {crop.start + int(np.searchsorted(table.high, first)) for first in firsts}
         ends.append(list(pairwise(sorted({crop.start, *inner, crop.stop}))))
     order = along_last(part.grid.roll_axis)

@@ -199,7 +199,9 @@ class CaseRun:
                 else:
                     result = self._labels_of_held(logits, turn, rule, threads, recovery)
                 reused += logits.reused
-            keeper.ended()
+            if self.job.piece is not None:
+                with clock.stage("writing"):  # which asks whether somebody still waits for it
+                    keeper.ended()
         if self.probabilities and self.job.output is not None and isinstance(result, np.ndarray):
             with clock.failing_in("export"):
                 adapter.write_properties(written.properties, self.job.output + ".pkl")

@@ -71,8 +71,12 @@ class Piece:
 
     Attributes
     ----------
-    made_with : str or None
-        Checksum of all that its labels depend on, of who has cut it: labels are joined by that. None is one's own.
+    made_with : str
+        Checksum of all that its labels depend on, of who has cut it: labels are joined by that.
+    inputs : str
+        Checksum of the states of its files when it was cut.
+    token : str
+        Tells what is kept of this cut from what others have kept.
     shape : int, 3
         Of what is asked for of the case, axes of the network.
     box : 3 slices or None
@@ -82,7 +86,9 @@ class Piece:
         Where the preprocessed case is; None where it is read as it is needed.
     """
 
-    made_with: str | None
+    made_with: str
+    inputs: str
+    token: str
     shape: Shape3
     box: Box | None = None
     stored: Path | None = None

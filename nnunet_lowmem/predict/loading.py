@@ -35,7 +35,8 @@ def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedC
     """
     source = job.source
     if job.piece is not None and job.piece.stored is not None:
-        return stored(job.piece.stored)
+        assert planning is not None, "a piece is planned"
+        return stored(job.piece.stored, planning.folder)
     options: dict[str, Any] = {
         "threads": 1 if planning is None else planning.threads,
         "allocate": np.empty if planning is None else planning.allocate,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import logging
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from nnunet_lowmem.boxes import along_last, without
 from nnunet_lowmem.budget.case_plan import CasePlanning
-from nnunet_lowmem.errors import WriteError
+from nnunet_lowmem.errors import WriteError, because
 from nnunet_lowmem.labels import rules
 from nnunet_lowmem.labels.parts import cut
 from nnunet_lowmem.nnunet import adapter
@@ -20,10 +21,16 @@ from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import load
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.stored import store
-from nnunet_lowmem.predict.unfinished import SHARE_OF_CUTS, unfinished_of
+from nnunet_lowmem.predict.unfinished import checksums, unfinished_of
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.owned_folders import temporary_folder
 from nnunet_lowmem.types import Box, PreprocessedCase
+from nnunet_lowmem.window.tiling import TileGrid
+
+logger = logging.getLogger(__name__)
+
+# of all tiles that may be computed twice
+_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,21 @@ class Cut:
 
     Attributes
     ----------
-    piece : Piece
-        Joins what they label, or labels all.
+    piece : Piece or None
+        Joins what they label; None where the case is better left whole.
     boxes : tuple of boxes
-        Of what is asked for, axes of the network; none where the case is better left whole.
+        Of what is asked for, axes of the network.
     tiles : tuple of int
         Of all folds, for each box.
+    seconds, measured_bytes : dict
+        What that took, by stages.
     """
 
-    piece: Piece
+    piece: Piece | None = None
     boxes: tuple[Box, ...] = ()
     tiles: tuple[int, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    measured_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
@@ -72,7 +83,7 @@ def prepare(
     Raises
     ------
     WriteError
-        If it cannot be kept.
+        If it cannot be kept, and the cut was asked for.
     """
     with temporary_folder(setup.options.tmp_dir) as scratch, clock.stage("preprocessing"):
         run = CaseRun(setup, job, clock, scratch, probabilities, listeners, lambda _: None)
@@ -81,31 +92,41 @@ def prepare(
         planning.check()
         case = run.preprocessed(load, planning)
         made = _cut(run, case, planning, count, is_asked_for)
-        try:
-            return replace(made, piece=replace(made.piece, stored=store(case, folder)))
-        except OSError as error:
-            raise WriteError(f"the preprocessed case cannot be kept in {folder}: {error}") from error
+        if made.piece is not None:
+            try:
+                made = replace(made, piece=replace(made.piece, stored=store(case, folder)))
+            except (OSError, WriteError) as error:
+                if is_asked_for:
+                    raise because(WriteError, f"the preprocessed case cannot be kept: {error}", error) from error
+                logger.warning("case %s is left whole: the preprocessed case cannot be kept: %s", job.name, error)
+                made = Cut()
+    peaks = clock.sampler.peaks_bytes() if clock.sampler is not None else {}
+    return replace(made, seconds=clock.seconds, measured_bytes=peaks)
+
+
+def most_parts(grid: TileGrid) -> int:
+    """Return into how many parts a case is cut at most where nobody asks for more: few of its tiles are in two."""
+    axis = grid.roll_axis
+    return 1 + int(_SHARE * len(grid.starts[axis]) / max(1, grid.again(axis)))
 
 
 def _cut(run: CaseRun, case: PreprocessedCase, planning: CasePlanning, count: int, is_asked_for: bool) -> Cut:
-    rule, setup = run.label_rule(), run.setup
+    rule, setup, recipe = run.label_rule(), run.setup, run.job.recipe
     geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
     as_a_whole = rule is None or not run.is_ours(case)
     part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
     part = part_of()
-    axis = part.grid.roll_axis
     if as_a_whole or rule is None or not rules.streams(part.resampling, rule, run.probabilities):
-        return Cut(Piece(None, part.shape))
+        return Cut()
     keeper = unfinished_of(setup, run.job, part, rule.dtype)
-    if keeper is None:
-        return Cut(Piece(None, part.shape))
-    again = math.ceil(1 / setup.tile_step_size)  # rows that reach across a cut
-    most = 1 + int(SHARE_OF_CUTS * len(part.grid.starts[axis]) / again)
-    counts = [1, 1, 1]
-    counts[axis] = count if is_asked_for else min(count, most)
-    boxes = cut(part, (counts[0], counts[1], counts[2]), without(part.crop, keeper.found, along_last(axis)))
-    piece = Piece(keeper.made_with, part.shape)
+    if keeper is None or recipe is None or run.job.files is None:
+        return Cut()
+    axis, counts = part.grid.roll_axis, [1, 1, 1]
+    counts[axis] = count if is_asked_for else min(count, most_parts(part.grid))
+    rest = without(part.crop, keeper.found, along_last(axis))
+    boxes = cut(part, (counts[0], counts[1], counts[2]), rest, evenly=True)
     if len(boxes) < 2:
-        return Cut(piece)
+        return Cut()
+    made_with, inputs = checksums(setup, recipe, run.job.files.images)
     tiles = tuple(setup.weights.folds * part_of(box).grid.tile_count for box in boxes)
-    return Cut(piece, tuple(boxes), tiles)
+    return Cut(Piece(made_with, inputs, secrets.token_hex(4), part.shape), tuple(boxes), tiles)

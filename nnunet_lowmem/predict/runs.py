@@ -302,7 +302,7 @@ class _Run:
         for listener in self._listeners:
             listener.written(job)
         if job.recipe is not None:
-            forget(job.recipe.outputs[0], of_all=job.piece is not None)
+            forget(job.recipe.outputs[0])
 
     def _draw(self, run: CaseRun, case: PreprocessedCase, result: Result) -> None:
         """Let listeners keep what shows the labels; what is wrong with it costs a warning and not the case."""

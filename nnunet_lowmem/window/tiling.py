@@ -127,11 +127,20 @@ class TileGrid:
             counts[axis] = min(2 * counts[axis], rows[axis])
             yield shape3(counts)
 
-    def pieces(self, axis: int, count: int) -> list[tuple[int, int]]:
-        """Cut the planes of the image into so many pieces at most: [start, stop), each where a row of tiles begins."""
+    def pieces(self, axis: int, count: int, again: int = 0) -> list[tuple[int, int]]:
+        """Cut the planes of the image into so many pieces at most: [start, stop), each where a row of tiles begins.
+
+        Each but the first computes so many rows `again`, for which the first has as many more.
+        """
         rows, size = self.starts[axis], self.image_shape[axis]
-        firsts = (rows[number * len(rows) // count] - self.padding[axis] for number in range(1, count))
+        shares = (again + number * (len(rows) - again) // count for number in range(1, count))
+        firsts = (rows[share] - self.padding[axis] for share in shares)
         return list(pairwise(sorted({0, *(first for first in firsts if 0 < first < size), size})))
+
+    def again(self, axis: int) -> int:
+        """Return how many rows of tiles along an axis reach across where the middle one begins: what a cut costs."""
+        middle = self.starts[axis][len(self.starts[axis]) // 2]
+        return len(self.touching(axis, middle - 1, middle)) if middle else 0
 
     def cut(self, counts: Shape3) -> tuple[TileGrid, float]:
         """Return a grid as large as that of any piece, for its sizes, and how many times as many tiles all have.

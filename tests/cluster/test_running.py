@@ -23,7 +23,9 @@ from nnunet_lowmem.cluster import connecting
 from nnunet_lowmem.commands.ensemble import ensemble_folders
 from nnunet_lowmem.errors import CasesFailedError, UsageError
 from nnunet_lowmem.options import chosen
+from nnunet_lowmem.predict import prepared
 from nnunet_lowmem.predict.jobs import Files, Job
+from nnunet_lowmem.predict.stored import store
 from nnunet_lowmem.volumes.mapped import spilled_array
 
 SMALL = {"patch_size": (12, 24, 24)}
@@ -102,9 +104,11 @@ def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, cli
     model = models(spec, files)
     if "roi" in options:
         options["roi"] = balls(files[0], tmp_path / options["roi"], 0.25, 0.75)
+    kept: list[Path | None] = []
     if name == "read as needed":
         monkeypatch.setattr(CasePlanning, "keeps_image", False)
         monkeypatch.setattr(CasePlanning, "spill", lambda _: partial(spilled_array, folder=tmp_path))
+        monkeypatch.setattr(prepared, "store", lambda case, folder: kept.append(store(case, folder)))
     reports = []
     for folder, more in [("one", {}), ("many", {"client": client, "split": 3})]:
         (tmp_path / folder).mkdir()
@@ -120,6 +124,7 @@ def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, cli
     one, many = reports
     assert (many.case, many.output) == (one.case, str(tmp_path / "many" / "case"))
     assert many.tiles_of_case == one.tiles_of_case
+    assert kept == [None] * (name == "read as needed"), "nothing is stored"
     if name != "bfloat16":  # of which a case on one worker may have to decide first
         assert (many.tiles > one.tiles) is (name != "not resampled by tables")
     left = {path.name for path in (tmp_path / "many").iterdir() if path.suffix not in (".json", ".jsonl")}
@@ -159,8 +164,10 @@ def test_only_long_cases_are_cut_by_themselves_and_where_workers_have_nothing_to
     from nnunet_lowmem.cluster.tasks import Cutting
 
     job = Job("case", "out", Files(["case.nii.gz"]))
-    long, short = Task(job, LONG_TILES), Task(job, LONG_TILES - 1)
+    long, short = (Task(job, tiles, may_be_cut=True, most_parts=9) for tiles in (LONG_TILES, LONG_TILES - 1))
     auto = Splitting("auto")
+    assert auto.cutting(Task(job, LONG_TILES, may_be_cut=True, most_parts=3), 1, 4) == Cutting(3, False)
+    assert auto.cutting(Task(job, LONG_TILES, most_parts=3), 1, 4) is None
     assert [auto.cutting(long, cases, 4) for cases in (1, 2, 3)] == [Cutting(4, False), Cutting(2, False), None]
     assert auto.cutting(short, 1, 4) is None
     assert Splitting("never").cutting(long, 1, 4) is None

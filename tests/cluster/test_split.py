@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from clusters import left_in, predict, voxels
 from factory import ModelSpec
 
 from nnunet_lowmem.errors import CasesFailedError, WorkerError
+
+resource = pytest.importorskip("resource")
 
 pytestmark = [
     pytest.mark.cluster,
@@ -36,6 +39,7 @@ def test_a_worker_that_is_killed_costs_what_it_did(step, start, models, images, 
     one = predict(model, [files], tmp_path / "one", **SLOW).run_report.done[0]
     killed: list[str] = []
     tiles: dict[str, int] = {}
+    again = {"prepare": "prepared", "finish": "finished"}
 
     def follow(progress: Any) -> None:
         is_part = ", part" in progress.case
@@ -44,13 +48,19 @@ def test_a_worker_that_is_killed_costs_what_it_did(step, start, models, images, 
         now = "part" if is_part else "finish" if tiles else "prepare"
         if now == step and not killed and progress.worker and (progress.done or step != "part"):
             killed.append(progress.worker)
+            again["part"] = progress.case.removeprefix("head, ")
             cluster.kill(progress.worker.split(" ")[0])
 
     options = {"scheduler_file": cluster.file, "split": 2, "on_progress": follow}
-    report = predict(model, [files], tmp_path / "many", **options, **SLOW).run_report.done[0]
+    predictor = predict(model, [files], tmp_path / "many", **options, **SLOW)
+    (report,) = predictor.run_report.done
     assert killed
     assert voxels(tmp_path / "many") == voxels(tmp_path / "one")
     assert one.tiles < report.tiles < 1.6 * one.tiles, "two parts, and nothing of a part that was done again"
+    assert {turn.task.removeprefix("head, ") for turn in predictor.run_report.turns if not turn.is_done} == {
+        again[step]
+    }
+    assert len(predictor.run_report.turns) == 5, "prepared, two parts, finished; one of them twice"
     assert left_in(tmp_path / "many") == unfinished(tmp_path / "many") == []
 
 
@@ -83,16 +93,12 @@ def test_a_worker_whose_disk_is_full_fails_the_case_and_the_other_part_is_kept(s
 
     def limit(progress: Any) -> None:
         if "part 2" in progress.case and not limited:
-            import resource
-
             limited.append(progress.worker)
             resource.prlimit(cluster.workers["a"].pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
     options = {"scheduler_file": cluster.file, "split": 2}
-    with pytest.raises(
-        CasesFailedError,
-        match=r"case head, prediction: part 2 of 2: .*labels cannot be kept: .*File too large.*worker a",
-    ):
+    told = r"case head, writing: part 2 of 2: .*labels cannot be kept: .*File too large; make room .*worker a"
+    with pytest.raises(CasesFailedError, match=told):
         predict(model, [files], tmp_path / "many", on_progress=limit, **options, **SLOW)
     assert len(unfinished(tmp_path / "many")) == 1
     assert voxels(tmp_path / "many") == {}
@@ -103,3 +109,37 @@ def test_a_worker_whose_disk_is_full_fails_the_case_and_the_other_part_is_kept(s
     assert report.tiles < 0.8 * one.tiles, "part 1 is not computed again"
     assert voxels(tmp_path / "many") == voxels(tmp_path / "one")
     assert unfinished(tmp_path / "many") == []
+
+
+def test_a_part_that_fails_while_another_runs_fails_its_case_alone(start, models, images, tmp_path):
+    cluster = start("a", "b")
+    files, other = images("head"), images("small")
+    model = models(MODEL, files)
+    failing: list[str] = []
+
+    def limit(progress: Any) -> None:
+        if "part 1 of 2" in progress.case and "head," in progress.case and not failing:
+            failing.append(progress.worker.split(" ")[0])
+            worker = cluster.workers[failing[0]]
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+    options = {"scheduler_file": cluster.file, "split": 2, "on_progress": limit}
+    with pytest.raises(CasesFailedError, match=r"1 of 2 cases failed: case head, writing: part 1 of 2: ") as told:
+        predict(model, [files, other], tmp_path / "many", **options, **SLOW)
+    assert [case.case for case in told.value.report.done] == ["small"]
+    assert left_in(tmp_path / "many") == []
+
+
+def test_parts_that_no_worker_can_hold_fail_the_case_with_both_numbers(start, models, images, tmp_path):
+    """All at once: what a tile takes is first seen in them."""
+    cluster = start()
+    for name in ("a", "b"):
+        cluster.join(name, "--resources", f"MEMORY={700 * 2**20}")
+    time.sleep(5)
+    files = images("head")
+    model = models(ModelSpec(labels=60, patch_size=(24, 64, 64)), files)
+    options = {"scheduler_file": cluster.file, "split": 2}
+    with pytest.raises(CasesFailedError, match=r"case head, .*does not fit: .*GiB.*budget 0\.68 GiB") as told:
+        predict(model, [files], tmp_path / "out", **options)
+    assert told.value.exit_code == 3
+    assert left_in(tmp_path / "out") == []

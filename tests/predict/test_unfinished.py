@@ -126,7 +126,7 @@ def test_a_long_case_of_several_folds_is_computed_in_parts(images, models, tmp_p
     assert left_in(tmp_path) == []
     monkeypatch.setattr(unfinished, "PART_S", 1e-6)
     assert predict(model, files, tmp_path / "cheap", 0, folds=folds)[0] == at_once, "cuts would cost more than a fifth"
-    monkeypatch.setattr(unfinished, "SHARE_OF_CUTS", 0.5)
+    monkeypatch.setattr(unfinished, "_SHARE", 0.5)
     assert predict(model, files, tmp_path / "once", 0, folds=folds, overwrite=True)[0] == at_once, "nobody continues it"
     in_parts, report = predict(model, files, tmp_path / "parts", folds=folds)
     assert report is not None
