@@ -21,9 +21,10 @@ from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.cluster import connecting
 from nnunet_lowmem.commands.ensemble import ensemble_folders
-from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.errors import BudgetError, CasesFailedError, UsageError
 from nnunet_lowmem.options import chosen
 from nnunet_lowmem.predict import prepared
+from nnunet_lowmem.predict.case import CaseRun
 from nnunet_lowmem.predict.jobs import Files, Job
 from nnunet_lowmem.predict.stored import store
 from nnunet_lowmem.volumes.mapped import spilled_array
@@ -129,6 +130,26 @@ def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, cli
         assert (many.tiles > one.tiles) is (name != "not resampled by tables")
     left = {path.name for path in (tmp_path / "many").iterdir() if path.suffix not in (".json", ".jsonl")}
     assert left == {file}, "parts and hidden folders are gone"
+
+
+def test_parts_that_are_refused_fail_their_case_alone(model, cases, client, tmp_path, monkeypatch):
+    """What a tile takes is first seen in parts, in several at a time: here it is said to be too much."""
+
+    def refuse(run: CaseRun, *_: Any) -> None:
+        raise BudgetError("does not fit: 2 GiB, budget 1 GiB")
+
+    predicted = CaseRun.predicted
+    monkeypatch.setattr(
+        CaseRun, "predicted", lambda run, *given: (predicted if run.job.piece is None else refuse)(run, *given)
+    )
+    predictor = make_predictor(LowMemPredictor, model, client=client, split=3)
+    with pytest.raises(
+        CasesFailedError, match=r"1 of 2 cases failed: case head, .*part [123] of 3: .*budget 1 GiB"
+    ) as told:
+        predictor.predict_from_files(cases, outputs(cases, tmp_path))
+    assert told.value.exit_code == 3
+    assert [case.case for case in predictor.run_report.done] == ["small"]
+    assert not list(tmp_path.glob("[.]partial*"))
 
 
 def test_ensembles_on_workers_are_those_of_one_process(model, cases, client, tmp_path, monkeypatch):
