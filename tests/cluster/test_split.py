@@ -35,8 +35,12 @@ SLOW_WRITER = """
 import time
 from nnunet_lowmem.nnunet import label_writing
 
-write = label_writing.write_segmentation
-label_writing.write_segmentation = lambda *given: (time.sleep(3), write(*given))
+def slow(*given, write=label_writing.write_segmentation):
+    time.sleep(3)
+    write(*given)
+
+if label_writing.write_segmentation.__name__ != "slow":  # it is loaded several times
+    label_writing.write_segmentation = slow
 """
 
 
