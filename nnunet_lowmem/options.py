@@ -279,7 +279,7 @@ def table() -> list[str]:
     for option in OPTIONS:
         told = option.metadata
         value = told["words"].get("metavar") or " or ".join(told["words"].get("choices", ()))
-        value = f"[{value}]" if told["words"].get("nargs") == "?" else value
+        value = f"[{value}]" if told["words"].get("nargs") == "?" else value.replace("|", " or ")
         flag = f"`{' '.join(filter(None, (told['flag'], value)))}`" if told["flag"] else ""
         rows.append(f"| {flag} | `{option.name}` | {told['about']} |")
     return rows
