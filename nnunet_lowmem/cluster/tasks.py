@@ -29,6 +29,7 @@ from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.report.following import following
 from nnunet_lowmem.sizes import asked_bytes, format_gib
+from nnunet_lowmem.system import allocator
 from nnunet_lowmem.system.clock import Progress
 from nnunet_lowmem.system.memory_limits import total_ram_bytes
 from nnunet_lowmem.system.owned_folders import BEAT_S
@@ -110,7 +111,7 @@ class Described:
 
 
 def describe(folders: Sequence[Path], model_folder: Path) -> Described:
-    """Tell what this worker is, and whether it sees what the command sees.
+    """Tell what this worker is, and whether it sees what the command sees; its process has our allocator from now on.
 
     Parameters
     ----------
@@ -118,6 +119,8 @@ def describe(folders: Sequence[Path], model_folder: Path) -> Described:
         Of the command, one beside each output.
     model_folder : Path
     """
+    if not get_worker().address.startswith("inproc"):  # a thread of the command's process
+        allocator.own_process()  # before torch has allocated anything
     unseen = [str(folder.parent) for folder in folders if not _sees(folder)]
     if not model_folder.is_dir():
         unseen.append(str(model_folder))
