@@ -42,7 +42,7 @@ class Whole:
         if piece is not None and piece.stored is not None:
             forget_stored(piece.stored)
         if piece is not None and recipe is not None and is_done:
-            forget_pieces(recipe.outputs[0], piece.token)
+            forget_pieces(recipe.outputs[0])
 
 
 @dataclass(eq=False)

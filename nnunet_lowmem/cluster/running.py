@@ -167,7 +167,8 @@ def _tasks(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> list[Task]
         tasks.append(Task(_everywhere(job), 0))
         if facts is not None:
             tasks[-1].size = setup.weights.folds * facts.tiles
-            tasks[-1].may_be_cut, tasks[-1].most_parts = facts.may_be_cut, most_parts(facts.grid)
+            rows = len(facts.grid.starts[facts.grid.roll_axis])
+            tasks[-1].may_be_cut, tasks[-1].most_parts = facts.may_be_cut and rows > 1, most_parts(facts.grid)
     return tasks
 
 

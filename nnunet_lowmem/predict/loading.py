@@ -15,7 +15,7 @@ from nnunet_lowmem.budget.facts import CaseFacts
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.predict.jobs import Array, Files, Item, Job, Refused
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.stored import stored
+from nnunet_lowmem.predict.stored import image_bytes, stored
 from nnunet_lowmem.preprocessing.case import preprocess_array, preprocess_case
 from nnunet_lowmem.types import PreprocessedCase
 
@@ -36,7 +36,9 @@ def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedC
     source = job.source
     if job.piece is not None and job.piece.stored is not None:
         assert planning is not None, "a piece is planned"
-        return stored(job.piece.stored, planning.folder)
+        room = planning.budget.disk_bytes
+        fits_disk = room is None or image_bytes(job.piece.stored) < room
+        return stored(job.piece.stored, planning.folder if fits_disk else None)
     options: dict[str, Any] = {
         "threads": 1 if planning is None else planning.threads,
         "allocate": np.empty if planning is None else planning.allocate,

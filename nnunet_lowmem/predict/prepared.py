@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from nnunet_lowmem.boxes import along_last, without
+from nnunet_lowmem.boxes import along_last, bounds, without
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.errors import WriteError, because
 from nnunet_lowmem.labels import rules
@@ -21,7 +20,7 @@ from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.loading import load
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.stored import store
-from nnunet_lowmem.predict.unfinished import checksums, unfinished_of
+from nnunet_lowmem.predict.unfinished import checksums, token, unfinished_of
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.owned_folders import temporary_folder
 from nnunet_lowmem.types import Box, PreprocessedCase
@@ -122,11 +121,12 @@ def _cut(run: CaseRun, case: PreprocessedCase, planning: CasePlanning, count: in
     if keeper is None or recipe is None or run.job.files is None:
         return Cut()
     axis, counts = part.grid.roll_axis, [1, 1, 1]
-    counts[axis] = count if is_asked_for else min(count, most_parts(part.grid))
     rest = without(part.crop, keeper.found, along_last(axis))
-    boxes = cut(part, (counts[0], counts[1], counts[2]), rest, evenly=True)
+    left = part_of(bounds(rest)).along(axis) if keeper.found else part
+    counts[axis] = count if is_asked_for else min(count, most_parts(left.grid))
+    boxes = cut(left, (counts[0], counts[1], counts[2]), rest, evenly=True)
     if len(boxes) < 2:
         return Cut()
     made_with, inputs = checksums(setup, recipe, run.job.files.images)
     tiles = tuple(setup.weights.folds * part_of(box).grid.tile_count for box in boxes)
-    return Cut(Piece(made_with, inputs, secrets.token_hex(4), part.shape), tuple(boxes), tiles)
+    return Cut(Piece(made_with, inputs, token(), part.shape), tuple(boxes), tiles)

@@ -30,7 +30,7 @@ from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.unfinished import forget
+from nnunet_lowmem.predict.unfinished import forget, forget_pieces
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.clock import StageClock
@@ -303,6 +303,8 @@ class _Run:
             listener.written(job)
         if job.recipe is not None:
             forget(job.recipe.outputs[0])
+            if job.piece is None:  # else who has cut the case does it, once it knows
+                forget_pieces(job.recipe.outputs[0])
 
     def _draw(self, run: CaseRun, case: PreprocessedCase, result: Result) -> None:
         """Let listeners keep what shows the labels; what is wrong with it costs a warning and not the case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import shutil
 import uuid
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.types import PreprocessedCase
 from nnunet_lowmem.volumes.mapped import give_back
+
+logger = logging.getLogger(__name__)
 
 _IMAGE, _STAGE, _MASK = ".image.npy", ".stage.npy", ".mask.npy"
 
@@ -36,11 +39,12 @@ def store(case: PreprocessedCase, folder: Path) -> Path | None:
     require_free_bytes(folder, needed_bytes, "make room there, or leave cases whole with --split never")
     file = folder / f"case-{uuid.uuid4().hex}"
     wanted = None if case.wanted is None else replace(case.wanted, mask=None)
+    has = case.previous_stage is not None, mask is not None
     try:
         for ending, array in arrays.items():
             if array is not None:
                 _write(file.with_suffix(ending), array)
-        file.write_bytes(pickle.dumps((case.properties, wanted)))
+        file.write_bytes(pickle.dumps((case.properties, wanted, *has)))
     except BaseException:
         forget_stored(file)
         raise
@@ -57,32 +61,47 @@ def _write(path: Path, array: NDArray[Any]) -> None:
             give_back(array)
 
 
-def stored(file: Path, scratch: Path) -> PreprocessedCase:
-    """Return a case that was kept. Its image is copied, since a mapped file that others remove may end a process.
+def stored(file: Path, scratch: Path | None) -> PreprocessedCase:
+    """Return a case that was kept. Its image is never mapped where it is: others may remove it, which ends a process.
 
     Parameters
     ----------
     file : Path
         Of `store`.
-    scratch : Path
-        A folder of this process, for the image.
+    scratch : Path or None
+        A folder of this process, to which the image is copied to be mapped; None reads it into RAM.
 
     Raises
     ------
     OSError
-        If it is gone.
-    WriteError
-        If there is no room for the image.
+        If something of it is gone.
     """
-    properties, wanted = pickle.loads(file.read_bytes())
-    image, previous_stage = file.with_suffix(_IMAGE), file.with_suffix(_STAGE)
-    require_free_bytes(scratch, image.stat().st_size, "make room there or choose another folder with --tmp_dir")
-    own = scratch / image.name
-    shutil.copyfile(image, own)
-    if wanted is not None and file.with_suffix(_MASK).exists():
+    properties, wanted, has_stage, has_mask = pickle.loads(file.read_bytes())
+    stage = np.load(file.with_suffix(_STAGE)) if has_stage else None
+    if has_mask:
         wanted = replace(wanted, mask=np.load(file.with_suffix(_MASK)))
-    stage = np.load(previous_stage) if previous_stage.exists() else None
-    return PreprocessedCase(np.load(own, mmap_mode="r"), stage, properties, wanted=wanted)
+    image = file.with_suffix(_IMAGE)
+    copied = None if scratch is None else _copied(image, scratch)
+    array = np.load(image) if copied is None else np.load(copied, mmap_mode="r")
+    return PreprocessedCase(array, stage, properties, wanted=wanted)
+
+
+def _copied(image: Path, scratch: Path) -> Path | None:
+    """Return a copy; None where there is no room for it after all."""
+    own = scratch / image.name
+    try:
+        shutil.copyfile(image, own)
+    except OSError as error:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+        logger.warning("%s is read into RAM, since it cannot be copied: %s", image.name, error)
+        return None
+    return own
+
+
+def image_bytes(file: Path) -> int:
+    """Return the size of the image of a case that was kept."""
+    return file.with_suffix(_IMAGE).stat().st_size
 
 
 def forget_stored(file: Path) -> None:

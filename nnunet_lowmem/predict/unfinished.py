@@ -48,6 +48,7 @@ _KIND = "lowmem_unfinished"
 EVERY_S = 60.0
 #: Seconds that a part of a case of several folds may take, before a kill costs that much.
 PART_S = 1800.0
+_TOKEN_LETTERS = 8
 # what cuts may cost, of all tiles
 _SHARE = 0.2
 
@@ -145,6 +146,8 @@ class Unfinished(Keeper):
         """Keep what is final: each minute, with several folds at the end of each box."""
         append(self._pending, box)
         is_due = (ends and self._folds > 1) or time.monotonic() >= self._last_s + EVERY_S
+        if self._is_begun and self._within is not None and not self._own.exists():
+            self._is_given_up = True  # the case is done meanwhile
         if self._is_given_up or not is_due or not self._pending:
             return
         try:
@@ -191,9 +194,8 @@ class Unfinished(Keeper):
         return True
 
     def _keep(self, labels: LabelMap) -> None:
-        is_begun = self._is_begun and self._own.exists()
-        with self._own.open("ab" if is_begun else "wb") as file:
-            if not is_begun and not self._has_copied(file):
+        with self._own.open("ab" if self._is_begun else "wb") as file:
+            if not self._is_begun and not self._has_copied(file):
                 file.write(replace(self._key, arithmetic=self._arithmetic()).line)
                 self._pending[:0] = self.found
             for box in self._pending:
@@ -210,11 +212,16 @@ def forget(output: Path) -> None:
     _forget(output)
 
 
-def forget_pieces(output: Path, token: str) -> None:
-    """Remove what any process has kept of one cut of a case."""
-    for file in _files_of(output, token):
+def forget_pieces(output: Path) -> None:
+    """Remove what any process has kept of a box of an output that is there."""
+    for file in _files_of(output, "?" * _TOKEN_LETTERS):
         with contextlib.suppress(OSError):
             file.unlink()
+
+
+def token() -> str:
+    """Return what tells what is kept of a cut from what others have kept."""
+    return secrets.token_hex(_TOKEN_LETTERS // 2)
 
 
 def _forget(output: Path, but: Path | None = None) -> None:

@@ -10,7 +10,9 @@ _MAPPED_BYTES = 8 * 2**20
 
 
 def own_process() -> None:
-    """Set the allocators of a process that runs for this package: a command, or whoever asked for the start-up hook.
+    """Set the allocators of a process that runs for this package.
+
+    A command, whoever asked for the start-up hook, or a worker of a cluster that was asked whether it takes cases.
 
     Both last for the process; torch's takes effect if torch has not allocated anything yet.
 
