@@ -95,7 +95,7 @@ KINDS: dict[str, tuple[ModelSpec, str, dict[str, Any]]] = {
 }
 
 
-SLOW = ["folds, mirrored", "two channels", "a box", "bfloat16"]
+SLOW = ["folds, mirrored", "two channels", "a box", "bfloat16", "not resampled by tables"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KINDS])

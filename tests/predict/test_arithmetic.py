@@ -112,7 +112,10 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ["two-dimensional", "residual encoder"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETWORKS])
 def test_networks_of_all_kinds(name, models, images, tmp_path, found):
     files, folds = images("head"), (0, 1) if "folds" in name else (0,)
     model = models(NETWORKS[name], files)
