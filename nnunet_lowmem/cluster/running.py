@@ -76,14 +76,13 @@ def predict_cases(
         If the scheduler has gone.
     """
     _check(predictor, jobs)
-    ways = Ways(setup)
+    ways, splitting = Ways(setup), Splitting(str(setup.options.split))
     with outcomes, connected(setup.options) as client, _folders(jobs) as folders:
         arithmetic = ways.arithmetic() if setup.arithmetic is Arithmetic.BFLOAT16 and not ways.is_undecided else None
         sent = _sent(predictor, setup, folders[0], arithmetic)
         model, mixed = Path(sent.model[0]), setup.options.allow_mixed
         members = Members(client, folders, model, setup.device.type, mixed)
         logger.info("cases go to %s", _in_words(client))
-        splitting = Splitting(str(setup.options.split))
         tasks = _tasks(jobs, setup, probabilities)
         dispatched = sent, probabilities, setup.options.worker_timeout_s, outcomes.listeners, splitting
         with Dispatcher(client, members, *dispatched) as dispatcher:
