@@ -23,7 +23,7 @@ from nnunet_lowmem.predict.stored import store
 from nnunet_lowmem.predict.unfinished import checksums, token, unfinished_of
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.owned_folders import temporary_folder
-from nnunet_lowmem.types import Box, PreprocessedCase
+from nnunet_lowmem.types import Box, PreprocessedCase, Shape3
 from nnunet_lowmem.window.tiling import TileGrid
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,12 @@ def prepare(
         run.check()
         planning = run.planning(0, None)
         planning.check()
+        if job.recipe is None or job.files is None:
+            return Cut()
+        sums = checksums(setup, job.recipe, job.files.images)  # of what is read now
         case = run.preprocessed(load, planning)
-        made = _cut(run, case, planning, count, is_asked_for)
+        boxes, tiles, shape = _cut(run, case, planning, count, is_asked_for)
+        made = Cut(Piece(*sums, token(), shape), boxes, tiles) if len(boxes) > 1 else Cut()
         if made.piece is not None:
             try:
                 made = replace(made, piece=replace(made.piece, stored=store(case, folder)))
@@ -109,24 +113,23 @@ def most_parts(grid: TileGrid) -> int:
     return 1 + int(_SHARE * len(grid.starts[axis]) / max(1, grid.again(axis)))
 
 
-def _cut(run: CaseRun, case: PreprocessedCase, planning: CasePlanning, count: int, is_asked_for: bool) -> Cut:
-    rule, setup, recipe = run.label_rule(), run.setup, run.job.recipe
+def _cut(
+    run: CaseRun, case: PreprocessedCase, planning: CasePlanning, count: int, is_asked_for: bool
+) -> tuple[tuple[Box, ...], tuple[int, ...], Shape3]:
+    """Return boxes, tiles for each, and the shape of what is asked for; no box where all is needed as a whole."""
+    rule, setup = run.label_rule(), run.setup
     geometry = adapter.case_geometry(case.image.shape[1:], case.properties)
     as_a_whole = rule is None or not run.is_ours(case)
     part_of = partial(planning.sizes.part, geometry, case.properties["spacing"], case.wanted, as_a_whole)
     part = part_of()
     if as_a_whole or rule is None or not rules.streams(part.resampling, rule, run.probabilities):
-        return Cut()
+        return (), (), part.shape
     keeper = unfinished_of(setup, run.job, part, rule.dtype)
-    if keeper is None or recipe is None or run.job.files is None:
-        return Cut()
+    found = [] if keeper is None else keeper.found
     axis, counts = part.grid.roll_axis, [1, 1, 1]
-    rest = without(part.crop, keeper.found, along_last(axis))
-    left = part_of(bounds(rest)).along(axis) if keeper.found else part
+    rest = without(part.crop, found, along_last(axis))
+    left = part_of(bounds(rest)).along(axis) if found else part
     counts[axis] = count if is_asked_for else min(count, most_parts(left.grid))
     boxes = cut(left, (counts[0], counts[1], counts[2]), rest, evenly=True)
-    if len(boxes) < 2:
-        return Cut()
-    made_with, inputs = checksums(setup, recipe, run.job.files.images)
     tiles = tuple(setup.weights.folds * part_of(box).grid.tile_count for box in boxes)
-    return Cut(Piece(made_with, inputs, token(), part.shape), tuple(boxes), tiles)
+    return tuple(boxes), tiles, part.shape
