@@ -164,7 +164,7 @@ class Unfinished(Keeper):
             )
             return
         if not self._is_begun and self._within is None:  # it holds all that was found, too
-            _forget(self._output, self._own)
+            forget(self._output, self._own)
         self._is_begun, self._last_s = True, time.monotonic()
         self._pending.clear()
 
@@ -207,11 +207,6 @@ class Unfinished(Keeper):
             flush(self._own.parent)
 
 
-def forget(output: Path) -> None:
-    """Remove what this process, and those that have ended, have kept of an output that is there."""
-    _forget(output)
-
-
 def forget_pieces(output: Path) -> None:
     """Remove what any process has kept of a box of an output that is there."""
     for file in _files_of(output, "?" * _TOKEN_LETTERS):
@@ -224,7 +219,8 @@ def token() -> str:
     return secrets.token_hex(_TOKEN_LETTERS // 2)
 
 
-def _forget(output: Path, but: Path | None = None) -> None:
+def forget(output: Path, but: Path | None = None) -> None:
+    """Remove what this process, and those that have ended, have kept of an output, but for one file."""
     for file in _files_of(output):
         if file != but and is_left_over(file, file.name.partition(".")[0], (_KIND,)):
             with contextlib.suppress(OSError):
