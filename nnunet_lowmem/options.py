@@ -126,6 +126,19 @@ class Options:
         "--roi",
         metavar="PATH",
     )
+    level: int = _option(
+        0, "of an OME-Zarr, which of its scales (default: 0, the finest)", "--level", type=int, metavar="N"
+    )
+    key: str | None = _option(None, "of an HDF5 file, which of its data sets", "--key", metavar="PATH")
+    planes: bool = _option(False, "the input is a folder of TIFF files, each a plane of one volume", "--planes")
+    spacing: Sequence[float] | None = _option(
+        None,
+        "of the images, in mm, slowest axis of the file first, in the place of what the files say",
+        "--spacing",
+        nargs=3,
+        type=float,
+        metavar=("Z", "Y", "X"),
+    )
     report: bool = _option(
         False, "write `lowmem_report.html` into the output folder: memory, times, plans, slices, failures", "--report"
     )
@@ -279,6 +292,7 @@ def table() -> list[str]:
     for option in OPTIONS:
         told = option.metadata
         value = told["words"].get("metavar") or " or ".join(told["words"].get("choices", ()))
+        value = value if isinstance(value, str) else " ".join(value)
         value = f"[{value}]" if told["words"].get("nargs") == "?" else value.replace("|", " or ")
         flag = f"`{' '.join(filter(None, (told['flag'], value)))}`" if told["flag"] else ""
         rows.append(f"| {flag} | `{option.name}` | {told['about']} |")

@@ -33,7 +33,8 @@ def test_each_flag_gives_its_option():
     for option in WITH_FLAG:
         words = [option.metadata["flag"]]
         if option.type != "bool":
-            words.append(option.metadata["words"].get("choices", ("7",))[-1])
+            values = option.metadata["words"].get("choices", ("7",))[-1:]
+            words += values * option.metadata["words"].get("nargs", 1) if option.name == "spacing" else values
         given = cli.predict_parser().parse_args(["-i", "in", "-o", "out", *words])
         assert [other.name for other in WITH_FLAG if getattr(given, other.name) is not None] == [option.name]
 

@@ -20,6 +20,8 @@ from nnunet_lowmem.labels.parts import Part, part_of
 from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.label_writing import Leaves, writer_bytes
+from nnunet_lowmem.nnunet.read_by import writer_of
+from nnunet_lowmem.preprocessing.case import depth_of_slabs
 from nnunet_lowmem.preprocessing.grids import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
@@ -92,9 +94,8 @@ class CaseSizes:
         """
         library = counted_by(self.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
-        facts = self._upper_bounds(
-            name, Source.of(headers), *headers[0].grid(), previous_stage is not None, probabilities
-        )
+        source = Source.of(headers, depth_of_slabs(self.configuration))
+        facts = self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
         return facts if roi is None else self._with_mask(facts, roi, headers[0])
 
     def _with_mask(self, facts: CaseFacts, roi: str, image: Header | None = None) -> CaseFacts:
@@ -205,7 +206,7 @@ class CaseSizes:
         network, shape = math.prod(network_shape), part.geometry.original_shape
         backward = self.plans.transpose_backward
         in_file = [shape[axis] for axis in backward]
-        writer_class = self.plans.image_reader_writer_class
+        writer_class = type(writer_of(self.plans))
         leaves, rule = Leaves(), adapter.label_rule(self.labels)
         if rule is not None and streams and not part.needs_all:
             leaves = Leaves.of(writer_class, self.file_ending, shape, rule, backward, part.grid.roll_axis)

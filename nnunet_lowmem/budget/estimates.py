@@ -100,14 +100,15 @@ def estimates(
     model: ModelFacts,
     budget: Budget,
     probabilities: bool,
-    file_ending: str,
+    file_ending: str | None,
     arithmetic: str = "",
     mask_of: Callable[[list[str]], str | None] = lambda files: None,
 ) -> Iterator[Estimate]:
     """Estimate cases, each given as name, files and file of the previous stage; `mask_of` finds the mask of files."""
     for name, files, previous_stage in cases:
         try:
-            check_numbers(files, file_ending)
+            if file_ending is not None:  # else they are no channels by their names
+                check_numbers(files, file_ending)
             mask = mask_of(files)
             facts = sizes.of_files(name, files, previous_stage, probabilities, mask)
             whole = facts

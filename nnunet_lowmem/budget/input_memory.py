@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_lowmem.budget.arrays import SINGLE_BYTES
 from nnunet_lowmem.budget.facts import InputFacts
@@ -21,8 +19,10 @@ from nnunet_lowmem.preprocessing.case import bounded_resampling, is_copied, is_o
 from nnunet_lowmem.preprocessing.crop import SLAB_VOXELS
 from nnunet_lowmem.preprocessing.grids import Grid
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
+from nnunet_lowmem.preprocessing.reading import is_read_here
 from nnunet_lowmem.preprocessing.sources import is_streamed
 from nnunet_lowmem.preprocessing.spline import working_bytes
+from nnunet_lowmem.volumes.chunked_volume import decoding_bytes, kept_bytes
 from nnunet_lowmem.volumes.file_volume import is_readable_by_parts
 from nnunet_lowmem.volumes.headers import Header
 
@@ -69,7 +69,10 @@ class Source(NamedTuple):
     beside_bytes : int
         Held beside these while a file is read.
     spilled_bytes : int or None
-        Of the files that cannot be read part by part; None where one has values that only a library makes.
+        Of the files that cannot be read part by part, and of the chunks that are kept of those that are in chunks; None
+        where one has values that only a library makes.
+    decoding_bytes : int
+        Held while chunks are decoded.
     """
 
     files: int
@@ -78,18 +81,25 @@ class Source(NamedTuple):
     beside_bytes: int
     spilled_bytes: int | None = None
 
+    decoding_bytes: int = 0
+
     @staticmethod
-    def of(headers: Sequence[Header]) -> Source:
-        """Return that of files."""
+    def of(headers: Sequence[Header], depth: int = 1) -> Source:
+        """Return that of files, of which slabs of `depth` planes are asked for one after the other."""
         sizes = [header.voxels * header.dtype.itemsize for header in headers]
         in_place = all(header.is_taken_as_stored for header in headers)
         whole = [size for header, size in zip(headers, sizes, strict=True) if not is_readable_by_parts(header)]
+        arrays = [header.layout.chunked for header in headers if header.layout is not None]
+        chunked = [array for array in arrays if array is not None]
+        whole += [kept_bytes(array, depth) for array in chunked]
+        decoding = max(map(decoding_bytes, chunked), default=0)
         return Source(
             len(headers),
             min((header.dtype for header in headers), key=lambda dtype: dtype.itemsize),
             sum(sizes),
-            max(header.beside_bytes for header in headers),
+            max(*(header.beside_bytes for header in headers), decoding),
             sum(whole) if in_place else None,
+            decoding,
         )
 
 
@@ -118,7 +128,7 @@ def input_bytes(
         own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
     reader = plans_manager.image_reader_writer_class
-    is_ours = bool(source.files) and reader in (SimpleITKIO, NibabelIO)
+    is_ours = bool(source.files) and is_read_here(reader)
     reading, kept = _reading(is_ours, source, voxels, len(rules))
     kept_bytes = min(source.dtype.itemsize, kept // max(1, len(rules) * voxels))
     work = max(_normalising(rule, kept_bytes, is_ours) for rule in rules) * voxels
@@ -138,9 +148,9 @@ def _on_disk(source: Source, kept: int, mask: int, grid: Grid, is_image: bool, c
     """Return the facts of an input that need not be kept in RAM."""
     plane = math.prod(grid.shape) // max(1, min(grid.shape))
     stored_bytes = 2 * source.dtype.itemsize  # once more in the byte order of this machine, perhaps
-    block = max(_PLANES_BYTES, plane * (stored_bytes + SINGLE_BYTES + 1))
+    block = min(kept, max(_PLANES_BYTES, plane * (stored_bytes + SINGLE_BYTES + 1))) + source.decoding_bytes
     tile = SINGLE_BYTES * (channels + 1) + stored_bytes + bool(mask) * _MASKED_BYTES
-    return InputFacts(kept, source.spilled_bytes, min(block, kept), is_image, mask, tile)
+    return InputFacts(kept, source.spilled_bytes, block, is_image, mask, tile)
 
 
 def _reading(is_ours: bool, source: Source, voxels: int, channels: int) -> tuple[int, int]:

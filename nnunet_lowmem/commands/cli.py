@@ -22,6 +22,7 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.options import OF_CONNECTIONS, WITH_FLAG, add_flags, chosen
 from nnunet_lowmem.system import allocator
+from nnunet_lowmem.volumes.selection import is_output_file, is_volume, volumes_in
 
 __all__ = ["main", "predict_entry_point", "predict_parser"]
 
@@ -84,7 +85,7 @@ def _predict(options: argparse.Namespace) -> int:
 
         device = console.choose_device(options.device)
         print(f"{CITATION}\ndevice: {device}")
-        _check_cases(options.i, Path(model_folder))
+        _check_cases(options, Path(model_folder))
         console.set_torch_threads(device)
         predictor = _predictor(options, device, model_folder)
         if options.estimate:
@@ -159,7 +160,7 @@ def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
     """Check a command before it runs; return its model folder and the ending of its files."""
     options = flags.predict_options(arguments)
     model_folder = _check(options)
-    return model_folder, _check_cases(options.i, Path(model_folder))
+    return model_folder, _check_cases(options, Path(model_folder))
 
 
 def _check(options: argparse.Namespace) -> str:
@@ -180,7 +181,8 @@ def _check(options: argparse.Namespace) -> str:
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
         flags.asked_bytes(flag, text)
     _check_device(options.device)
-    _check_folder("-i", options.i)
+    if not is_volume(options.i):
+        _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
         _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
     if options.tmp_dir is not None:
@@ -188,17 +190,19 @@ def _check(options: argparse.Namespace) -> str:
     model_folder = options.m or _model_of_dataset(options)
     model_files.checkpoint_files(model_folder, options.f, options.chk)
     if not options.estimate:
-        _check_writable(Path(options.o))
+        _check_writable(Path(options.o).parent if is_output_file(options.o) else Path(options.o))
     return str(model_folder)
 
 
-def _check_cases(folder: str, model_folder: Path) -> str:
+def _check_cases(options: argparse.Namespace, model_folder: Path) -> str:
     """Refuse a folder without cases; return the ending of its files."""
     model_files.read_json(model_folder / "plans.json")
     dataset_json = model_folder / "dataset.json"
     file_ending = model_files.check_file_ending(model_files.read_json(dataset_json), dataset_json)
-    if not model_files.list_cases(folder, file_ending):
-        raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs")
+    folder = options.i
+    is_one = is_volume(folder) or options.planes
+    if not (is_one or volumes_in(folder) or model_files.list_cases(folder, file_ending)):
+        raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs, and no volume")
     return file_ending
 
 

@@ -73,7 +73,13 @@ def predict_parser(by_folder: bool = False) -> Flags:
     if by_folder:
         parser.written_out |= {"-num_parts", "-part_id"}
         parser.set_defaults(d=None, p="nnUNetPlans", tr="nnUNetTrainer", c=None)
-    add("-o", required=True, metavar="FOLDER", help="output folder; made if it does not exist")
+    add(
+        "-o",
+        required=True,
+        metavar="FOLDER",
+        help="output folder; made if it does not exist. Of a single volume also a file, or a store: x.ome.zarr, "
+        "x.tif, x.h5, x.nii.gz",
+    )
     add("--verbose", action="store_true", help="print the plan, the measured peak, and tracebacks")
     add("--save_probabilities", action="store_true", help="write the probabilities of all classes, too")
     also = ["--c"] if by_folder else []
@@ -90,7 +96,13 @@ def predict_parser(by_folder: bool = False) -> Flags:
 
 def add_model_flags(add: Callable[..., object], by_folder: bool = False) -> None:
     """Add the flags that say what is predicted, and how; stock's, but for -m and the default of -device."""
-    add("-i", required=True, metavar="FOLDER", help="input folder; files end in _0000 etc. as in training")
+    add(
+        "-i",
+        required=True,
+        metavar="FOLDER",
+        help="input folder; files end in _0000 etc. as in training. Or a volume, or a folder of volumes: OME-Zarr, "
+        "zarr, TIFF, HDF5, NIfTI, NRRD, MHA",
+    )
     add("-m", metavar="FOLDER", help="trained model folder (holds fold_X); instead of -d, -p, -tr and -c")
     if not by_folder:
         add("-d", metavar="DATASET", help="dataset name or id of the model")

@@ -35,6 +35,7 @@ from nnunet_lowmem.preprocessing.grids import network_spacing
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.owned_folders import remove_stale
 from nnunet_lowmem.types import PreprocessedCase, shape3
+from nnunet_lowmem.volumes.selection import is_output_file
 
 try:
     from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
@@ -85,14 +86,20 @@ def check_reader(plans_manager: PlansManager) -> None:
 
 
 def write_run_files(
-    target: str | list[str] | None, arguments: dict[str, Any], dataset_json: dict[str, Any], plans: dict[str, Any]
+    target: str | list[str] | None,
+    arguments: dict[str, Any],
+    dataset_json: dict[str, Any],
+    plans: dict[str, Any],
+    is_folder: bool = True,
 ) -> None:
-    """Write what stock writes beside the predictions: the arguments, dataset.json and plans.json."""
+    """Write what stock writes beside the predictions: the arguments, dataset.json and plans.json; not beside a file."""
     if target is None:
         return
     folder = output_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
+    if not is_folder:
+        return
     arguments = deepcopy(arguments)
     recursive_fix_for_json_export(arguments)
     # as stock does: parts of a run (-num_parts) write them at the same time, and where files cannot be renamed the copy
@@ -103,7 +110,12 @@ def write_run_files(
 
 
 def outputs(wanted: Any) -> str | list[str] | None:
-    """Return the folder or list of outputs as far as stock takes it for one: no path, tuple or array."""
+    """Return the folder or list of outputs as far as stock takes it for one: no path, tuple or array.
+
+    The name of a file is a list of one.
+    """
+    if is_output_file(wanted):
+        return [wanted]
     if wanted is None or isinstance(wanted, str | list):
         return wanted
     logger.warning("nnU-Net writes to a folder given as str, or a list: for %r results are returned", wanted)

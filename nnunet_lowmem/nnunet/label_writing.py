@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import also
 from nnunet_lowmem.labels.rules import LabelRule
+from nnunet_lowmem.nnunet.read_by import writer_of
 from nnunet_lowmem.nnunet.rehearsing import ONE_BYTE, is_tried
 from nnunet_lowmem.overrides import lookup
+from nnunet_lowmem.preprocessing.volume_io import VolumeIO
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.types import Shape3
 from nnunet_lowmem.volumes import streamed
@@ -38,6 +40,8 @@ _BY_PAGES = "nnunetv2.imageio.tif_reader_writer:Tiff3DIO"
 _PAGED = (".tif", ".tiff")
 # of a page: as it is stored, the strips that are made of it, and what is written at a time
 _PAGE_COPIES = 3
+# what our own writers take at a time, unless a plane has more
+_BLOCK_VOXELS = 2**24
 # three images of one byte: made of the array, oriented, and oriented once more by ITK's filter for directions
 _TO_ORIENTATION = "nnunetv2.imageio.simpleitk_reader_writer:SimpleITKIOWithReorient"
 _ORIENTED_BYTES = 3
@@ -65,6 +69,8 @@ def writer_bytes(writer_class: type, ending: str, shape: Sequence[int], label_by
         Of a voxel, 1 or 2.
     """
     voxels = math.prod(shape)
+    if issubclass(writer_class, VolumeIO):
+        return _BUFFER_BYTES + _PAGE_COPIES * label_bytes * max(_BLOCK_VOXELS, math.prod(shape[1:]))
     if _is_streamed(writer_class, ending, voxels * label_bytes):
         return _BUFFER_BYTES
     if _is_paged(writer_class, ending, shape, label_bytes):
@@ -118,8 +124,9 @@ def write_segmentation(segmentation: NDArray[Any], properties: dict[str, Any], p
     Exception
         Of the writer, about anything but the file.
     """
-    writer = plans_manager.image_reader_writer_class()
-    shape = segmentation.shape if writer.write_seg.__module__.startswith("nnunetv2.imageio.") else None
+    writer = writer_of(plans_manager)
+    is_known = isinstance(writer, VolumeIO) or writer.write_seg.__module__.startswith("nnunetv2.imageio.")
+    shape = segmentation.shape if is_known else None
     with output(Path(path), type(writer), shape) as partial_file:
         way = None
         is_paged = _is_paged(type(writer), path, segmentation.shape, segmentation.itemsize)

@@ -27,6 +27,7 @@ from nnunet_lowmem.labels.parts import Part, cut
 from nnunet_lowmem.labels.probabilities import ProbabilitySink, label_and_export, npz_sink
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.nnunet import adapter, model_keys
+from nnunet_lowmem.nnunet.read_by import writer_of
 from nnunet_lowmem.nnunet.rehearsing import rehearse
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.foreign import foreign
@@ -240,7 +241,7 @@ class CaseRun:
         """Refuse the case before it is computed if its label map has no writer."""
         plans = self.setup.plans_manager
         in_file = [int(properties["shape_before_cropping"][axis]) for axis in plans.transpose_backward]
-        writer = plans.image_reader_writer_class
+        writer = type(writer_of(plans))
         rehearse(writer, output, self.setup.file_ending, properties, in_file, rule, self.folder)
 
     def _planned(

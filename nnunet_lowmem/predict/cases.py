@@ -30,9 +30,7 @@ from nnunet_lowmem.system.atomic_files import require_free_bytes
 from nnunet_lowmem.system.clock import Progress, StageClock
 from nnunet_lowmem.system.memory_limits import free_disk_bytes
 from nnunet_lowmem.system.placing import place_of
-from nnunet_lowmem.types import BBox
 from nnunet_lowmem.volumes.formats import read_header
-from nnunet_lowmem.volumes.headers import Library
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +246,7 @@ def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> Non
     voxel_bytes = 1 if rule is None else rule.dtype.itemsize
     probability_bytes = setup.heads * np.dtype(setup.options.probabilities_dtype).itemsize if probabilities else 0
     shrinks = 1 if setup.file_ending in _UNCOMPRESSED_ENDINGS else _GREATEST_COMPRESSION
-    library = counted_by(setup.plans_manager.image_reader_writer_class)
-    for folder, voxels in _voxels_by_folder(jobs, library, setup.bbox).items():
+    for folder, voxels in _voxels_by_folder(jobs, setup).items():
         require_free_bytes(
             folder, voxels * voxel_bytes // shrinks + voxels * probability_bytes // _GREATEST_COMPRESSION
         )
@@ -257,15 +254,17 @@ def require_space(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> Non
             _tell_size_of_probabilities(folder, voxels * probability_bytes)
 
 
-def _voxels_by_folder(jobs: Sequence[Job], library: Library, bbox: BBox | None) -> dict[Path, int]:
+def _voxels_by_folder(jobs: Sequence[Job], setup: Setup) -> dict[Path, int]:
     """Voxels that will be written to each folder, by headers."""
     voxels: dict[Path, int] = {}
+    bbox = setup.bbox
     for job in jobs:
         if job.recipe is None or job.files is None:
             continue
         with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
             # a header that promises more than its file can hold needs no space
-            shape, _ = read_header(job.files.images[0], library).grid()
+            library = counted_by(setup.plans_manager.image_reader_writer_class)
+            shape, _ = read_header(job.files.images[0], job.files.selection or library).grid()
             if bbox is not None:
                 shape = [within.stop - within.start for within in box_within(bbox, shape)]
             folder = place_of(job.recipe.outputs[0]).parent

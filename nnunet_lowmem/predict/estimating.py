@@ -20,6 +20,7 @@ from nnunet_lowmem.predict.case import case_sizes, warm_up_kernels
 from nnunet_lowmem.predict.logits import TileNetwork, grid_of
 from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.volume_jobs import case_name, files_of, volumes_of
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.types import Place, PreprocessedCase, once
 
@@ -36,13 +37,19 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
     warm_up_kernels(setup)
     budget = setup.budget()
     cascades = configuration.previous_stage_name is not None
-    cases = [
-        (shown(model_files.case_name(files, ending)), files, files[0] if cascades else None)
-        for files in model_files.list_cases(folder, ending)
-    ]
+    volumes = volumes_of(folder, None, setup.options, ending)
+    case_files = model_files.list_cases(folder, ending) if volumes is None else volumes.cases
+    reading, numbered = (
+        (setup, ending) if volumes is None else (setup.reading(files_of(volumes.cases[0], setup), ""), None)
+    )
+
+    def name_of(files: list[str]) -> str:
+        return model_files.case_name(files, ending) if volumes is None else case_name(files)
+
+    cases = [(shown(name_of(files)), files, files[0] if cascades else None) for files in case_files]
 
     def mask_of(files: list[str]) -> str | None:
-        return mask_file(setup.options.roi, model_files.case_name(files, ending), ending)
+        return mask_file(setup.options.roi, name_of(files), reading.file_ending)
 
     network, ways = TileNetwork(setup), Ways(setup)
     undecided = [Arithmetic.BFLOAT16, Arithmetic.FLOAT32] if ways.is_undecided else []
@@ -51,8 +58,8 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
         if undecided:
             ways.take(arithmetic)
         model = network.facts(bytes_of_zeros(setup, budget, with_network).with_margin())
-        sizes, label = case_sizes(setup, model), arithmetic.value if undecided else ""
-        found.append(estimates(cases, sizes, model, budget, probabilities, ending, label, mask_of))
+        sizes, label = case_sizes(reading, model), arithmetic.value if undecided else ""
+        found.append(estimates(cases, sizes, model, budget, probabilities, numbered, label, mask_of))
     if undecided:
         ways.forget()
     return chain.from_iterable(zip(*found, strict=True))

@@ -13,15 +13,30 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.types import Box, Shape3
+from nnunet_lowmem.volumes.selection import Selection
 
 
 @dataclass(frozen=True)
 class Files:
-    """Images of all channels; if any, the segmentation of the previous stage of a cascade, and the mask of a region."""
+    """What there is to read of a case.
+
+    Attributes
+    ----------
+    images : list of str
+        Of all channels: paths, or addresses of stores elsewhere.
+    stage, roi : str or None
+        The segmentation of the previous stage of a cascade, and the mask of a region.
+    selection : Selection or None
+        By which the images are read here, as volumes; None leaves that to the model's reader.
+    ending : str
+        Of the label map; empty is the model's.
+    """
 
     images: list[str]
     stage: str | None = None
     roi: str | None = None
+    selection: Selection | None = None
+    ending: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,11 @@ class Job:
     def made_in(self, arithmetic: Arithmetic) -> Job:
         """Return the job with a record that says in which arithmetic its files are made."""
         return self if self.recipe is None else replace(self, recipe=replace(self.recipe, arithmetic=arithmetic))
+
+
+def refused(job: Job, error: LowMemError) -> Job:
+    """Return a job that fails when its turn comes."""
+    return replace(job, source=Refused(type(error), str(error)))
 
 
 def job_of_item(item: dict[str, Any]) -> Job:

@@ -16,6 +16,7 @@ from nnunet_lowmem.labels.labeller import LabelMap
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.labels.rules import LabelRule
 from nnunet_lowmem.nnunet import label_writing
+from nnunet_lowmem.nnunet.read_by import writer_of
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.system.clock import StageClock
@@ -164,7 +165,7 @@ def leaving(
         For temporary files.
     """
     plans, axis = setup.plans_manager, part.grid.roll_axis
-    writer_class, backward = plans.image_reader_writer_class, plans.transpose_backward
+    writer_class, backward = type(writer_of(plans)), plans.transpose_backward
     may = label_writing.Leaves.of(writer_class, setup.file_ending, part.shape, rule, backward, axis)
     if job.output is None or not may.whole:
         return None

@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunet_lowmem.errors import LowMemError, UsageError, WriteError, twin
+from nnunet_lowmem.errors import UsageError, WriteError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import adapter, model_files
-from nnunet_lowmem.predict.jobs import Files, Job, Refused
+from nnunet_lowmem.predict.jobs import Files, Job, refused
 from nnunet_lowmem.predict.listeners import logging_prints
 from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
+from nnunet_lowmem.predict.volume_jobs import named, volume_jobs, volumes_of
 from nnunet_lowmem.system.atomic_files import try_output
 from nnunet_lowmem.system.placing import place_of
 
@@ -45,8 +46,10 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
     part_id, parts = arguments.get("part_id", 0), arguments.get("num_parts", 1)
     if part_id > parts:
         raise twin(UsageError, AssertionError)(f"part_id counts from 0; {part_id} is above num_parts {parts}")
-    source, ending = arguments["list_of_lists_or_source_folder"], setup.file_ending
+    source, ending = named(arguments["list_of_lists_or_source_folder"]), setup.file_ending
     target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
+    wanted = arguments["output_folder_or_list_of_truncated_output_files"]
+    volumes = volumes_of(source, wanted, setup.options, ending)
     stage_folder = arguments["folder_with_segs_from_prev_stage"]
     previous_stage = setup.configuration_manager.previous_stage_name
     if previous_stage is not None and stage_folder is None:
@@ -54,6 +57,10 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
             f"this configuration is the second stage of a cascade and needs the segmentations of "
             f"{previous_stage!r}: give their folder with -prev_stage_predictions"
         )
+    if volumes is not None:
+        jobs = volume_jobs(volumes, arguments, setup)
+        adapter.write_run_files(target, arguments, setup.dataset_json, setup.plans_manager.plans, not volumes.is_file)
+        return jobs
     adapter.write_run_files(target, arguments, setup.dataset_json, setup.plans_manager.plans)
     folder = source if isinstance(source, str) else None
     if folder is not None:
@@ -96,7 +103,7 @@ def _job_of_files(
         inputs = tuple(Path(file) for file in (*images, stage, mask) if file is not None)
         recipe = Recipe(tuple(Path(output + ending) for ending in endings), inputs, made_with)
     job = Job(name, output, Files(images, stage, mask), recipe)
-    return job if refusal is None else _refused(job, refusal)
+    return job if refusal is None else refused(job, refusal)
 
 
 def _unless_misnumbered(job: Job, file_ending: str) -> Job:
@@ -110,7 +117,7 @@ def _unless_misnumbered(job: Job, file_ending: str) -> Job:
         model_files.check_numbers(job.files.images, file_ending)
     except UsageError as error:
         is_stray = not model_files.is_numbered(job.files.images[0], file_ending)
-        return _refused(replace(job, recipe=None) if is_stray else job, error)
+        return refused(replace(job, recipe=None) if is_stray else job, error)
     return job
 
 
@@ -122,7 +129,7 @@ def _unless_among_images(job: Job, folder: str) -> Job:
     if not output.is_file() or not os.path.samefile(output.parent, folder) or job.recipe.is_recorded():
         return job
     told = f"{shown(str(output))} is among the images, and no record says that it is an output"
-    return _refused(job, UsageError(f"{told}: move it, or give another folder with -o"))
+    return refused(job, UsageError(f"{told}: move it, or give another folder with -o"))
 
 
 def refuse_unwritable(jobs: Sequence[Job]) -> list[Job]:
@@ -140,7 +147,7 @@ def _unless_unwritable(job: Job, tried: dict[Path, WriteError | None]) -> Job:
             if refusal is not None and not (place.exists() and refusal.errno in _NO_NEW_FILES):
                 raise refusal
     except WriteError as error:
-        return _refused(job, error)
+        return refused(job, error)
     return job
 
 
@@ -152,7 +159,3 @@ def _tried(folder: Path, tried: dict[Path, WriteError | None]) -> WriteError | N
         except WriteError as error:
             tried[folder] = error
     return tried[folder]
-
-
-def _refused(job: Job, error: LowMemError) -> Job:
-    return replace(job, source=Refused(type(error), str(error)))

@@ -25,6 +25,7 @@ from nnunet_lowmem.preprocessing.reading import counted_by, read_channels
 from nnunet_lowmem.preprocessing.sources import AsRead
 from nnunet_lowmem.types import Box, PreprocessedCase, Wanted
 from nnunet_lowmem.volumes.formats import read_header
+from nnunet_lowmem.volumes.selection import is_store
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,10 @@ def mask_file(roi: Any, case: str, file_ending: str) -> str | None:
         raise UsageError(
             f"for files the option roi is a file or a folder of masks, and not of type {type(roi).__name__}"
         )
-    if not os.path.isdir(roi):
+    if not os.path.isdir(roi) or is_store(roi):
         return str(os.fspath(roi))
     file = Path(roi) / (case + file_ending)
-    if not file.is_file():
+    if not file.exists():
         raise UsageError(f"the folder of the option roi, {os.fspath(roi)}, holds no mask {file.name} of case {case}")
     return str(file)
 

@@ -84,6 +84,7 @@ def prepare(
     WriteError
         If it cannot be kept, and the cut was asked for.
     """
+    setup = setup.for_job(job)
     with temporary_folder(setup.options.tmp_dir) as scratch, clock.stage("preprocessing"):
         run = CaseRun(setup, job, clock, scratch, probabilities, listeners, lambda _: None)
         run.check()

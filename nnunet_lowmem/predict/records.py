@@ -112,7 +112,7 @@ class Recipe:
 
     def standing(self, records: Records | None = None) -> Standing:
         """Judge what is there; files without a record of their own are decoded to their end."""
-        if not all(path.is_file() for path in self.outputs):
+        if not all(path.exists() for path in self.outputs):
             return Standing.ABSENT
         record = self._record(records or Records())
         if record is None:
@@ -130,7 +130,7 @@ class Recipe:
         contents: dict[str, list[int | str]] = {}
         with contextlib.suppress(OSError):
             for record in records.of(self.outputs[0]):
-                contents = contents or {path.name: _content(path) for path in self.outputs if path.is_file()}
+                contents = contents or {path.name: _content(path) for path in self.outputs if path.exists()}
                 if all(record["outputs"].get(name) == content for name, content in contents.items()):
                     return record
         return None
@@ -247,11 +247,17 @@ def _state(path: Path) -> list[str | int]:
 
 
 def _content(path: Path) -> list[int | str]:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return [path.stat().st_size, digest.hexdigest()]
+    """Size and checksum of an output; of a store, of all its files and their names."""
+    digest, size_bytes = hashlib.blake2b(digest_size=16), 0
+    is_store = path.is_dir()
+    for each in sorted(file for file in path.rglob("*") if file.is_file()) if is_store else [path]:
+        if is_store:
+            digest.update(each.relative_to(path).as_posix().encode())
+        with each.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        size_bytes += each.stat().st_size
+    return [size_bytes, digest.hexdigest()]
 
 
 def _is_whole(path: Path) -> bool:

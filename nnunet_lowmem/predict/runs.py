@@ -21,6 +21,7 @@ from nnunet_lowmem.budget.planner import closest_plan
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.labels import heads
 from nnunet_lowmem.nnunet import adapter, label_writing, stock_calls
+from nnunet_lowmem.nnunet.read_by import writer_of
 from nnunet_lowmem.predict.case import CaseRun
 from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Job
@@ -89,10 +90,15 @@ def predict_cases(
         prefetcher = None
         # beside a GPU; on the CPU a worker would take the cores that the network needs
         is_wished = device.type != "cpu" if options.prefetch is None else options.prefetch
-        if may_prefetch and is_wished and isinstance(jobs, Sequence) and len(jobs) > 1:
+        if may_prefetch and is_wished and isinstance(jobs, Sequence) and len(jobs) > 1 and not any(map(_is_own, jobs)):
             prefetcher = stack.enter_context(closing(Prefetcher(jobs, first, folder)))
         del first
         return _Run(setup, folder, probabilities, outcomes.listeners, outcomes, load, prefetcher).predict(jobs)
+
+
+def _is_own(job: Job) -> bool:
+    """Whether a case is read by our own reader of volumes, of which what is read is not all kept anyway."""
+    return job.files is not None and job.files.selection is not None
 
 
 def clock_of(case: str, listeners: Sequence[Listener], *first: Callable[[Any], object]) -> StageClock:
@@ -160,7 +166,7 @@ class _Run:
             logger.error("the case that was finished last could not be written: %s", error)
 
     def _predict(self, job: Job, following: Job | None, clock: StageClock) -> tuple[Result, CaseReport]:
-        setup = self._setup()
+        setup = self._setup().for_job(job)
         run = CaseRun(setup, job, clock, self._folder, self._probabilities, self._listeners, self._settle_beside)
         with followed(clock, self._listeners), ExitStack() as output:
             with clock.stage("preprocessing"):
@@ -278,7 +284,7 @@ class _Run:
     def _writer_bytes(self, setup: Setup, shape: Sequence[int]) -> int:
         rule = adapter.label_rule(setup.label_manager)
         label_bytes = 2 if rule is None else rule.dtype.itemsize
-        writer = setup.plans_manager.image_reader_writer_class
+        writer = type(writer_of(setup.plans_manager))
         return label_writing.writer_bytes(writer, setup.file_ending, shape, label_bytes)
 
     def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:

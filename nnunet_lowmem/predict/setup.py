@@ -7,7 +7,7 @@ picture of them that is held for a case and by nobody longer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from nnunet_lowmem.network import choices
 from nnunet_lowmem.network.exact import ExactNetwork
 from nnunet_lowmem.network.fast_network import FastNetwork
 from nnunet_lowmem.network.tile_memory import TileBytes
-from nnunet_lowmem.nnunet import stock_calls
+from nnunet_lowmem.nnunet import model_files, stock_calls
+from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.nnunet.model import uncompiled
+from nnunet_lowmem.nnunet.read_by import plans_read_by
 from nnunet_lowmem.options import Arithmetic, Options, arithmetic, values_of
+from nnunet_lowmem.predict.jobs import Files, Job
 from nnunet_lowmem.predict.records import fingerprint
 from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
@@ -167,6 +170,43 @@ class Setup:
     def file_ending(self) -> str:
         """Of images and label maps."""
         return str(self.dataset_json["file_ending"])
+
+    def for_job(self, job: Job) -> Setup:
+        """Return the setup for a job: who reads and writes is its own where it is one of volumes.
+
+        Raises
+        ------
+        UsageError
+            If the model's own reader is needed, and writes no such files.
+        """
+        return self if job.files is None else self.reading(job.files, job.name)
+
+    def reading(self, files: Files, case: str) -> Setup:
+        """Return the setup for the files of a case; see `for_job`."""
+        if files.selection is None and not files.ending:
+            return self
+        ending = files.ending or self.file_ending
+        classes = model_files.label_names(self.dataset_json)
+        plans = plans_read_by(self.plans_manager, files.selection, ending, self.file_ending, classes, self._made(case))
+        return replace(self, plans_manager=plans, dataset_json={**self.dataset_json, "file_ending": ending})
+
+    def _made(self, case: str) -> dict[str, Any]:
+        """Return how labels are made, for the files that say so."""
+        return {
+            "nnunet_lowmem": {
+                "case": case,
+                "versions": {package: version_of(package) for package in ("nnunet-lowmem", "nnunetv2", "torch")},
+                "dataset": self.plans_manager.plans.get("dataset_name"),
+                "plans": self.plans_manager.plans.get("plans_name"),
+                "trainer": self.trainer_name,
+                "patch_size": list(self.patch_size),
+                "folds": self.weights.folds,
+                "tile_step_size": self.tile_step_size,
+                "mirrored_axes": list(self.mirrored_axes),
+                "device": self.device.type,
+                "arithmetic": self.arithmetic.value,
+            }
+        }
 
     @property
     def tile_shape(self) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ from nnunet_lowmem.preprocessing.sources import (
 )
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Allocate, NetworkImage, PreprocessedCase, Shape3
-from nnunet_lowmem.volumes.file_volume import FileVolume
+from nnunet_lowmem.volumes.file_volume import StoredVolume
 
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ def preprocess_case(
         )
         return _from_preprocessor(result, result[2], previous_stage_file is not None, allocate)
     with telling_colours(image_files, reader, len(configuration_manager.normalization_schemes)) as read:
-        channels, properties = read_channels(reader, image_files, accept_nan, spill)
+        depth = depth_of_slabs(configuration_manager)
+        channels, properties = read_channels(reader, image_files, accept_nan, spill, depth)
         read.append(len(channels))
     previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
     with read_by(reader):
@@ -136,7 +137,13 @@ def check_headers(
     """
     check_names(image_files, plans_manager.image_reader_writer_class)
     channels = len(configuration_manager.normalization_schemes)
-    check_case(image_files, plans_manager.image_reader_writer_class, channels, configuration_manager.spacing)
+    forward, spacing = plans_manager.transpose_forward, configuration_manager.spacing
+    check_case(image_files, plans_manager.image_reader_writer_class, channels, spacing, forward)
+
+
+def depth_of_slabs(configuration_manager: ConfigurationManager) -> int:
+    """Return how deep the slabs are that are asked for one after the other: rows of tiles."""
+    return int(max(configuration_manager.configuration.get("patch_size", (1,))))
 
 
 def is_own(preprocessor: type) -> bool:
@@ -306,7 +313,7 @@ class _Case:
         if self._is_streamed(normaliser, self.channels[0]):
             return source_of(self.channels.pop(0), self.order, self.crop, normaliser, self.mask)
         channel = self.channels.pop(0)
-        is_ours = self.own_channels and not isinstance(channel, FileVolume) and channel.flags.writeable
+        is_ours = self.own_channels and not isinstance(channel, StoredVolume) and channel.flags.writeable
         whole: Volume = channel.astype(np.float32, copy=not is_ours)
         del channel
         return whole_source(normaliser.run(self._view(whole), self._segmentation))

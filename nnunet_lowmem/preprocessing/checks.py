@@ -11,7 +11,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
-from nnunet_lowmem.preprocessing.reading import check_grid, count_channels, library_of, read_by
+from nnunet_lowmem.preprocessing.reading import check_grid, count_channels, library_of, read_by, selection_of
 from nnunet_lowmem.volumes.formats import is_volume, read_header
 from nnunet_lowmem.volumes.headers import Header
 
@@ -22,9 +22,17 @@ except ImportError:  # new in nnU-Net 2.6
 
 #: More than any machine can predict; the budget speaks below that.
 VOXELS = 2**40
+# between the spacing that an array's metadata says and the model's
+_LARGEST_FACTOR = 8
 
 
-def check_case(files: Sequence[str], reader: type, channels: int, target_spacing: Sequence[float]) -> None:
+def check_case(
+    files: Sequence[str],
+    reader: type,
+    channels: int,
+    target_spacing: Sequence[float],
+    order: Sequence[int] = (0, 1, 2),
+) -> None:
     """Refuse a case by the headers of its files.
 
     Pictures, formats that are not in the table, and readers that are not nnU-Net's for volumes decide for themselves;
@@ -39,7 +47,9 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
     channels : int
         How many the model takes.
     target_spacing : sequence of float
-        The network's, in any order.
+        The network's, slowest axis first: of two axes or three.
+    order : int, 3
+        nnU-Net's ``transpose_forward``.
 
     Raises
     ------
@@ -47,19 +57,22 @@ def check_case(files: Sequence[str], reader: type, channels: int, target_spacing
         With the file and what is the matter.
     """
     library = library_of(reader)
-    if library is None or not all(map(is_volume, files)) or lookup.found(Step.READING, reader):
+    if library is None or not all(is_volume(file, library) for file in files) or lookup.found(Step.READING, reader):
         return
     with read_by(reader):
         headers = [read_header(file, library) for file in files]
     for file, header in zip(files, headers, strict=True):
         _check_spacing(file, header)
-    if reader in (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient):
+    known = (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient)
+    if reader in known or selection_of(reader) is not None:
         held = sum(count_channels(file, header, reader) for file, header in zip(files, headers, strict=True))
         if held != channels:
             raise twin(UsageError, RuntimeError if 0 < held < channels else IndexError)(
                 _wrong_count(files, held, channels)
             )
         check_grid(files, [header.shape for header in headers], [header.spacing for header in headers])
+    if headers[0].about.get("is_said"):
+        _check_unit(files[0], headers[0].grid()[1], target_spacing, order)
     _check_resampled(files[0], headers[0], target_spacing)
 
 
@@ -74,6 +87,23 @@ def _wrong_count(files: Sequence[str], held: int, channels: int) -> str:
     names = ", ".join([*files[:4], "..."] if len(files) > 4 else files)
     needed = f"one file per channel, _0000 to _{channels - 1:04d}" if channels > 1 else "a single file, _0000"
     return f"The image has {held} channels, the model takes {channels}: give {needed}. Given were {names}"
+
+
+def _check_unit(file: str, spacing: Sequence[float], target: Sequence[float], order: Sequence[int]) -> None:
+    """Refuse a model whose voxels are of another order of size: one of the two is not in millimetres."""
+    axes = order[-len(target) :]
+    for axis, wanted in zip(axes, target, strict=True):
+        if not 1 / _LARGEST_FACTOR <= spacing[axis] / wanted <= _LARGEST_FACTOR:
+            trained = [wanted for _, wanted in sorted(zip(axes, target, strict=True))]
+            both = f"its voxels are {_in_words(spacing)} mm large, the model's {_in_words(trained)}"
+            raise UsageError(
+                f"{file}: {both}: along axis {axis} more than {_LARGEST_FACTOR} times apart. If one of them is in "
+                "another unit, give the image's as the model has it with --spacing Z Y X"
+            )
+
+
+def _in_words(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{float(step):.6g}" for step in spacing)
 
 
 def _check_resampled(file: str, header: Header, target_spacing: Sequence[float]) -> None:

@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import UsageError
-from nnunet_lowmem.volumes.file_volume import FileVolume
+from nnunet_lowmem.volumes.file_volume import StoredVolume
 
 _PLANES_BYTES = 2**24
 _logger = logging.getLogger(__name__)
 
 
-def check_values(voxels: NDArray[Any] | FileVolume, name: str, accept_nan: bool) -> bool:
+def check_values(voxels: NDArray[Any] | StoredVolume, name: str, accept_nan: bool) -> bool:
     """Refuse NaN and infinity, or set them to 0; in place, a few planes at a time.
 
     Parameters
     ----------
-    voxels : array or FileVolume
+    voxels : array or StoredVolume
         Slowest axis first; changed only if `accept_nan`, and if it is an array.
     name : str
         Of the file.

@@ -28,15 +28,21 @@ from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
 from nnunet_lowmem.preprocessing.sources import Volume
 from nnunet_lowmem.types import Allocate
-from nnunet_lowmem.volumes.file_volume import FileVolume, channels_in, is_readable_by_parts
-from nnunet_lowmem.volumes.formats import is_volume, read_header, read_voxels, verify_voxels
+from nnunet_lowmem.volumes.chunked_volume import channels_of
+from nnunet_lowmem.volumes.file_volume import StoredVolume, channels_in, is_readable_by_parts
+from nnunet_lowmem.volumes.formats import Rules, is_volume, read_header, read_voxels, verify_voxels
 from nnunet_lowmem.volumes.headers import Header, Library, last_line
+from nnunet_lowmem.volumes.selection import Selection
 
 _logger = logging.getLogger(__name__)
 
 
 def read_channels(
-    reader: type[BaseReaderWriter], files: Sequence[str], accept_nan: bool = False, spill: Allocate | None = None
+    reader: type[BaseReaderWriter],
+    files: Sequence[str],
+    accept_nan: bool = False,
+    spill: Allocate | None = None,
+    depth: int = 1,
 ) -> tuple[list[Volume], dict[str, Any]]:
     """Read the channels of one case.
 
@@ -49,12 +55,14 @@ def read_channels(
     accept_nan : bool
         Set NaN and infinity to 0 instead of refusing them.
     spill : callable or None
-        Where voxels go that should not be in RAM; of files that can be read part by part none are kept. The model's own
-        reader does not ask.
+        Where voxels go that should not be in RAM; of files that can be read part by part none are kept, of those in
+        chunks as many as a slab of `depth` planes takes. The model's own reader does not ask.
+    depth : int
+        Of the slabs that are asked for one after the other, in voxels.
 
     Returns
     -------
-    channels : list of ndarray or FileVolume, each of shape (x, y, z) in nnU-Net's order of axes
+    channels : list of ndarray or StoredVolume, each of shape (x, y, z) in nnU-Net's order of axes
         Cast to float32 they equal the channels that `reader` returns.
     properties : dict
         Equal to those that `reader` returns.
@@ -66,8 +74,9 @@ def read_channels(
     """
     is_replaced = bool(lookup.found(Step.READING, reader))
     with read_by(reader):
-        if not is_replaced and reader in _OWN and all(map(is_volume, files)):
-            return _OWN[reader](files, accept_nan, spill)
+        read = _read_with_nibabel if reader is NibabelIO else _read_with_simpleitk if is_read_here(reader) else None
+        if not is_replaced and read is not None and all(is_volume(file, library_of(reader)) for file in files):
+            return read(reader, files, accept_nan, spill, depth)
         for file in files:
             check_stored(file, reader, accept_nan)
         if is_replaced:
@@ -80,14 +89,27 @@ def read_channels(
         return list(image), properties
 
 
-def library_of(reader: type) -> Library | None:
+def selection_of(reader: type) -> Selection | None:
+    """Return what our own reader of volumes selects; None for any other."""
+    selection = getattr(reader, "selection", None)
+    return selection if isinstance(selection, Selection) else None
+
+
+def is_read_here(reader: type) -> bool:
+    """Whether what a reader class does is done here, if nobody has replaced it."""
+    return reader in (SimpleITKIO, NibabelIO) or selection_of(reader) is not None
+
+
+def library_of(reader: type) -> Rules | None:
     """Return by whose rules a reader class reads volumes; None where it is not nnU-Net's, nor made of one of those."""
+    if (selection := selection_of(reader)) is not None:
+        return selection
     if issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
         return Library.NIBABEL
     return Library.ITK if issubclass(reader, SimpleITKIO) else None
 
 
-def counted_by(reader: type) -> Library:
+def counted_by(reader: type) -> Rules:
     """Return by whose rules voxels are counted before anything is read: SimpleITK's where a reader has its own."""
     return library_of(reader) or Library.ITK
 
@@ -133,31 +155,29 @@ def count_channels(file: str, header: Header, reader: type) -> int:
 
 
 def _read_with_simpleitk(
-    files: Sequence[str], accept_nan: bool, spill: Allocate | None
+    reader: type, files: Sequence[str], accept_nan: bool, spill: Allocate | None, depth: int
 ) -> tuple[list[Volume], dict[str, Any]]:
-    headers, channels = _read_volumes(files, SimpleITKIO, accept_nan, spill)
+    headers, channels = _read_volumes(files, reader, accept_nan, spill, depth)
     check_grid(files, [_array_shape(header) for header in headers], [header.place["spacing"] for header in headers])
     for name in ("origin", "direction"):
         _warn_if_different(files, name, [header.place[name] for header in headers])
     _, spacing = headers[0].grid()
-    return channels, {"sitk_stuff": dict(headers[0].place), "spacing": list(np.abs(spacing))}
+    about = {"volume": dict(headers[0].about)} if headers[0].about else {}
+    return channels, {"sitk_stuff": dict(headers[0].place), "spacing": list(np.abs(spacing)), **about}
 
 
 def _read_with_nibabel(
-    files: Sequence[str], accept_nan: bool, spill: Allocate | None
+    reader: type, files: Sequence[str], accept_nan: bool, spill: Allocate | None, depth: int
 ) -> tuple[list[Volume], dict[str, Any]]:
-    headers, channels = _read_volumes(files, NibabelIO, accept_nan, spill)
+    headers, channels = _read_volumes(files, reader, accept_nan, spill, depth)
     check_grid(files, [_array_shape(header) for header in headers], [header.spacing for header in headers])
     _warn_if_different(files, "affine", [header.place["affine"] for header in headers])
     affine = headers[0].place["affine"].copy()
     return channels, {"nibabel_stuff": {"original_affine": affine}, "spacing": list(headers[0].spacing)}
 
 
-_OWN = {SimpleITKIO: _read_with_simpleitk, NibabelIO: _read_with_nibabel}
-
-
 def _read_volumes(
-    files: Sequence[str], reader: type, accept_nan: bool, spill: Allocate | None
+    files: Sequence[str], reader: type, accept_nan: bool, spill: Allocate | None, depth: int
 ) -> tuple[list[Header], list[Volume]]:
     """Read the channels of files, of which the headers are checked first."""
     headers = [read_header(file, counted_by(reader)) for file in files]
@@ -166,7 +186,11 @@ def _read_volumes(
     channels: list[Volume] = []
     for header, file in zip(headers, files, strict=True):
         if spill is not None and is_readable_by_parts(header):
-            volumes = _guarded(channels_in, header, file)
+            assert header.layout is not None, "it is read by parts"
+            chunked = header.layout.chunked
+            volumes: Sequence[StoredVolume] = (
+                _guarded(channels_in, header, file) if chunked is None else channels_of(chunked, depth, spill)
+            )
             channels.extend(_checked(volume, file, accept_nan) for volume in volumes)
         else:
             voxels = _read_volume(header, file, accept_nan, spill or np.empty)
@@ -179,7 +203,7 @@ def _array_shape(header: Header) -> tuple[int, ...]:
     return (1, *header.shape) if len(header.shape) == 2 else header.shape
 
 
-def _checked(volume: FileVolume, file: str, accept_nan: bool) -> FileVolume:
+def _checked(volume: StoredVolume, file: str, accept_nan: bool) -> StoredVolume:
     is_finite = check_values(volume, file, accept_nan)
     return volume if is_finite else replace(volume, zeroes=True)
 

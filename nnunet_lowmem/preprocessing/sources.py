@@ -23,10 +23,10 @@ from nnunet_lowmem.preprocessing.normalisation import (
     needs_mask,
 )
 from nnunet_lowmem.types import Box, Shape3, shape3
-from nnunet_lowmem.volumes.file_volume import FileVolume
+from nnunet_lowmem.volumes.file_volume import StoredVolume
 from nnunet_lowmem.volumes.mapped import give_back
 
-Volume = NDArray[Any] | FileVolume
+Volume = NDArray[Any] | StoredVolume
 """One channel, shape (z, y, x) in any order of axes, of any real type."""
 Block = NDArray[np.float32]
 Rule = Callable[[Block, Box], Block]
@@ -39,7 +39,7 @@ _EPS = 1e-8  # nnU-Net's least deviation, and range
 def view(volume: Volume, order: Sequence[int], crop: Sequence[slice]) -> Volume:
     """Return a view with its axes in another order, cropped along these."""
     turned = volume.transpose(tuple(order))
-    return turned.within(tuple(crop)) if isinstance(turned, FileVolume) else turned[tuple(crop)]
+    return turned.within(tuple(crop)) if isinstance(turned, StoredVolume) else turned[tuple(crop)]
 
 
 class Source(NamedTuple):
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
     Attributes
     ----------
-    volume : array or FileVolume
+    volume : array or StoredVolume
         In the type of the file.
     rule : callable
         How a block is normalised.
@@ -83,7 +83,7 @@ def is_streamed(normaliser: Normaliser) -> bool:
 
 def keeps_order(volume: Volume) -> bool:
     """Whether sums over a volume go along its memory as stock's do over its float32 copy."""
-    return isinstance(volume, FileVolume) or volume.flags.c_contiguous
+    return isinstance(volume, StoredVolume) or volume.flags.c_contiguous
 
 
 def source_of(
@@ -97,7 +97,7 @@ def source_of(
 
     Parameters
     ----------
-    volume : array or FileVolume
+    volume : array or StoredVolume
         Whole, axes as in the file; if the rule takes sums, one that `keeps_order`.
     order : sequence of int
         nnU-Net's ``transpose_forward``.

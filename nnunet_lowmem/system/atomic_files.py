@@ -149,7 +149,7 @@ def _partial_folder(final: Path, place: Path) -> Path:
 
 def _publish(folder: Path, final: Path, place: Path, verify: Callable[[Path], object] | None) -> None:
     partial = folder / final.name
-    if not partial.is_file():
+    if not partial.exists():
         raise DamagedFileError("the writer left no such file")
     if verify is not None:
         verify(partial)
@@ -157,6 +157,8 @@ def _publish(folder: Path, final: Path, place: Path, verify: Callable[[Path], ob
     sidecars = sorted(path for path in folder.iterdir() if path not in (partial, folder / SIGN_FILE))
     places = {path: place_of(final.parent / path.name) for path in sidecars} | {partial: place}
     for path in places:
+        for inside in path.rglob("*") if path.is_dir() else ():
+            flush(inside)
         flush(path)
     for path, its_place in places.items():
         put(path, its_place)
@@ -195,7 +197,7 @@ def _write_error(
 
 def _size_bytes(folder: Path) -> int:
     try:
-        return sum(path.stat().st_size for path in folder.iterdir())
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError:
         return 0
 

@@ -1,4 +1,4 @@
-"""The voxels of an uncompressed file, read when they are asked for and never kept.
+"""The voxels of a file, read when they are asked for and never kept where they are not compressed.
 
 Not mapped: what a mapping meets on a broken disk, or in a file that somebody cuts meanwhile, ends the process. What
 cannot be read is an error of the case here, and so is a file that changed since it was opened.
@@ -7,9 +7,10 @@ cannot be read is an error of the case here, and so is a file that changed since
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,14 @@ from nnunet_lowmem.errors import UsageError, because
 from nnunet_lowmem.types import Box, Shape3
 from nnunet_lowmem.volumes.headers import Header, last_line
 
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
+
 Key = int | slice | tuple[int | slice, ...]
 
 
 @dataclass(frozen=True)
-class FileVolume:
+class StoredVolume(ABC):
     """One channel; a view of a box of the stored volume, with its axes in an order of its own.
 
     Reading gives arrays: ``volume[planes, rows]`` and ``volume[plane]`` as of an array, by numbers from the first and
@@ -30,15 +34,8 @@ class FileVolume:
 
     Attributes
     ----------
-    path : Path
-    start : int
-        First byte of the stored volume.
     stored : numpy dtype
         Byte order included.
-    whole : int, 3
-        Shape as stored, slowest axis first.
-    state : tuple
-        What tells the file from one that has been changed.
     order : int, 3
         Which stored axis each axis of the view is.
     box : 3 slices
@@ -47,14 +44,10 @@ class FileVolume:
         NaN, infinity, and what float32 makes infinity of, are read as 0.
     """
 
-    path: Path
-    start: int
     stored: np.dtype[Any]
-    whole: Shape3
-    state: tuple[int, ...]
     order: Shape3
     box: Box
-    zeroes: bool = False
+    zeroes: bool
 
     @property
     def shape(self) -> Shape3:
@@ -80,12 +73,12 @@ class FileVolume:
         """Read everything, which is a copy."""
         return self[:].astype(dtype, copy=False)
 
-    def transpose(self, order: tuple[int, ...] | list[int]) -> FileVolume:
+    def transpose(self, order: tuple[int, ...] | list[int]) -> Self:
         """Return a view with its axes in another order."""
         z, y, x = (self.order[axis] for axis in order)
         return replace(self, order=(z, y, x))
 
-    def within(self, box: tuple[slice, ...]) -> FileVolume:
+    def within(self, box: tuple[slice, ...]) -> Self:
         """Return the view of a box, axes as those of this one."""
         cut = list(self.box)
         for axis, part in zip(self.order, box, strict=True):
@@ -105,11 +98,43 @@ class FileVolume:
         slices = [part if isinstance(part, slice) else slice(part, part + 1) for part in keys]
         assert all(part.step in (None, 1) and (part.start or 0) >= 0 for part in slices), "read in order"
         part = self.within((*slices, *[slice(None)] * (3 - len(slices))))
-        voxels = part._read().transpose(self.order)
+        voxels = part._numbers().transpose(self.order)
         return voxels[tuple(slice(None) if isinstance(part, slice) else 0 for part in keys)]
 
+    def _numbers(self) -> NDArray[Any]:
+        native = self._read().astype(self.dtype, copy=False)
+        if self.zeroes and native.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                native[~np.isfinite(native.astype(np.float32, copy=False))] = 0
+        return native
+
+    @abstractmethod
     def _read(self) -> NDArray[Any]:
-        """Return the box in stored axes: plane by plane, whole rows at a time."""
+        """Return the box in stored axes, an array of its own."""
+
+
+@dataclass(frozen=True)
+class FileVolume(StoredVolume):
+    """One channel whose voxels lie in a file as they are.
+
+    Attributes
+    ----------
+    path : Path
+    start : int
+        First byte of the stored volume.
+    whole : int, 3
+        Shape as stored, slowest axis first.
+    state : tuple
+        What tells the file from one that has been changed.
+    """
+
+    path: Path
+    start: int
+    whole: Shape3
+    state: tuple[int, ...]
+
+    def _read(self) -> NDArray[Any]:
+        """Return the box plane by plane, whole rows at a time."""
         planes, rows, columns = self.box
         shape = tuple(part.stop - part.start for part in self.box)
         voxels = np.empty(shape, self.stored)
@@ -126,11 +151,7 @@ class FileVolume:
                 _check(self.state, file)
         except OSError as error:
             raise because(UsageError, f"{self.path} cannot be read: {last_line(error)}", error) from error
-        native = voxels.astype(self.dtype, copy=False)
-        if self.zeroes and native.dtype.kind == "f":
-            with np.errstate(over="ignore"):
-                native[~np.isfinite(native.astype(np.float32, copy=False))] = 0
-        return native
+        return voxels
 
 
 def _check(state: tuple[int, ...], file: Any) -> None:
@@ -154,9 +175,11 @@ def state_of(descriptor: int) -> tuple[int, ...]:
 
 
 def is_readable_by_parts(header: Header) -> bool:
-    """Whether one file holds the library's values as they are, one after the other."""
-    parts = () if header.layout is None else header.layout.parts
-    return header.is_taken_as_stored and len(parts) == 1 and parts[0].is_raw
+    """Whether one file holds the library's values as they are, one after the other, or they are in chunks."""
+    if header.layout is None or not header.is_taken_as_stored:
+        return False
+    parts = header.layout.parts
+    return header.layout.chunked is not None or (len(parts) == 1 and parts[0].is_raw)
 
 
 def channels_in(header: Header) -> list[FileVolume]:
@@ -177,6 +200,6 @@ def channels_in(header: Header) -> list[FileVolume]:
     first, channel_bytes = piece.start + piece.skipped_bytes, z * y * x * layout.dtype.itemsize
     box = (slice(0, z), slice(0, y), slice(0, x))
     return [
-        FileVolume(piece.path, first + number * channel_bytes, layout.dtype, (z, y, x), state, (0, 1, 2), box)
+        FileVolume(layout.dtype, (0, 1, 2), box, False, piece.path, first + number * channel_bytes, (z, y, x), state)
         for number in range(header.shape[0] if len(header.shape) == 4 else 1)
     ]

@@ -22,13 +22,29 @@ from numpy.typing import NDArray
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.types import Allocate
-from nnunet_lowmem.volumes import gipl_files, meta_image, nifti_files, nrrd_files, pictures, tiff_pages
+from nnunet_lowmem.volumes import (
+    gipl_files,
+    hdf5_files,
+    meta_image,
+    nifti_files,
+    nrrd_files,
+    pictures,
+    tiff_pages,
+    tiff_volumes,
+    zarr_labels,
+    zarr_stores,
+)
+from nnunet_lowmem.volumes.chunked_volume import read_whole, verify_chunks
 from nnunet_lowmem.volumes.headers import Header, Layout, Library, itk_header, last_line
+from nnunet_lowmem.volumes.label_images import LabelImage
+from nnunet_lowmem.volumes.selection import HDF5, TIFF, ZARR, Selection, is_remote, is_store
 from nnunet_lowmem.volumes.stored_parts import Contents
 
 # a header is read once per case: when the run begins, when the case is checked and planned, and when it is read
 _REMEMBERED_HEADERS, _REMEMBERED_PARTS = 2**12, 16
 _logger = logging.getLogger(__name__)
+#: By which a header is read: a library's, or ours of what is selected.
+Rules = Library | Selection
 
 
 @dataclass(frozen=True)
@@ -46,25 +62,44 @@ class Format:
         Decodes a file without a layout to its end; DamagedFileError where something is missing or changed.
     nibabel_header : callable or None
         What nibabel makes of a header, layout included; None where it reads no such file.
+    own_header : callable or None
+        What is read here by a selection, layout included, whatever nnU-Net's readers make of such files.
+    write : callable or None
+        Writes a label map that no writer of nnU-Net's writes.
     """
 
     raw: Callable[[Path], Any] | None = None
     layout: Callable[[Path, Any, Header], Layout] | None = None
     decode: Callable[[Path], Contents] | None = None
     nibabel_header: Callable[[Path], Header] | None = None
+    own_header: Callable[[Path, Selection], Header] | None = None
+    write: Callable[[NDArray[Any], Path, LabelImage], None] | None = None
 
     @property
     def is_volume(self) -> bool:
         """Whether SimpleITK reads its voxels; others are pictures for tifffile and skimage."""
         return self.layout is not None
 
-    def header(self, path: Path, library: Library = Library.ITK) -> Header:
+    def header(self, path: Path, library: Rules = Library.ITK) -> Header:
         """Read the header of a file; whatever is wrong with it is raised as it comes."""
+        if isinstance(library, Selection):
+            if self.own_header is not None:
+                return self.own_header(path, library)
+            return self._with_spacing(self.header(path), library.spacing)
         if library is Library.NIBABEL and self.nibabel_header is not None:
             return self.nibabel_header(path)
         raw = None if self.raw is None else self.raw(path)
         header = itk_header(path)
         return header if self.layout is None else replace(header, layout=self.layout(path, raw, header))
+
+    @staticmethod
+    def _with_spacing(header: Header, spacing: tuple[float, ...] | None) -> Header:
+        """Replace what a file says; of one axis more, or less, as it was."""
+        axes = len(header.spacing)
+        if spacing is None:
+            return header
+        steps = (*header.spacing, *spacing)[-max(axes, 3) :][-axes:]
+        return replace(header, spacing=steps, place={**header.place, "spacing": steps[::-1]})
 
     def known_header(self, path: Path) -> Header:
         """Read the header of a file of which nobody says who reads it: by nibabel's rules, which mind no geometry."""
@@ -77,12 +112,16 @@ class Format:
 
     def contents(self, path: Path) -> Contents:
         """Decode a file to its end, whoever reads it; whatever is wrong with it is raised as it comes."""
+        if self.decode is None and self.own_header is not None:
+            return _decoded(self.own_header(path, Selection()))
         return self.decode(path) if self.decode is not None else _decoded(self.known_header(path))
 
 
 def _decoded(header: Header) -> Contents:
     """Decode all that holds the voxels to its end."""
     assert header.layout is not None, "what is not decoded as a whole has a layout"
+    if header.layout.chunked is not None:
+        verify_chunks(header.layout.chunked)
     for part in header.layout.parts:
         part.verify()
     values = (header.components,) * (header.components > 1)
@@ -92,6 +131,7 @@ def _decoded(header: Header) -> Contents:
 _NIFTI = Format(nifti_files.raw_header, nifti_files.layout, nibabel_header=nifti_files.nibabel_header)
 #: What skimage decodes, with errors of its own where something is missing.
 PICTURE = Format(decode=pictures.read_whole)
+ZARR_STORE = Format(own_header=zarr_stores.header, write=zarr_labels.write)
 
 #: By ending, in lower case.
 FORMATS: dict[str, Format] = {
@@ -99,26 +139,38 @@ FORMATS: dict[str, Format] = {
     **dict.fromkeys((".nrrd", ".nhdr"), Format(nrrd_files.raw_header, nrrd_files.layout)),
     **dict.fromkeys((".mha", ".mhd"), Format(meta_image.raw_header, meta_image.layout)),
     **dict.fromkeys((".gipl", ".gipl.gz"), Format(gipl_files.raw_header, gipl_files.layout)),
-    **dict.fromkeys((".tif", ".tiff"), Format(decode=tiff_pages.read_whole)),
+    **dict.fromkeys(
+        TIFF, Format(decode=tiff_pages.read_whole, own_header=tiff_volumes.header, write=tiff_volumes.write)
+    ),
+    **dict.fromkeys(HDF5, Format(own_header=hdf5_files.header, write=hdf5_files.write)),
+    **dict.fromkeys(ZARR, ZARR_STORE),
     **dict.fromkeys((".png", ".bmp", ".jpg", ".jpeg"), PICTURE),
 }
 _UNKNOWN = Format()
 
 
-def format_of(path: Path | str) -> Format | None:
-    """Return the row for a file, by the ending of its name; None if there is none."""
+def format_of(path: Path | str, selection: Selection | None = None) -> Format | None:
+    """Return the row for a file, by the ending of its name; None if there is none.
+
+    With a selection a folder has one, too: that of planes, or of a zarr store by whatever name.
+    """
+    if selection is not None and selection.planes and os.path.isdir(path):
+        return FORMATS[TIFF[-1]]
+    if selection is not None and is_store(path):
+        return ZARR_STORE
     name = os.path.basename(path).lower()
     return next((row for ending, row in FORMATS.items() if name.endswith(ending)), None)
 
 
-def is_volume(path: Path | str) -> bool:
+def is_volume(path: Path | str, library: Rules | None = None) -> bool:
     """Tell by its name whether a file is one of which it is known where its voxels are; others may be pictures."""
-    row = format_of(path)
-    return row is not None and row.is_volume
+    selection = library if isinstance(library, Selection) else None
+    row = format_of(path, selection)
+    return row is not None and (row.is_volume or (selection is not None and row.own_header is not None))
 
 
-def read_header(path: str, library: Library = Library.ITK) -> Header:
-    """Read the header of a file as a library sees it, once as long as the file stays as it is.
+def read_header(path: str, library: Rules = Library.ITK) -> Header:
+    """Read the header of a file as a library sees it, or by a selection, once as long as the file stays as it is.
 
     Raises
     ------
@@ -126,28 +178,29 @@ def read_header(path: str, library: Library = Library.ITK) -> Header:
         If it is none, or promises more voxels than its files can hold.
     """
     with _named(path):
-        if os.path.getsize(path) == 0:
+        if not is_remote(path) and not os.path.isdir(path) and os.path.getsize(path) == 0:
             raise DamagedFileError("the file is empty")
         known, before = _remembered.get((path, library)), _state(Path(path))
         if known is not None and _states(known[1]) == known[0]:
             return known[1]
-        header = (format_of(path) or _UNKNOWN).header(Path(path), library)
+        row = format_of(path, library if isinstance(library, Selection) else None) or _UNKNOWN
+        header = row.header(Path(path), library)
         header.check_size()
         if _state(Path(path)) == before:
-            _remember(path, header)
+            _remember(path, library, header)
     return header
 
 
 # by path and library: the files as they were, and what is in the header
-_remembered: dict[tuple[str, Library], tuple[list[Any], Header]] = {}
+_remembered: dict[tuple[str, Rules], tuple[list[Any], Header]] = {}
 
 
-def _remember(path: str, header: Header) -> None:
+def _remember(path: str, library: Rules, header: Header) -> None:
     if header.layout is not None and len(header.layout.parts) > _REMEMBERED_PARTS:
         return
     while len(_remembered) >= _REMEMBERED_HEADERS:
         _remembered.pop(next(iter(_remembered)), None)
-    _remembered[path, header.read_with] = _states(header), header
+    _remembered[path, library] = _states(header), header
 
 
 def _states(header: Header) -> list[Any]:
@@ -188,8 +241,11 @@ def read_voxels(header: Header, allocate: Allocate = np.empty) -> NDArray[Any]:
     layout = header.layout
     assert layout is not None, "the layout is known"
     assert layout.dtype is not None, "the type is known"
-    voxels = allocate(header.shape, layout.dtype)
+    voxels = allocate(header.shape, layout.dtype if layout.chunked is None else header.dtype)
     with _named(str(header.path)):
+        if layout.chunked is not None:
+            read_whole(layout.chunked, voxels.reshape(layout.chunked.shape))
+            return voxels
         target, start = voxels.reshape(-1).view(np.uint8).data, 0
         for part in layout.parts:
             part.read_into(target[start : start + part.needed_bytes])
@@ -197,7 +253,7 @@ def read_voxels(header: Header, allocate: Allocate = np.empty) -> NDArray[Any]:
     return voxels
 
 
-def verify_voxels(path: str, library: Library | None = Library.ITK) -> None:
+def verify_voxels(path: str, library: Rules | None = Library.ITK) -> None:
     """Decode a file once, and those that it names, to see that all the voxels are there that a library will read.
 
     Of a format that has no row nothing is known; a warning says so. Without a library, somebody else's reader is to
@@ -215,7 +271,7 @@ def verify_voxels(path: str, library: Library | None = Library.ITK) -> None:
     with _named(path):
         if os.path.getsize(path) == 0:
             raise DamagedFileError("the file is empty")
-        if not row.is_volume:
+        if not row.is_volume and not isinstance(library, Selection):
             row.contents(Path(path))
         elif header := _header_for_reader(row, path) if library is None else read_header(path, library):
             _decoded(header)

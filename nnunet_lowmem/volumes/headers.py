@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ import numpy as np
 
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.names import check_utf8
-from nnunet_lowmem.volumes.stored_parts import Part
+from nnunet_lowmem.volumes.stored_parts import Chunked, Part
 
-# nnU-Net gives two-dimensional images a third axis of one slice, so thick that it is never resampled
-_SLICE_THICKNESS_FACTOR = 999
+#: nnU-Net gives two-dimensional images a third axis of one slice, so thick that it is never resampled.
+SLICE_THICKNESS_FACTOR = 999
 # before the number of an error that happened earlier
 _STALE = "Reason: "
 # who speaks, and the address of an object
@@ -35,6 +35,7 @@ class Library(Enum):
 
     ITK = "SimpleITK"
     NIBABEL = "nibabel"
+    OWN = "nnunet_lowmem"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Layout:
         Files that tell where the voxels are, beside the one that was asked for and those of the parts.
     loses_nan : bool
         Whether the library makes 0 of what is no number.
+    chunked : Chunked or None
+        What decodes the values where they are in chunks; there are no parts then.
     """
 
     parts: tuple[Part, ...]
@@ -63,6 +66,7 @@ class Layout:
     scale: tuple[float, float] = UNSCALED
     beside: tuple[Path, ...] = ()
     loses_nan: bool = False
+    chunked: Chunked | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Header:
         What says where the image lies, by nnU-Net's names: origin and direction, or affine.
     layout : Layout or None
         None where nothing is known of it: pictures, and formats without a row in the table.
+    about : dict
+        Of arrays that are read here: 'unit' of lengths, 'version' of NGFF, 'is_said' of the spacing.
     """
 
     path: Path
@@ -95,6 +101,7 @@ class Header:
     dtype: np.dtype[Any]
     place: dict[str, Any]
     layout: Layout | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def voxels(self) -> int:
@@ -159,7 +166,7 @@ class Header:
         """
         shape, spacing = list(self.shape), list(self.spacing)
         if len(shape) == 2:
-            return [1, *shape], [max(spacing) * _SLICE_THICKNESS_FACTOR, *spacing]
+            return [1, *shape], [max(spacing) * SLICE_THICKNESS_FACTOR, *spacing]
         if len(shape) not in (3, 4):
             raise UsageError(f"{self.path} has {len(shape)} dimensions; nnU-Net takes 2 to 4")
         return shape[-3:], spacing[-3:]

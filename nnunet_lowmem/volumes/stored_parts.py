@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import DamagedFileError
 
@@ -42,6 +43,33 @@ class Contents(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+
+#: Channels, z, y, x.
+Box4 = tuple[slice, slice, slice, slice]
+Shape4 = tuple[int, int, int, int]
+
+
+class Chunked(Protocol):
+    """An array in chunks: channels, z, y, x."""
+
+    @property
+    def shape(self) -> Shape4:
+        """Of the array."""
+
+    @property
+    def chunks(self) -> Shape4:
+        """Of a chunk; the last ones along an axis may be cut."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In any byte order."""
+
+    def read(self, box: Box4) -> NDArray[Any]:
+        """Decode a box of whole chunks; what is wrong with them is raised as it comes."""
+
+    def name_of(self, chunk: Shape4) -> str:
+        """Return what a chunk is called, by its place in the grid of chunks."""
 
 
 class Encoding(Enum):

@@ -53,7 +53,7 @@ class Pages:
         """
         import tifffile
 
-        with _silence(), tifffile.TiffFile(file) as tiff:
+        with silence(), tifffile.TiffFile(file) as tiff:
             return Pages(np.dtype(tiff.pages.first.dtype), int(tiff.pages.first.compression))
 
     def write(self, labels: NDArray[Any], path: Path) -> None:
@@ -95,10 +95,10 @@ def read_whole(path: Path) -> Contents:
     import tifffile
 
     try:
-        with _silence(), tifffile.TiffFile(path) as tiff:
-            _verify_chain(tiff, path.name)
+        with silence(), tifffile.TiffFile(path) as tiff:
+            verify_chain(tiff, path.name)
             series = tiff.series[0]
-            _verify_series(series, path.name)
+            verify_series(series, path.name)
             for page in series.pages:
                 _verify_page(page)
             return Contents(tuple(series.shape), np.dtype(series.dtype))
@@ -108,7 +108,7 @@ def read_whole(path: Path) -> Contents:
         raise DamagedFileError(f"{path.name}: {error}") from error
 
 
-def _verify_chain(tiff: Any, name: str) -> None:
+def verify_chain(tiff: Any, name: str) -> None:
     """Follow the chain to its end; tifffile takes for an offset what it finds where a file is cut within a page."""
     file, layout = tiff.filehandle, tiff.tiff
     offset, seen = tiff.pages.first.offset, set[int]()
@@ -129,7 +129,8 @@ def _verify_chain(tiff: Any, name: str) -> None:
         raise DamagedFileError(f"{name}: page {len(seen)} of its chain is one of those before it")
 
 
-def _verify_series(series: Any, name: str) -> None:
+def verify_series(series: Any, name: str) -> None:
+    """Refuse an image of which pages are missing, or the end of its voxels."""
     missing = sum(page is None for page in series.pages)
     if missing:
         raise DamagedFileError(
@@ -165,7 +166,7 @@ def _verify_page(page: Any) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep tifffile from logging what is told as an error."""
     logger = logging.getLogger("tifffile")
     before, logger.disabled = logger.disabled, True

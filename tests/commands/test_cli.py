@@ -124,7 +124,7 @@ def test_every_prefix_of_stocks_flags_means_what_it_means_to_stock(form, monkeyp
 
     def with_more(by_folder: bool) -> argparse.ArgumentParser:
         parser = build(by_folder)
-        for flag in ("--spacing", "--schedule", "--cache", "--dry", "--nothing", "--visible", "--disk", "--hold"):
+        for flag in ("--space", "--schedule", "--cache", "--dry", "--nothing", "--visible", "--disk", "--hold"):
             parser.add_argument(flag)
         return parser
 

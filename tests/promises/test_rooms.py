@@ -40,11 +40,11 @@ types errors names boxes sizes options
 DEPTH = {room: depth for depth, row in enumerate(ROOMS.strip().splitlines()) for room in row.split()}
 
 MAY_IMPORT_NNUNET = {
-    "budget.input_memory",
     "commands.ensemble",
     "commands.one_side",
     "nnunet.adapter",
     "nnunet.model",
+    "nnunet.read_by",
     "nnunet.stock_calls",
     "nnunet.stored_cases",
     "nnunet.trust",
@@ -58,6 +58,7 @@ MAY_IMPORT_NNUNET = {
     "preprocessing.grids",
     "preprocessing.normalisation",
     "preprocessing.reading",
+    "preprocessing.volume_io",
     "trainers.low_mem_trainers",
 }
 MUST_BE_PURE = {

@@ -81,7 +81,8 @@ def name_of(row: Row) -> str:
 
 def test_every_row_is_tested() -> None:
     assert {row.ending for row in VOLUMES} == {ending for ending, row in FORMATS.items() if row.is_volume}
-    assert set(PICTURES) == {ending for ending, row in FORMATS.items() if not row.is_volume}
+    others = {ending for ending, row in FORMATS.items() if not row.is_volume and row.own_header is None}
+    assert {ending for ending in PICTURES if "tif" not in ending} == others  # arrays are read by tests of their own
 
 
 @pytest.mark.parametrize("row", VOLUMES, ids=name_of)
