@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numcodecs
 import numpy as np
+import SimpleITK
 import tifffile
 import zarr
 from numpy.typing import NDArray
@@ -191,4 +192,45 @@ VOLUMES: dict[str, Callable[[Path], Made]] = {
     "tiff_imagej": _imagej,
     "tiff_nnunets_raw": _nnunets,
     "planes": _planes,
+}
+
+
+def read_labels(path: Path) -> NDArray[Any]:
+    """Return a label map as its own library reads it, z first."""
+    if path.name.endswith(".zarr"):
+        return np.asarray(zarr.open_group(str(path), mode="r")["0"])
+    if path.suffix == ".h5":
+        with h5py.File(path) as file:
+            return np.asarray(file["labels"])
+    if path.suffix in (".tif", ".tiff"):
+        return np.asarray(tifffile.imread(path))
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+
+
+def _write_hdf5(path: Path, voxels: NDArray[Any], spacing: tuple[float, ...], **options: Any) -> None:
+    with h5py.File(path, "w") as file:
+        stored = file.create_dataset("raw", data=voxels, **options)
+        stored.attrs["element_size_um"] = [1000 * step for step in spacing]
+
+
+def _write_tiff(path: Path, voxels: NDArray[Any], spacing: tuple[float, ...], **options: Any) -> None:
+    sizes = {f"PhysicalSize{axis}": step for axis, step in zip("ZYX", spacing, strict=True)}
+    units = {f"{name}Unit": "mm" for name in sizes}
+    axes = "ZYX" if voxels.ndim == 3 else "CZYX"
+    tifffile.imwrite(path, voxels, ome=True, metadata={"axes": axes, **sizes, **units}, **options)
+
+
+def _write_ome(version: str, path: Path, voxels: NDArray[Any], spacing: tuple[float, ...], **options: Any) -> None:
+    axes = "zyx" if voxels.ndim == 3 else "czyx"
+    ome_zarr(path, voxels, version, axes=axes, spacing=spacing, origin=(0.0, 0.0, 0.0), **options)
+
+
+#: By the name of what is written: path, voxels of shape ([c,] z, y, x), spacing in mm.
+WRITERS: dict[str, Callable[[Path, NDArray[Any], tuple[float, ...]], None]] = {
+    "four.ome.zarr": partial(_write_ome, "0.4", chunks=(16, 16, 16)),
+    "five.ome.zarr": partial(_write_ome, "0.5", chunks=(16, 16, 16)),
+    "sharded.ome.zarr": partial(_write_ome, "0.5", chunks=(8, 16, 16), shards=(32, 32, 48)),
+    "deflate.tif": partial(_write_tiff, compression="zlib"),
+    "big.ome.tif": partial(_write_tiff, bigtiff=True),
+    "chunks.h5": partial(_write_hdf5, chunks=True, compression="gzip"),
 }
