@@ -267,7 +267,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
                     else:
                         results = runs.predict_cases(wanted, self.picture, probabilities, outcomes, may_prefetch=ahead)
                 finally:  # what failed is told in the output folder
-                    if target is not None:
+                    if target is not None and not isinstance(target, adapter.OutputFile):
                         report.write_failures(adapter.output_folder(target))
         outcomes.raise_failures(results)
         return results

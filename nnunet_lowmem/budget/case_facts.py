@@ -29,6 +29,7 @@ from nnunet_lowmem.preprocessing.sources import AsRead
 from nnunet_lowmem.types import BBox, Box, Place, PreprocessedCase, Shape3, Wanted, shape3
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.headers import Header
+from nnunet_lowmem.volumes.selection import is_remote
 from nnunet_lowmem.window.tiling import TileGrid, tile_grid
 
 
@@ -113,7 +114,8 @@ class CaseSizes:
         library = counted_by(self.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
         parts = (part.path for header in headers if header.layout is not None for part in header.layout.parts)
-        return sum(file.stat().st_size for file in {*(header.path for header in headers), *parts})
+        found = {*(header.path for header in headers if not is_remote(files[0])), *parts}
+        return sum(each.stat().st_size for file in found for each in (file.rglob("*") if file.is_dir() else [file]))
 
     def of_array(
         self, name: str, image: Any, previous_stage: Any, properties: dict[str, Any], probabilities: bool

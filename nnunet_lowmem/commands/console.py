@@ -19,6 +19,7 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.predict.outcomes import FAILURES_FILE, CaseReport, RunReport
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.types import Place
+from nnunet_lowmem.volumes.selection import is_output_file
 
 
 def _console() -> Console:
@@ -88,10 +89,11 @@ def print_report(report: CaseReport) -> None:
     )
 
 
-def print_run(report: RunReport, folder: str) -> None:
-    """Print what became of every case."""
+def print_run(report: RunReport, output: str) -> None:
+    """Print what became of every case; `output` is a folder, or the file of the only one."""
+    is_file = is_output_file(output)
     columns = (Column(name, overflow="fold") for name in ("case", "", "stage", "why"))
-    table = Table(*columns, title=f"predictions in {shown(folder)}")
+    table = Table(*columns, title=f"prediction {shown(output)}" if is_file else f"predictions in {shown(output)}")
     for case in report.done:
         table.add_row(case.case, "done", "", f"{sum(case.seconds.values()):.1f} s")
     for skipped in report.skipped:
@@ -99,8 +101,8 @@ def print_run(report: RunReport, folder: str) -> None:
     for failed in report.failed:
         table.add_row(failed.case, "failed", failed.stage, failed.reason)
     _console().print(table)
-    if report.failed:
-        _console().print(f"{report.failed_of_all()}; see {shown(str(Path(folder) / FAILURES_FILE))}", highlight=False)
+    if report.failed and not is_file:
+        _console().print(f"{report.failed_of_all()}; see {shown(str(Path(output) / FAILURES_FILE))}", highlight=False)
 
 
 def print_estimates(found: Sequence[Estimate], as_json: bool, verbose: bool) -> int:

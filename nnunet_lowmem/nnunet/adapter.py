@@ -90,7 +90,6 @@ def write_run_files(
     arguments: dict[str, Any],
     dataset_json: dict[str, Any],
     plans: dict[str, Any],
-    is_folder: bool = True,
 ) -> None:
     """Write what stock writes beside the predictions: the arguments, dataset.json and plans.json; not beside a file."""
     if target is None:
@@ -98,7 +97,7 @@ def write_run_files(
     folder = output_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
-    if not is_folder:
+    if isinstance(target, OutputFile):
         return
     arguments = deepcopy(arguments)
     recursive_fix_for_json_export(arguments)
@@ -109,13 +108,17 @@ def write_run_files(
     save_json(plans, str(folder / "plans.json"), sort_keys=False)
 
 
+class OutputFile(list[str]):
+    """The only output, by its whole name: no file about the run as a whole is written beside it."""
+
+
 def outputs(wanted: Any) -> str | list[str] | None:
     """Return the folder or list of outputs as far as stock takes it for one: no path, tuple or array.
 
     The name of a file is a list of one.
     """
     if is_output_file(wanted):
-        return [wanted]
+        return OutputFile([wanted])
     if wanted is None or isinstance(wanted, str | list):
         return wanted
     logger.warning("nnU-Net writes to a folder given as str, or a list: for %r results are returned", wanted)

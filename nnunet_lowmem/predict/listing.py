@@ -12,7 +12,7 @@ from typing import Any
 from nnunet_lowmem.errors import UsageError, WriteError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import adapter, model_files
-from nnunet_lowmem.predict.jobs import Files, Job, refused
+from nnunet_lowmem.predict.jobs import Files, Job, Refused, refused
 from nnunet_lowmem.predict.listeners import logging_prints
 from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.records import Recipe
@@ -48,8 +48,8 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
         raise twin(UsageError, AssertionError)(f"part_id counts from 0; {part_id} is above num_parts {parts}")
     source, ending = named(arguments["list_of_lists_or_source_folder"]), setup.file_ending
     target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
-    wanted = arguments["output_folder_or_list_of_truncated_output_files"]
-    volumes = volumes_of(source, wanted, setup.options, ending)
+    volumes = volumes_of(source, target, setup.options, ending)
+    arguments = {**arguments, "list_of_lists_or_source_folder": source}
     stage_folder = arguments["folder_with_segs_from_prev_stage"]
     previous_stage = setup.configuration_manager.previous_stage_name
     if previous_stage is not None and stage_folder is None:
@@ -58,10 +58,10 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
             f"{previous_stage!r}: give their folder with -prev_stage_predictions"
         )
     if volumes is not None:
-        jobs = volume_jobs(volumes, arguments, setup)
-        adapter.write_run_files(target, arguments, setup.dataset_json, setup.plans_manager.plans, not volumes.is_file)
-        return jobs
+        jobs = volume_jobs(volumes, arguments, setup)  # which may refuse all of them
     adapter.write_run_files(target, arguments, setup.dataset_json, setup.plans_manager.plans)
+    if volumes is not None:
+        return jobs
     folder = source if isinstance(source, str) else None
     if folder is not None:
         model_files.tell_skipped(folder, ending)
@@ -139,6 +139,8 @@ def refuse_unwritable(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _unless_unwritable(job: Job, tried: dict[Path, WriteError | None]) -> Job:
+    if isinstance(job.source, Refused):
+        return job
     try:
         for output in () if job.recipe is None else job.recipe.outputs:
             place = place_of(output)

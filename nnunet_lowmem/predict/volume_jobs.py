@@ -11,6 +11,7 @@ from typing import Any
 from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
+from nnunet_lowmem.nnunet.adapter import OutputFile
 from nnunet_lowmem.options import Options
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.predict.jobs import Files, Job, refused
@@ -36,13 +37,10 @@ class Volumes:
         Paths or addresses of each.
     outputs : str, list of str, or None
         A folder; the name of each output; or nothing is written.
-    is_file : bool
-        The only name is that of a file.
     """
 
     cases: list[list[str]]
     outputs: str | list[str] | None
-    is_file: bool = False
 
 
 def selection_of(options: Options) -> Selection:
@@ -73,6 +71,7 @@ def volumes_of(source: Any, target: Any, options: Options, ending: str) -> Volum
     source : str, or list of lists of str
         As `named` gives it.
     target : str, list of str, or None
+        As `adapter.outputs` gives it.
     options : Options
     ending : str
         Of the model's images.
@@ -82,7 +81,7 @@ def volumes_of(source: Any, target: Any, options: Options, ending: str) -> Volum
     UsageError
         If they cannot be what is meant.
     """
-    selection, is_file = selection_of(options), names.is_output_file(target)
+    selection, is_file = selection_of(options), isinstance(target, OutputFile)
     if isinstance(source, str):
         cases = _cases_of(source, selection, ending, is_file)
     else:
@@ -96,8 +95,8 @@ def volumes_of(source: Any, target: Any, options: Options, ending: str) -> Volum
     if cases is None:
         return None
     if is_file and len(cases) != 1:
-        raise UsageError(f"-o {target} is the name of one file, and there are {len(cases)} cases: give a folder")
-    return Volumes(cases, [target] if is_file else target, is_file)
+        raise UsageError(f"-o {target[0]} is the name of one file, and there are {len(cases)} cases: give a folder")
+    return Volumes(cases, target)
 
 
 def _cases_of(source: str, selection: Selection, ending: str, is_file: bool) -> list[list[str]] | None:
