@@ -184,7 +184,10 @@ def read_header(path: str, library: Rules = Library.ITK) -> Header:
         if known is not None and _states(known[1]) == known[0]:
             return known[1]
         row = format_of(path, library if isinstance(library, Selection) else None) or _UNKNOWN
-        header = row.header(Path(path), library)
+        if isinstance(library, Selection) and is_remote(path):
+            header = zarr_stores.header(path, library)  # as it is: a path would lose one of two slashes
+        else:
+            header = row.header(Path(path), library)
         header.check_size()
         if _state(Path(path)) == before:
             _remember(path, library, header)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ _SHARD = 4
 _SMALLEST = 64
 # axes are halved together while none is coarser than this times the finest
 _ANISOTROPY = 2.0
+_LOOK_S = 0.01
 
 
 def write(labels: NDArray[Any], path: Path, image: LabelImage) -> None:
@@ -47,12 +51,16 @@ def write(labels: NDArray[Any], path: Path, image: LabelImage) -> None:
     dtype, levels = stored_type(labels), _levels(shape3(labels.shape), image.spacing)
     name = path.name.removesuffix(ending_of(path, ZARR))
     attributes = ome.label_attributes(levels, image.spacing, image.origin, image.unit, version, image.classes, name)
-    zarr = library()
-    group = zarr.create_group(
-        store=str(path),
-        zarr_format=2 if version == ome.VERSIONS[0] else 3,
-        attributes={**attributes, **image.made},
-    )
+    with _store_at(path) as store:
+        group = library().create_group(
+            store=store,
+            zarr_format=2 if version == ome.VERSIONS[0] else 3,
+            attributes={**attributes, **image.made},
+        )
+        _write_levels(group, levels, labels, dtype)
+
+
+def _write_levels(group: Any, levels: Sequence[ome.Level], labels: NDArray[Any], dtype: np.dtype[Any]) -> None:
     finer: Any = None
     for level in levels:
         array = _array(group, level, dtype)
@@ -66,6 +74,40 @@ def write(labels: NDArray[Any], path: Path, image: LabelImage) -> None:
                 ends = zip(box, step, finer[1].shape, strict=True)
                 array[box] = finer[0][tuple(slice(b.start * s, min(b.stop * s, n), s) for b, s, n in ends)]
         finer = array, level
+
+
+@contextmanager
+def _store_at(path: Path) -> Iterator[Any]:
+    """Give a new store, into which nothing is written any more once the block has ended.
+
+    Where a file cannot be written zarr says so at once, and goes on with others in its own thread.
+    """
+    local: Any = library().storage.LocalStore
+    writing: set[object] = set()
+    has_ended = Event()
+
+    class Store(local):  # type: ignore[misc]  # of a library that need not be there
+        async def set(self, *given: Any, **words: Any) -> None:
+            await self._unless_ended(super().set, *given, **words)
+
+        async def set_if_not_exists(self, *given: Any, **words: Any) -> None:
+            await self._unless_ended(super().set_if_not_exists, *given, **words)
+
+        async def _unless_ended(self, write: Any, *given: Any, **words: Any) -> None:
+            mark = object()
+            writing.add(mark)
+            try:
+                if not has_ended.is_set():
+                    await write(*given, **words)
+            finally:
+                writing.discard(mark)
+
+    try:
+        yield Store(str(path))
+    finally:
+        has_ended.set()
+        while writing:
+            time.sleep(_LOOK_S)
 
 
 def _levels(shape: Shape3, spacing: Sequence[float]) -> list[ome.Level]:
