@@ -73,6 +73,8 @@ class Source(NamedTuple):
         where one has values that only a library makes.
     decoding_bytes : int
         Held while chunks are decoded.
+    in_chunks : bool
+        All files are, so that parts may be asked for in the order of any axis.
     """
 
     files: int
@@ -82,6 +84,7 @@ class Source(NamedTuple):
     spilled_bytes: int | None = None
 
     decoding_bytes: int = 0
+    in_chunks: bool = False
 
     @staticmethod
     def of(headers: Sequence[Header], depth: int = 1) -> Source:
@@ -100,6 +103,7 @@ class Source(NamedTuple):
             max(*(header.beside_bytes for header in headers), decoding),
             sum(whole) if in_place else None,
             decoding,
+            len(chunked) == len(headers),
         )
 
 
@@ -138,7 +142,7 @@ def input_bytes(
         mask = voxels
         work += _FILLING_BYTES * min(voxels, max(SLAB_VOXELS, voxels // min(grid.shape)))
     facts = InputFacts(kept, mask_bytes=mask)
-    by_planes = is_read_by_planes(plans_manager.transpose_forward, grid, configuration_manager)
+    by_planes = source.in_chunks or is_read_by_planes(plans_manager.transpose_forward, grid, configuration_manager)
     if is_ours and by_planes and all(map(is_streamed, rules)):
         facts = _on_disk(source, kept, mask, grid, is_copied(grid, configuration_manager), len(rules))
     return InputBytes(reading, work + stage, facts)

@@ -91,7 +91,7 @@ def test_from_a_store_that_is_read_while_tiles_are_predicted(
     WRITERS[source.name](source, case.voxels, case.spacing)
     labels, (report,) = predicted(case, source, tmp_path / "labels.ome.zarr")
     assert np.array_equal(labels, case.labels)
-    assert report.plan.placement.input is (Place.RAM if "transposed" in case.model else Place.DISK)
+    assert report.plan.placement.input is Place.DISK
 
 
 @pytest.mark.slow

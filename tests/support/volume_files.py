@@ -9,15 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numcodecs
 import numpy as np
+import pytest
 import SimpleITK
 import tifffile
-import zarr
 from numpy.typing import NDArray
 
 from nnunet_lowmem.volumes.selection import Selection
+
+pytest.importorskip("zarr", reason="zarr 3 needs Python 3.11", exc_type=ImportError)
+import h5py
+import numcodecs
+import zarr
 
 VOXELS = np.random.default_rng(3).integers(-900, 1200, (17, 19, 23)).astype(np.int16)
 #: mm, slowest axis first.
@@ -113,7 +116,12 @@ def _channels(folder: Path) -> Made:
 def _zarr(zarr_format: Any, folder: Path, **options: Any) -> Made:
     path = folder / "a.zarr"
     array = zarr.create_array(
-        store=str(path), shape=VOXELS.shape, dtype=">i2", chunks=CHUNKS, zarr_format=zarr_format, **options
+        store=str(path),
+        shape=VOXELS.shape,
+        dtype=">i2" if zarr_format == 2 else "<i2",
+        chunks=CHUNKS,
+        zarr_format=zarr_format,
+        **options,
     )
     array[:] = VOXELS
     return Made(path, VOXELS, spacing=(1.0, 1.0, 1.0))
