@@ -195,6 +195,9 @@ WITH_FLAG = tuple(option for option in OPTIONS if option.metadata["flag"])
 #: A model that could say whom to trust would say itself; it may choose sizes and numbers.
 NOT_FOR_MODELS = frozenset(option.name for option in OPTIONS if not option.metadata["for_models"])
 
+#: Which volume is meant, and how large its voxels are.
+OF_VOLUMES = ("level", "key", "planes", "spacing")
+
 #: How a cluster is reached.
 OF_CONNECTIONS = ("scheduler", "scheduler_file", "workers", "tls_ca_file", "tls_cert", "tls_key")
 #: What only the command has to know, and workers are not told.

@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,16 @@ from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.label_writing import Leaves, writer_bytes
 from nnunet_lowmem.nnunet.read_by import writer_of
-from nnunet_lowmem.preprocessing.case import depth_of_slabs
+from nnunet_lowmem.preprocessing.checks import depth_of_slabs
 from nnunet_lowmem.preprocessing.grids import network_grid
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.preprocessing.sources import AsRead
+from nnunet_lowmem.preprocessing.volume_io import reader_of_labels
 from nnunet_lowmem.types import BBox, Box, Place, PreprocessedCase, Shape3, Wanted, shape3
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.headers import Header
-from nnunet_lowmem.volumes.selection import is_remote
+from nnunet_lowmem.volumes.selection import SIGNS
 from nnunet_lowmem.window.tiling import TileGrid, tile_grid
 
 
@@ -53,6 +56,8 @@ class CaseSizes:
         The option; what it is for a case that is in files is told with them.
     file_ending : str
         Of label maps.
+    spacing : (float, float, float) or None
+        mm, in the place of what files say.
     """
 
     plans: Any
@@ -64,6 +69,7 @@ class CaseSizes:
     bbox: BBox | None = None
     roi: Any = None
     file_ending: str = ""
+    spacing: Sequence[float] | None = None
 
     def part(
         self,
@@ -96,12 +102,14 @@ class CaseSizes:
         library = counted_by(self.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
         source = Source.of(headers, depth_of_slabs(self.configuration))
-        facts = self._upper_bounds(name, source, *headers[0].grid(), previous_stage is not None, probabilities)
+        shape, spacing = headers[0].grid()
+        stage = previous_stage is not None
+        facts = self._upper_bounds(name, source, shape, self.spacing or spacing, stage, probabilities)
         return facts if roi is None else self._with_mask(facts, roi, headers[0])
 
     def _with_mask(self, facts: CaseFacts, roi: str, image: Header | None = None) -> CaseFacts:
         """Count a mask, which is read first."""
-        mask = read_header(roi, counted_by(self.plans.image_reader_writer_class))
+        mask = read_header(roi, counted_by(reader_of_labels(self.plans.image_reader_writer_class)))
         shape, spacing = mask.grid()
         if image is not None:
             check_mask_shape(shape, image.grid()[0], of_headers=True)
@@ -113,9 +121,14 @@ class CaseSizes:
         """Return the bytes of files, and of those that they name."""
         library = counted_by(self.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
-        parts = (part.path for header in headers if header.layout is not None for part in header.layout.parts)
-        found = {*(header.path for header in headers if not is_remote(files[0])), *parts}
-        return sum(each.stat().st_size for file in found for each in (file.rglob("*") if file.is_dir() else [file]))
+        found = set[Path]()
+        for file, header in zip(files, headers, strict=True):
+            layout = header.layout
+            parts = () if layout is None else (*(part.path for part in layout.parts), *layout.beside[-1:])
+            found |= {Path(part) for part in parts} | ({header.path} if os.path.isfile(file) else set())
+        # the last file beside a store is in the folder of its array
+        stored = (file.parent.rglob("*") if file.name in SIGNS else [file] for file in found)
+        return sum(each.stat().st_size for each in {*chain.from_iterable(stored)} if each.is_file())
 
     def of_array(
         self, name: str, image: Any, previous_stage: Any, properties: dict[str, Any], probabilities: bool

@@ -96,7 +96,7 @@ class Estimate:
 
 def estimates(
     cases: Iterable[tuple[str, list[str], str | None]],
-    sizes: CaseSizes,
+    sizes_of: Callable[[list[str]], CaseSizes],
     model: ModelFacts,
     budget: Budget,
     probabilities: bool,
@@ -109,7 +109,7 @@ def estimates(
         try:
             if file_ending is not None:  # else they are no channels by their names
                 check_numbers(files, file_ending)
-            mask = mask_of(files)
+            sizes, mask = sizes_of(files), mask_of(files)
             facts = sizes.of_files(name, files, previous_stage, probabilities, mask)
             whole = facts
             if sizes.bbox is not None:

@@ -24,16 +24,18 @@ from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import replaced
 from nnunet_lowmem.predict.case import case_sizes
 from nnunet_lowmem.predict.cases import Outcomes
-from nnunet_lowmem.predict.jobs import Files, Job
+from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.loading import facts_of_job
 from nnunet_lowmem.predict.logits import TileNetwork
 from nnunet_lowmem.predict.prepared import most_parts
 from nnunet_lowmem.predict.setup import Setup
+from nnunet_lowmem.predict.volume_jobs import setup_for
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.owned_folders import PARTIAL, make_owned_folder, remove_owned_folder, remove_stale
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.types import Result
+from nnunet_lowmem.volumes.selection import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +149,8 @@ def _everywhere(job: Job) -> Job:
     files, recipe = job.files, job.recipe
     if files is not None:
         stage, roi = (None if file is None else os.path.abspath(file) for file in (files.stage, files.roi))
-        job = replace(job, source=Files([os.path.abspath(image) for image in files.images], stage, roi))
+        images = [image if is_remote(image) else os.path.abspath(image) for image in files.images]
+        job = replace(job, source=replace(files, images=images, stage=stage, roi=roi))
     if recipe is not None:
         outputs, inputs = (
             tuple(Path(os.path.abspath(file)) for file in side) for side in (recipe.outputs, recipe.inputs)
@@ -158,11 +161,11 @@ def _everywhere(job: Job) -> Job:
 
 def _tasks(jobs: Sequence[Job], setup: Setup, probabilities: bool) -> list[Task]:
     """Return one task a case, with its tiles by the header; 0 where these are for a worker to find out."""
-    sizes, tasks = case_sizes(setup, TileNetwork(setup).facts()), []
+    model, tasks = TileNetwork(setup).facts(), []
     for job in jobs:
         facts = None
         with suppress(UsageError):
-            facts = facts_of_job(sizes, job, probabilities)
+            facts = facts_of_job(case_sizes(setup_for(setup, job), model), job, probabilities)
         tasks.append(Task(_everywhere(job), 0))
         if facts is not None:
             tasks[-1].size = setup.weights.folds * facts.tiles

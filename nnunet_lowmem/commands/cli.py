@@ -160,7 +160,10 @@ def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
     """Check a command before it runs; return its model folder and the ending of its files."""
     options = flags.predict_options(arguments)
     model_folder = _check(options)
-    return model_folder, _check_cases(options, Path(model_folder))
+    file_ending = _check_cases(options, Path(model_folder))
+    if not os.path.isdir(options.i) or not model_files.list_cases(options.i, file_ending):
+        raise UsageError(f"-i: stock reads no {options.i}; to compare with it, give a folder of NAME_0000{file_ending}")
+    return model_folder, file_ending
 
 
 def _check(options: argparse.Namespace) -> str:
@@ -181,7 +184,7 @@ def _check(options: argparse.Namespace) -> str:
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
         flags.asked_bytes(flag, text)
     _check_device(options.device)
-    if not is_volume(options.i):
+    if not is_volume(options.i) and not os.path.isfile(options.i):
         _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
         _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
@@ -200,7 +203,9 @@ def _check_cases(options: argparse.Namespace, model_folder: Path) -> str:
     dataset_json = model_folder / "dataset.json"
     file_ending = model_files.check_file_ending(model_files.read_json(dataset_json), dataset_json)
     folder = options.i
-    is_one = is_volume(folder) or options.planes
+    is_one = is_volume(folder) or options.planes or (os.path.isfile(folder) and folder.endswith(file_ending))
+    if os.path.isfile(folder) and not is_one:
+        raise UsageError(f"-i: {folder} is no volume that is known, by its ending, and not one of {file_ending}")
     if not (is_one or volumes_in(folder) or model_files.list_cases(folder, file_ending)):
         raise UsageError(f"-i: {folder} holds no file that ends in {file_ending}, as this model needs, and no volume")
     return file_ending

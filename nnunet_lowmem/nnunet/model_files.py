@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from nnunet_lowmem.errors import ModelError, UsageError, because, missing, twin
 from nnunet_lowmem.names import shown
+from nnunet_lowmem.volumes.selection import is_store
 
 _SHOWN = 8
 # characters of a channel number, "_0000"
@@ -144,7 +145,7 @@ def _why_skipped(path: str, file_ending: str) -> str | None:
     if not os.path.exists(path):
         return "broken links"
     if os.path.isdir(path):
-        return "folders" if path.endswith(file_ending) else None
+        return "folders" if path.endswith(file_ending) else "stores, beside such files" if is_store(path) else None
     if not os.path.isfile(path):
         return "neither files nor links to files"
     return None if path.endswith(file_ending) else f"without the ending {file_ending}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -10,10 +10,16 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.preprocessing.reading import library_of
 from nnunet_lowmem.preprocessing.volume_io import volume_io
+from nnunet_lowmem.volumes.formats import check_writable
 from nnunet_lowmem.volumes.headers import Library
 from nnunet_lowmem.volumes.selection import OWN, Selection
 
 _TURNS = "Reorient"
+
+
+def turns(reader: type) -> bool:
+    """Whether a reader class of nnU-Net's gives images in other axes than their files have."""
+    return _TURNS in reader.__name__
 
 
 class PlansReadBy:
@@ -49,7 +55,7 @@ def plans_read_by(
     ending: str,
     model_ending: str,
     classes: Mapping[int, str],
-    made: Mapping[str, Any],
+    made: Callable[[], Mapping[str, Any]],
 ) -> PlansReadBy:
     """Return plans by which volumes are read here, if they are selected, and labels written with an ending.
 
@@ -61,8 +67,9 @@ def plans_read_by(
     own, by = plans_manager.image_reader_writer_class, None
     reader = own if selection is None else volume_io(selection)
     if ending.lower() in OWN and (selection is not None or ending != model_ending):
+        check_writable(ending)
         by = volume_io(selection or Selection())(classes, made)
-        if selection is None and _TURNS in own.__name__:
+        if selection is None and turns(own):
             raise UsageError(
                 f"the model's reader, {own.__name__}, turns images: its labels are written as {model_ending}"
             )

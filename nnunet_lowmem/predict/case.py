@@ -43,7 +43,7 @@ from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.unfinished import unfinished_of
 from nnunet_lowmem.predict.warming import warm_up
-from nnunet_lowmem.preprocessing.case import check_headers
+from nnunet_lowmem.preprocessing.checks import check_headers
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.atomic_files import atomic_output
 from nnunet_lowmem.system.clock import StageClock
@@ -121,7 +121,8 @@ class CaseRun:
         exports = not replaced(Step.EXPORT)
         model_keys.check_case(setup.plans_manager.plans, configuration, preprocesses, exports=exports)
         if self.job.files is not None:
-            check_headers(self.job.files.images, setup.plans_manager, setup.configuration_manager)
+            managers = setup.plans_manager, setup.configuration_manager
+            check_headers(self.job.files.images, *managers, setup.spacing)
         parts.check(setup, self.job)
         warm_up_kernels(setup)
 
@@ -387,9 +388,9 @@ def _label_map(part: Part, rule: LabelRule, folder: Path | None) -> LabelMap:
 def case_sizes(setup: Setup, model: Any) -> CaseSizes:
     """Return what finds the facts of cases for a predictor."""
     holds_logits = bool(setup.steps.replaced(Step.LOGITS, Step.WINDOW))
-    managers = setup.plans_manager, setup.configuration_manager, setup.label_manager
-    ending = setup.file_ending
-    return CaseSizes(*managers, setup.tile_step_size, model, holds_logits, setup.bbox, setup.options.roi, ending)
+    managers, ending = (setup.plans_manager, setup.configuration_manager, setup.label_manager), setup.file_ending
+    step, roi = setup.tile_step_size, setup.options.roi
+    return CaseSizes(*managers, step, model, holds_logits, setup.bbox, roi, ending, setup.spacing)
 
 
 def warm_up_kernels(setup: Setup) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 
 from nnunet_lowmem.boxes import box_within
 from nnunet_lowmem.errors import CasesFailedError, LowMemError, UsageError, WorkerError, WriteError, of_kinds, twin
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.overrides.foreign import foreign
-from nnunet_lowmem.predict.jobs import Job
+from nnunet_lowmem.predict.jobs import Job, refused
 from nnunet_lowmem.predict.listeners import Listener
 from nnunet_lowmem.predict.outcomes import CaseReport, FailedCase, RunReport, SkippedCase, Turn
 from nnunet_lowmem.predict.pending_write import PendingWrite
@@ -204,6 +205,9 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
         if standing.keeps:
             report.skipped.append(SkippedCase(job.name, standing.value))
             logger.info("case %s is skipped: %s", job.name, standing.value)
+        elif job.recipe.outputs[0].is_dir():
+            told = f"{shown(str(job.recipe.outputs[0]))} is there, but {standing.value}: remove it to have it made anew"
+            remaining.append(refused(job, UsageError(told)))
         else:
             remaining.append(replace(job, continues=True))
             logger.info("case %s is predicted: %s", job.name, standing.value)

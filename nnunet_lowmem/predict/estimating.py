@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from nnunet_lowmem.budget.arrays import Budget
+from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.estimates import Estimate, estimates
+from nnunet_lowmem.budget.facts import ModelFacts
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.network.tile_memory import TileBytes, copy_of_zeros
 from nnunet_lowmem.nnunet import model_files, model_keys
@@ -20,7 +22,7 @@ from nnunet_lowmem.predict.case import case_sizes, warm_up_kernels
 from nnunet_lowmem.predict.logits import TileNetwork, grid_of
 from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.setup import Setup
-from nnunet_lowmem.predict.volume_jobs import case_name, files_of, volumes_of
+from nnunet_lowmem.predict.volume_jobs import case_name, check_spacing, files_of, named, setup_for_files, volumes_of
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.types import Place, PreprocessedCase, once
 
@@ -37,19 +39,21 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
     warm_up_kernels(setup)
     budget = setup.budget()
     cascades = configuration.previous_stage_name is not None
-    volumes = volumes_of(folder, None, setup.options, ending)
-    case_files = model_files.list_cases(folder, ending) if volumes is None else volumes.cases
-    reading, numbered = (
-        (setup, ending) if volumes is None else (setup.reading(files_of(volumes.cases[0], setup), ""), None)
-    )
+    check_spacing(setup)
+    source = named(folder)
+    volumes = volumes_of(source, None, setup.options, ending)
+    case_files = model_files.list_cases(source, ending) if volumes is None else volumes.cases
 
     def name_of(files: list[str]) -> str:
         return model_files.case_name(files, ending) if volumes is None else case_name(files)
 
+    def setup_of(files: list[str]) -> Setup:
+        return setup if volumes is None else setup_for_files(setup, files_of(files, setup))
+
     cases = [(shown(name_of(files)), files, files[0] if cascades else None) for files in case_files]
 
     def mask_of(files: list[str]) -> str | None:
-        return mask_file(setup.options.roi, name_of(files), reading.file_ending)
+        return mask_file(setup.options.roi, name_of(files), setup_of(files).file_ending)
 
     network, ways = TileNetwork(setup), Ways(setup)
     undecided = [Arithmetic.BFLOAT16, Arithmetic.FLOAT32] if ways.is_undecided else []
@@ -58,8 +62,12 @@ def estimate(setup: Setup, with_network: WithNetwork, folder: str, probabilities
         if undecided:
             ways.take(arithmetic)
         model = network.facts(bytes_of_zeros(setup, budget, with_network).with_margin())
-        sizes, label = case_sizes(reading, model), arithmetic.value if undecided else ""
-        found.append(estimates(cases, sizes, model, budget, probabilities, numbered, label, mask_of))
+        label, numbered = arithmetic.value if undecided else "", ending if volumes is None else None
+
+        def sizes_of(files: list[str], model: ModelFacts = model) -> CaseSizes:
+            return case_sizes(setup_of(files), model)
+
+        found.append(estimates(cases, sizes_of, model, budget, probabilities, numbered, label, mask_of))
     if undecided:
         ways.forget()
     return chain.from_iterable(zip(*found, strict=True))

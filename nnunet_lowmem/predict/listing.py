@@ -17,9 +17,10 @@ from nnunet_lowmem.predict.listeners import logging_prints
 from nnunet_lowmem.predict.parts import mask_file
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
-from nnunet_lowmem.predict.volume_jobs import named, volume_jobs, volumes_of
+from nnunet_lowmem.predict.volume_jobs import check_spacing, named, volume_jobs, volumes_of
 from nnunet_lowmem.system.atomic_files import try_output
 from nnunet_lowmem.system.placing import place_of
+from nnunet_lowmem.volumes.selection import ZARR, ending_of
 
 _NO_NEW_FILES = (errno.EPERM, errno.EACCES, errno.EROFS)
 
@@ -46,6 +47,7 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
     part_id, parts = arguments.get("part_id", 0), arguments.get("num_parts", 1)
     if part_id > parts:
         raise twin(UsageError, AssertionError)(f"part_id counts from 0; {part_id} is above num_parts {parts}")
+    check_spacing(setup)
     source, ending = named(arguments["list_of_lists_or_source_folder"]), setup.file_ending
     target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
     volumes = volumes_of(source, target, setup.options, ending)
@@ -134,17 +136,17 @@ def _unless_among_images(job: Job, folder: str) -> Job:
 
 def refuse_unwritable(jobs: Sequence[Job]) -> list[Job]:
     """Let a case fail when its turn comes, before it is computed, if one of its outputs cannot be written."""
-    tried: dict[Path, WriteError | None] = {}
+    tried: dict[tuple[Path, bool], WriteError | None] = {}
     return [_unless_unwritable(job, tried) for job in jobs]
 
 
-def _unless_unwritable(job: Job, tried: dict[Path, WriteError | None]) -> Job:
+def _unless_unwritable(job: Job, tried: dict[tuple[Path, bool], WriteError | None]) -> Job:
     if isinstance(job.source, Refused):
         return job
     try:
         for output in () if job.recipe is None else job.recipe.outputs:
             place = place_of(output)
-            refusal = _tried(place.parent, tried)
+            refusal = _tried(place.parent, bool(ending_of(output, ZARR)), tried)
             # a file that is there may be written to where no other can be made
             if refusal is not None and not (place.exists() and refusal.errno in _NO_NEW_FILES):
                 raise refusal
@@ -153,11 +155,11 @@ def _unless_unwritable(job: Job, tried: dict[Path, WriteError | None]) -> Job:
     return job
 
 
-def _tried(folder: Path, tried: dict[Path, WriteError | None]) -> WriteError | None:
-    if folder not in tried:
+def _tried(folder: Path, is_folder: bool, tried: dict[tuple[Path, bool], WriteError | None]) -> WriteError | None:
+    if (folder, is_folder) not in tried:
         try:
-            try_output(folder)
-            tried[folder] = None
+            try_output(folder, is_folder)
+            tried[folder, is_folder] = None
         except WriteError as error:
-            tried[folder] = error
-    return tried[folder]
+            tried[folder, is_folder] = error
+    return tried[folder, is_folder]

@@ -49,6 +49,7 @@ def load(job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedC
     if isinstance(source, Files):
         if planning is not None:
             options |= {"spill": planning.spill(), "keeps_image": planning.keeps_image}
+        options["spacing"] = setup.spacing
         return preprocess_case(source.images, source.stage, *model, **options)
     if isinstance(source, Array) and not source.by_adapter:
         return preprocess_array(source.image, source.stage, source.properties, *model, **options)

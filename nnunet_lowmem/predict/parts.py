@@ -23,6 +23,7 @@ from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
 from nnunet_lowmem.preprocessing.reading import counted_by, read_channels
 from nnunet_lowmem.preprocessing.sources import AsRead
+from nnunet_lowmem.preprocessing.volume_io import reader_of_labels
 from nnunet_lowmem.types import Box, PreprocessedCase, Wanted
 from nnunet_lowmem.volumes.formats import read_header
 from nnunet_lowmem.volumes.selection import is_store
@@ -84,7 +85,8 @@ def check(setup: Setup, job: Job) -> None:
     if setup.bbox is not None:
         box_within(setup.bbox, shape)
     if job.files.roi is not None:
-        found, _ = read_header(job.files.roi, library).grid()
+        reader = reader_of_labels(setup.plans_manager.image_reader_writer_class)
+        found, _ = read_header(job.files.roi, counted_by(reader)).grid()
         check_mask_shape(found, shape, of_headers=True)
 
 
@@ -126,7 +128,7 @@ def read_mask(setup: Setup, job: Job) -> Mask | None:
     name = job.name if job.output is None else os.path.basename(job.output)
     file = source.roi if isinstance(source, Files) else mask_file(roi, name, setup.file_ending)
     assert file is not None, "the option is a path"
-    reader = setup.plans_manager.image_reader_writer_class
+    reader = reader_of_labels(setup.plans_manager.image_reader_writer_class)
     channels, properties = read_channels(reader, [file], setup.options.accept_nan)
     if len(channels) != 1:
         raise UsageError(f"{file} has {len(channels)} channels: a mask has one")

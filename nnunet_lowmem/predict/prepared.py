@@ -21,6 +21,7 @@ from nnunet_lowmem.predict.loading import load
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.stored import store
 from nnunet_lowmem.predict.unfinished import checksums, token, unfinished_of
+from nnunet_lowmem.predict.volume_jobs import setup_for
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.system.owned_folders import temporary_folder
 from nnunet_lowmem.types import Box, PreprocessedCase, Shape3
@@ -84,7 +85,7 @@ def prepare(
     WriteError
         If it cannot be kept, and the cut was asked for.
     """
-    setup = setup.for_job(job)
+    setup = setup_for(setup, job)
     with temporary_folder(setup.options.tmp_dir) as scratch, clock.stage("preprocessing"):
         run = CaseRun(setup, job, clock, scratch, probabilities, listeners, lambda _: None)
         run.check()

@@ -27,6 +27,7 @@ from typing import Any
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.owned_folders import is_left_over, owned_name
 from nnunet_lowmem.system.placing import flush
+from nnunet_lowmem.volumes.selection import SIGNS, TIFF, ending_of
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,12 @@ class Recipe:
         """Judge what is there; files without a record of their own are decoded to their end."""
         if not all(path.exists() for path in self.outputs):
             return Standing.ABSENT
-        record = self._record(records or Records())
+        records = records or Records()
+        record = self._record(records)
         if record is None:
+            # what is missing of a store is not seen by looking at what is left
+            if self.outputs[0].is_dir() and any(records.of(self.outputs[0])):
+                return Standing.DAMAGED
             return Standing.UNRECORDED if all(map(_is_whole, self.outputs)) else Standing.DAMAGED
         if record.get("inputs") != states(self.inputs):
             return Standing.CHANGED_INPUT
@@ -243,7 +248,23 @@ def _state(path: Path) -> list[str | int]:
         status = path.stat()
     except FileNotFoundError:
         return [path.name]
-    return [path.name, status.st_size, status.st_mtime_ns]
+    return [path.name, status.st_size, status.st_mtime_ns] if not path.is_dir() else [path.name, *_state_of_store(path)]
+
+
+def _state_of_store(path: Path) -> tuple[int, str]:
+    """Return how many folders it has, and a checksum of their times, and of those of metadata and pictures in them.
+
+    A chunk that is written anew changes the folder that it is in, where it is renamed, as zarr does.
+    """
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        count += 1
+        known = [name for name in sorted(files) if name in SIGNS or ending_of(name, TIFF)]
+        for each in (Path(folder), *(Path(folder, name) for name in known)):
+            told = [each.relative_to(path).as_posix(), each.stat().st_mtime_ns]
+            digest.update(json.dumps(told).encode())
+    return count, digest.hexdigest()
 
 
 def _content(path: Path) -> list[int | str]:

@@ -32,6 +32,7 @@ from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.unfinished import forget, forget_pieces
+from nnunet_lowmem.predict.volume_jobs import setup_for
 from nnunet_lowmem.predict.ways import Ways
 from nnunet_lowmem.system import signals
 from nnunet_lowmem.system.clock import StageClock
@@ -166,7 +167,7 @@ class _Run:
             logger.error("the case that was finished last could not be written: %s", error)
 
     def _predict(self, job: Job, following: Job | None, clock: StageClock) -> tuple[Result, CaseReport]:
-        setup = self._setup().for_job(job)
+        setup = setup_for(self._setup(), job)
         run = CaseRun(setup, job, clock, self._folder, self._probabilities, self._listeners, self._settle_beside)
         with followed(clock, self._listeners), ExitStack() as output:
             with clock.stage("preprocessing"):

@@ -7,7 +7,7 @@ picture of them that is held for a case and by nobody longer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ from nnunet_lowmem.network import choices
 from nnunet_lowmem.network.exact import ExactNetwork
 from nnunet_lowmem.network.fast_network import FastNetwork
 from nnunet_lowmem.network.tile_memory import TileBytes
-from nnunet_lowmem.nnunet import model_files, stock_calls
-from nnunet_lowmem.nnunet.installed import version_of
+from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.nnunet.model import uncompiled
-from nnunet_lowmem.nnunet.read_by import plans_read_by
-from nnunet_lowmem.options import Arithmetic, Options, arithmetic, values_of
-from nnunet_lowmem.predict.jobs import Files, Job
+from nnunet_lowmem.options import OF_VOLUMES, Arithmetic, Options, arithmetic, values_of
 from nnunet_lowmem.predict.records import fingerprint
 from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.types import BBox
+from nnunet_lowmem.volumes.selection import spacing_of
 
 
 @dataclass(frozen=True)
@@ -167,46 +165,14 @@ class Setup:
         return parse_box(self.options.bbox)
 
     @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """What is asked for in the place of what files say: mm, slowest axis of the file first."""
+        return spacing_of(self.options.spacing)
+
+    @property
     def file_ending(self) -> str:
         """Of images and label maps."""
         return str(self.dataset_json["file_ending"])
-
-    def for_job(self, job: Job) -> Setup:
-        """Return the setup for a job: who reads and writes is its own where it is one of volumes.
-
-        Raises
-        ------
-        UsageError
-            If the model's own reader is needed, and writes no such files.
-        """
-        return self if job.files is None else self.reading(job.files, job.name)
-
-    def reading(self, files: Files, case: str) -> Setup:
-        """Return the setup for the files of a case; see `for_job`."""
-        if files.selection is None and not files.ending:
-            return self
-        ending = files.ending or self.file_ending
-        classes = model_files.label_names(self.dataset_json)
-        plans = plans_read_by(self.plans_manager, files.selection, ending, self.file_ending, classes, self._made(case))
-        return replace(self, plans_manager=plans, dataset_json={**self.dataset_json, "file_ending": ending})
-
-    def _made(self, case: str) -> dict[str, Any]:
-        """Return how labels are made, for the files that say so."""
-        return {
-            "nnunet_lowmem": {
-                "case": case,
-                "versions": {package: version_of(package) for package in ("nnunet-lowmem", "nnunetv2", "torch")},
-                "dataset": self.plans_manager.plans.get("dataset_name"),
-                "plans": self.plans_manager.plans.get("plans_name"),
-                "trainer": self.trainer_name,
-                "patch_size": list(self.patch_size),
-                "folds": self.weights.folds,
-                "tile_step_size": self.tile_step_size,
-                "mirrored_axes": list(self.mirrored_axes),
-                "device": self.device.type,
-                "arithmetic": self.arithmetic.value,
-            }
-        }
 
     @property
     def tile_shape(self) -> tuple[int, ...]:
@@ -253,6 +219,9 @@ def checksum(setup: Setup, probabilities: bool) -> str:
     }
     if setup.bbox is not None:
         description["bbox"] = setup.bbox
+    for name in OF_VOLUMES:
+        if getattr(setup.options, name) != getattr(Options, name):
+            description[name] = getattr(setup.options, name)
     if setup.options.roi is not None:  # of a mask the record has size and time
         description["roi"] = True
     weights = setup.weights.parameters

@@ -29,7 +29,7 @@ from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import DEFAULT_PREPROCESSOR, Step
 from nnunet_lowmem.overrides.lookup import is_class
 from nnunet_lowmem.preprocessing import spline
-from nnunet_lowmem.preprocessing.checks import check_case
+from nnunet_lowmem.preprocessing.checks import check_headers, depth_of_slabs
 from nnunet_lowmem.preprocessing.crop import nonzero_box, nonzero_mask
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
 from nnunet_lowmem.preprocessing.grids import Grid, network_grid
@@ -47,6 +47,7 @@ from nnunet_lowmem.preprocessing.sources import (
     view,
     whole_source,
 )
+from nnunet_lowmem.preprocessing.volume_io import reader_of_labels
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Allocate, NetworkImage, PreprocessedCase, Shape3
 from nnunet_lowmem.volumes.file_volume import StoredVolume
@@ -68,6 +69,7 @@ def preprocess_case(
     keeps_image: bool = True,
     verbose: bool = False,
     accept_nan: bool = False,
+    spacing: Sequence[float] | None = None,
 ) -> PreprocessedCase:
     """Read and preprocess one case, as ``DefaultPreprocessor.run_case`` does.
 
@@ -91,6 +93,8 @@ def preprocess_case(
         Handed to a preprocessor that is not nnU-Net's own.
     accept_nan : bool
         Set NaN and infinity to 0 instead of refusing them; a preprocessor that is not nnU-Net's own reads by itself.
+    spacing : (float, float, float), optional
+        mm, in the place of what the reader gives.
 
     Returns
     -------
@@ -103,10 +107,10 @@ def preprocess_case(
         If the files cannot be read, do not fit each other or have another number of channels than the model.
     """
     reader = plans_manager.image_reader_writer_class
-    check_headers(image_files, plans_manager, configuration_manager)
+    check_headers(image_files, plans_manager, configuration_manager, spacing)
     if previous_stage_file is not None:
         check_names([previous_stage_file], reader)
-        check_stored(previous_stage_file, reader, accept_nan)
+        check_stored(previous_stage_file, reader_of_labels(reader), accept_nan)
     if not is_own(configuration_manager.preprocessor_class):
         for file in image_files if not is_class(configuration_manager.preprocessor_class, DEFAULT_PREPROCESSOR) else ():
             check_stored(file, reader, accept_nan)
@@ -119,31 +123,14 @@ def preprocess_case(
         depth = depth_of_slabs(configuration_manager)
         channels, properties = read_channels(reader, image_files, accept_nan, spill, depth)
         read.append(len(channels))
-    previous_stage = None if previous_stage_file is None else reader().read_seg(previous_stage_file)[0]
+    if spacing is not None:
+        properties["spacing"] = list(spacing)
+    previous_stage = (
+        None if previous_stage_file is None else reader_of_labels(reader)().read_seg(previous_stage_file)[0]
+    )
     with read_by(reader):
         given = channels, True, previous_stage, properties, plans_manager, configuration_manager
         return _Case(*given, spill or np.empty).preprocess(threads, allocate, keeps_image)
-
-
-def check_headers(
-    image_files: Sequence[str], plans_manager: PlansManager, configuration_manager: ConfigurationManager
-) -> None:
-    """Refuse a case by the names and headers of its files.
-
-    Raises
-    ------
-    UsageError
-        With the file and what is the matter.
-    """
-    check_names(image_files, plans_manager.image_reader_writer_class)
-    channels = len(configuration_manager.normalization_schemes)
-    forward, spacing = plans_manager.transpose_forward, configuration_manager.spacing
-    check_case(image_files, plans_manager.image_reader_writer_class, channels, spacing, forward)
-
-
-def depth_of_slabs(configuration_manager: ConfigurationManager) -> int:
-    """Return how deep the slabs are that are asked for one after the other: rows of tiles."""
-    return int(max(configuration_manager.configuration.get("patch_size", (1,))))
 
 
 def is_own(preprocessor: type) -> bool:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.preprocessing.reading import check_grid, count_channels, library_of, read_by, selection_of
+from nnunet_lowmem.preprocessing.refusals import check_names
 from nnunet_lowmem.volumes.formats import is_volume, read_header
 from nnunet_lowmem.volumes.headers import Header
 
@@ -26,12 +28,37 @@ VOXELS = 2**40
 _LARGEST_FACTOR = 8
 
 
+def check_headers(
+    image_files: Sequence[str],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    given_spacing: Sequence[float] | None = None,
+) -> None:
+    """Refuse a case by the names and headers of its files.
+
+    Raises
+    ------
+    UsageError
+        With the file and what is the matter.
+    """
+    check_names(image_files, plans_manager.image_reader_writer_class)
+    channels = len(configuration_manager.normalization_schemes)
+    forward, spacing = plans_manager.transpose_forward, configuration_manager.spacing
+    check_case(image_files, plans_manager.image_reader_writer_class, channels, spacing, forward, given_spacing)
+
+
+def depth_of_slabs(configuration_manager: ConfigurationManager) -> int:
+    """Return how deep the slabs are that are asked for one after the other: rows of tiles."""
+    return int(max(configuration_manager.configuration.get("patch_size", (1,))))
+
+
 def check_case(
     files: Sequence[str],
     reader: type,
     channels: int,
     target_spacing: Sequence[float],
     order: Sequence[int] = (0, 1, 2),
+    given_spacing: Sequence[float] | None = None,
 ) -> None:
     """Refuse a case by the headers of its files.
 
@@ -50,6 +77,8 @@ def check_case(
         The network's, slowest axis first: of two axes or three.
     order : int, 3
         nnU-Net's ``transpose_forward``.
+    given_spacing : (float, float, float), optional
+        In the place of what the headers say.
 
     Raises
     ------
@@ -61,7 +90,7 @@ def check_case(
         return
     with read_by(reader):
         headers = [read_header(file, library) for file in files]
-    for file, header in zip(files, headers, strict=True):
+    for file, header in zip(files, headers, strict=True) if given_spacing is None else ():
         _check_spacing(file, header)
     known = (SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient)
     if reader in known or selection_of(reader) is not None:
@@ -73,7 +102,7 @@ def check_case(
         check_grid(files, [header.shape for header in headers], [header.spacing for header in headers])
     if headers[0].about.get("is_said"):
         _check_unit(files[0], headers[0].grid()[1], target_spacing, order)
-    _check_resampled(files[0], headers[0], target_spacing)
+    _check_resampled(files[0], headers[0], given_spacing or headers[0].spacing, target_spacing)
 
 
 def _check_spacing(file: str, header: Header) -> None:
@@ -106,12 +135,12 @@ def _in_words(spacing: Sequence[float]) -> str:
     return " x ".join(f"{float(step):.6g}" for step in spacing)
 
 
-def _check_resampled(file: str, header: Header, target_spacing: Sequence[float]) -> None:
+def _check_resampled(file: str, header: Header, steps: Sequence[float], target_spacing: Sequence[float]) -> None:
     """Sorted, the spacings give the smallest grid that resampling could lead to."""
-    spacing = header.spacing[-len(target_spacing) :]
+    spacing = steps[-len(target_spacing) :]
     voxels = math.prod(header.shape[-3:]) * math.prod(spacing) / math.prod(target_spacing)
     if voxels > VOXELS:
         raise UsageError(
-            f"{file}: {header.shape[-3:]} voxels of {header.spacing} mm make {voxels:.3g} voxels at the model's "
+            f"{file}: {header.shape[-3:]} voxels of {tuple(steps)} mm make {voxels:.3g} voxels at the model's "
             f"{tuple(target_spacing)} mm, more than {VOXELS:.3g}: the spacing in its header cannot be right"
         )

@@ -77,6 +77,8 @@ def read_channels(
         read = _read_with_nibabel if reader is NibabelIO else _read_with_simpleitk if is_read_here(reader) else None
         if not is_replaced and read is not None and all(is_volume(file, library_of(reader)) for file in files):
             return read(reader, files, accept_nan, spill, depth)
+        if selection_of(reader) is not None:
+            raise UsageError(f"{' and '.join(files)}: is no volume of a kind that is known here")
         for file in files:
             check_stored(file, reader, accept_nan)
         if is_replaced:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,8 +38,10 @@ _NO_FOLDER = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EINVAL, errno.ENOSYS
 _ALMOST_FULL_BYTES = 2**20
 
 
-def try_output(folder: Path) -> None:
+def try_output(folder: Path, is_folder: bool = False) -> None:
     """Publish a small file in `folder` as every output will be, and remove it: what cannot be done shows before work.
+
+    Where outputs are folders, a folder with a file in it.
 
     Raises
     ------
@@ -48,7 +51,9 @@ def try_output(folder: Path) -> None:
     with trial_file(folder) as final:
         try:
             with atomic_output(final) as path:
-                path.write_bytes(b"written to see whether it can be\n")
+                if is_folder:
+                    path.mkdir()
+                (path / "file" if is_folder else path).write_bytes(b"written to see whether it can be\n")
         except OSError as failure:
             error = failure if isinstance(failure, WriteError) else _write_error(final, failure)
             text = f"outputs cannot be written to {folder}, nothing was computed: {error}; choose another folder"
@@ -56,7 +61,7 @@ def try_output(folder: Path) -> None:
             refusal.errno = error.errno
             raise refusal from failure
         try:
-            final.unlink()
+            (shutil.rmtree if is_folder else os.unlink)(final)
         except OSError as error:
             logger.warning(
                 "%s: what is written there cannot be removed (%s); unfinished files will stay", folder, error.strerror

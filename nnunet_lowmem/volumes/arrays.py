@@ -14,10 +14,12 @@ import numpy as np
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.volumes.headers import SLICE_THICKNESS_FACTOR, Header, Layout, Library
 from nnunet_lowmem.volumes.ome import MILLIMETRE, checked_order
+from nnunet_lowmem.volumes.selection import Selection
 from nnunet_lowmem.volumes.stored_parts import Box4, Chunked, Part, Shape4
 
 _logger = logging.getLogger(__name__)
 _DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+_SHOWN = 8
 _IN_ORDER = {2: "yx", 3: "zyx", 4: "czyx", 5: "tczyx"}
 
 
@@ -85,6 +87,23 @@ class Axes:
         return tuple(known.get(axis, 0) for axis in self.letters)
 
 
+def refuse_selection(path: Path | str, kind: str, selection: Selection, *fields: str) -> None:
+    """Refuse what is selected where there is nothing to select from.
+
+    Raises
+    ------
+    UsageError
+    """
+    for name in fields:
+        if (value := getattr(selection, name)) != getattr(Selection, name):
+            raise UsageError(f"{path} is {kind}, for which there is no --{name}: {value} is asked for")
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of several names, for messages."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def array_header(
     path: Path,
     axes: Axes,
@@ -120,10 +139,10 @@ def array_header(
         If a length is none.
     """
     if dtype.kind not in "buif":
-        raise UsageError(f"{path} holds values of type {dtype}; real numbers are needed")
+        raise UsageError(f"{path}: holds values of type {dtype}; real numbers are needed")
     steps = [*(spacing or place.spacing or (1.0, 1.0, 1.0))]
-    if not all(0 < step < math.inf for step in steps):
-        raise DamagedFileError(f"{path}: its voxels are {tuple(steps)} mm large; mend it, or give --spacing Z Y X")
+    if len(steps) != 3 or not all(0 < step < math.inf for step in steps):
+        raise DamagedFileError(f"its voxels are {tuple(steps)} mm large; mend it, or give --spacing Z Y X")
     if spacing is None and place.spacing is None:
         _logger.warning("%s says no spacing: 1 mm is assumed; give it with --spacing Z Y X", path)
     if "z" not in axes.letters and spacing is None:  # as nnU-Net has pictures
@@ -131,7 +150,7 @@ def array_header(
     shape = axes.shape if axes.shape[0] > 1 or "c" in axes.letters else axes.shape[1:]
     layout = Layout(parts, dtype, beside=beside, chunked=chunked)
     where = {"spacing": tuple(steps[::-1]), "origin": tuple(place.origin[::-1]), "direction": _DIRECTION}
-    about = {"unit": place.unit or MILLIMETRE, "version": place.version}
+    about = {"unit": place.unit or MILLIMETRE, "version": place.version, "is_flat": "z" not in axes.letters}
     return Header(
         path,
         Library.OWN,

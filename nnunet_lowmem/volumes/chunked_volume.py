@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.errors import DamagedFileError
+from nnunet_lowmem.errors import UsageError, because
+from nnunet_lowmem.names import shown
 from nnunet_lowmem.types import Allocate, Box
 from nnunet_lowmem.volumes.file_volume import StoredVolume
 from nnunet_lowmem.volumes.mapped import give_back
@@ -79,7 +80,7 @@ class Chunks:
         if not found.size:
             return found
         wanted: Box4 = (slice(channel, channel + 1), *box)
-        of_axes = [range(_first(part, size), _first(part, size, -1) + 1) for part, size in self._by_axis(wanted)]
+        of_axes = [range(part.start // size, -(-part.stop // size)) for part, size in self._by_axis(wanted)]
         with self._lock:
             for c, z, y in product(*of_axes[:3]):
                 missing = []
@@ -100,10 +101,10 @@ class Chunks:
 
     def _runs(self, chunks: Sequence[Shape4]) -> Iterator[list[Shape4]]:
         """Cut chunks of a row into those that are decoded at a time, no more than there are slots."""
-        most = max(1, _RUN_BYTES // (math.prod(self.array.chunks) * self.array.dtype.itemsize))
+        most = min(_most(self.array), len(self._voxels))
         run: list[Shape4] = []
         for chunk in chunks:
-            if run and (run[-1][3] + 1 != chunk[3] or len(run) == min(most, len(self._voxels))):
+            if run and (run[-1][3] + 1 != chunk[3] or len(run) == most):
                 yield run
                 run = []
             run.append(chunk)
@@ -129,9 +130,9 @@ class Chunks:
         found[tuple(there[1:])] = self._voxels[slot][tuple(here)][0]
 
 
-def _first(part: slice, size: int, after: int = 0) -> int:
-    """Return the chunk that holds the first voxel of a range, or with -1 the last."""
-    return int((part.stop + after) // size if after else part.start // size)
+def _most(array: Chunked) -> int:
+    """Return how many chunks of a row are decoded at a time."""
+    return max(1, _RUN_BYTES // (math.prod(array.chunks) * array.dtype.itemsize))
 
 
 def decoded(array: Chunked, run: Sequence[Shape4]) -> NDArray[Any]:
@@ -139,7 +140,7 @@ def decoded(array: Chunked, run: Sequence[Shape4]) -> NDArray[Any]:
 
     Raises
     ------
-    DamagedFileError
+    UsageError
         With the chunk that cannot be decoded.
     """
     try:
@@ -149,8 +150,8 @@ def decoded(array: Chunked, run: Sequence[Shape4]) -> NDArray[Any]:
     except Exception as error:
         for chunk in run if len(run) > 1 else ():
             decoded(array, [chunk])
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise DamagedFileError(f"{array.name_of(run[0])} cannot be decoded: {told}") from error
+        told = shown(" ".join(str(error).split()) or type(error).__name__)
+        raise because(UsageError, f"{array.name_of(run[0])} cannot be decoded: {told}", error) from error
 
 
 def read_whole(array: Chunked, target: NDArray[Any]) -> None:
@@ -165,7 +166,7 @@ def verify_chunks(array: Chunked) -> None:
 
     Raises
     ------
-    DamagedFileError
+    UsageError
         With the chunk that cannot be decoded.
     """
     for _ in _pieces(array):
@@ -175,7 +176,7 @@ def verify_chunks(array: Chunked) -> None:
 def _pieces(array: Chunked) -> Iterator[tuple[Box4, NDArray[Any]]]:
     """Decode each chunk once, some of a row at a time."""
     channels, planes, rows, columns = _grid(array)
-    most = max(1, _RUN_BYTES // (math.prod(array.chunks) * array.dtype.itemsize))
+    most = _most(array)
     for c, z, y, x in product(range(channels), range(planes), range(rows), range(0, columns, most)):
         run = [(c, z, y, number) for number in range(x, min(columns, x + most))]
         yield _box(array, run), decoded(array, run)

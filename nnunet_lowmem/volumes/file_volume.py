@@ -92,7 +92,7 @@ class StoredVolume(ABC):
         Raises
         ------
         UsageError
-            If it cannot be read, or the file is another by now.
+            If it cannot be read or decoded, or the file is another by now.
         """
         keys = key if isinstance(key, tuple) else (key,)
         slices = [part if isinstance(part, slice) else slice(part, part + 1) for part in keys]
@@ -141,20 +141,26 @@ class FileVolume(StoredVolume):
         buffer = None if shape[2] == self.whole[2] else np.empty((shape[1], self.whole[2]), self.stored)
         try:
             with self.path.open("rb", buffering=0) as file:
-                _check(self.state, file)
+                check_state(self.state, file)
                 for plane, target in zip(range(planes.start, planes.stop), voxels, strict=True):
                     row = plane * self.whole[1] + rows.start
                     file.seek(self.start + row * self.whole[2] * self.stored.itemsize)
                     _fill(file, target if buffer is None else buffer)
                     if buffer is not None:
                         target[...] = buffer[:, columns]
-                _check(self.state, file)
+                check_state(self.state, file)
         except OSError as error:
             raise because(UsageError, f"{self.path} cannot be read: {last_line(error)}", error) from error
         return voxels
 
 
-def _check(state: tuple[int, ...], file: Any) -> None:
+def check_state(state: tuple[int, ...], file: Any) -> None:
+    """Refuse an open file that is not what it was.
+
+    Raises
+    ------
+    OSError
+    """
     if state_of(file.fileno()) != state:
         raise OSError("it was changed while it was being read")
 

@@ -94,12 +94,12 @@ class Format:
 
     @staticmethod
     def _with_spacing(header: Header, spacing: tuple[float, ...] | None) -> Header:
-        """Replace what a file says; of one axis more, or less, as it was."""
-        axes = len(header.spacing)
+        """Replace what a file says; of an axis more it stays, of a picture's two the last are taken."""
         if spacing is None:
             return header
-        steps = (*header.spacing, *spacing)[-max(axes, 3) :][-axes:]
-        return replace(header, spacing=steps, place={**header.place, "spacing": steps[::-1]})
+        steps = (*header.spacing[:-3], *spacing)[-len(header.spacing) :]
+        layout = None if header.layout is None else replace(header.layout, spacing=())
+        return replace(header, spacing=steps, place={**header.place, "spacing": steps[::-1]}, layout=layout)
 
     def known_header(self, path: Path) -> Header:
         """Read the header of a file of which nobody says who reads it: by nibabel's rules, which mind no geometry."""
@@ -162,6 +162,20 @@ def format_of(path: Path | str, selection: Selection | None = None) -> Format | 
     return next((row for ending, row in FORMATS.items() if name.endswith(ending)), None)
 
 
+def check_writable(ending: str) -> None:
+    """Refuse an ending whose library is missing, before anything is computed.
+
+    Raises
+    ------
+    UsageError
+        With what to install.
+    """
+    if ending.lower() in ZARR:
+        zarr_stores.library()
+    if ending.lower() in HDF5:
+        hdf5_files.library()
+
+
 def is_volume(path: Path | str, library: Rules | None = None) -> bool:
     """Tell by its name whether a file is one of which it is known where its voxels are; others may be pictures."""
     selection = library if isinstance(library, Selection) else None
@@ -189,7 +203,7 @@ def read_header(path: str, library: Rules = Library.ITK) -> Header:
         else:
             header = row.header(Path(path), library)
         header.check_size()
-        if _state(Path(path)) == before:
+        if not is_remote(path) and _state(Path(path)) == before:
             _remember(path, library, header)
     return header
 
@@ -272,7 +286,7 @@ def verify_voxels(path: str, library: Rules | None = Library.ITK) -> None:
         _tell_unchecked(Path(path).suffix)
         return
     with _named(path):
-        if os.path.getsize(path) == 0:
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
             raise DamagedFileError("the file is empty")
         if not row.is_volume and not isinstance(library, Selection):
             row.contents(Path(path))

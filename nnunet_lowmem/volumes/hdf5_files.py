@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.types import shape3
 from nnunet_lowmem.volumes import ome
-from nnunet_lowmem.volumes.arrays import Axes, Place, array_header
+from nnunet_lowmem.volumes.arrays import Axes, Place, array_header, refuse_selection, some
 from nnunet_lowmem.volumes.headers import Header
 from nnunet_lowmem.volumes.label_images import LabelImage, block_of, blocks, stored_type
 from nnunet_lowmem.volumes.selection import Selection
@@ -22,7 +23,11 @@ _NEEDED = "HDF5 files need h5py: pip install 'nnunet_lowmem[hdf5]'"
 #: By which programs say how large voxels are: micrometres, slowest axis first.
 SPACING = "element_size_um"
 _MILLIMETRES = 1e-3
-_SHOWN = 8
+#: The data set that labels are written to.
+LABELS = "labels"
+_CHUNK = 64
+# of gzip, fast
+_LEVEL = 4
 
 
 class Hdf5Array:
@@ -30,20 +35,29 @@ class Hdf5Array:
 
     def __init__(self, path: Path, dataset: Any, axes: Axes) -> None:
         self._path, self._key, self._axes = path, dataset.name, axes
+        self._state = _state(path)
         self.shape, self.dtype = axes.shape, dataset.dtype
         # of one that is not in chunks a plane is read at a time
         whole = [1] * (dataset.ndim - 2) + list(dataset.shape[-2:])
-        self.chunks = axes.of_four(dataset.chunks or whole)
+        chunks = zip(dataset.chunks or whole, dataset.shape, strict=True)
+        self.chunks = axes.of_four([min(size, max(1, most)) for size, most in chunks])
 
     def read(self, box: Box4) -> NDArray[Any]:
         """Decode a box of whole chunks; one that is not there is the fill value."""
         with library().File(self._path, "r", rdcc_nbytes=0) as file:
+            if _state(self._path) != self._state:
+                raise OSError("the file was changed while it was being read")
             values = file[self._key][self._axes.selection(box)]
         return np.asarray(values).reshape([part.stop - part.start for part in box])
 
     def name_of(self, chunk: Shape4) -> str:
         """Return file, data set and place of a chunk."""
         return f"{self._path}: {self._key}: chunk {'/'.join(map(str, self._axes.chunk(chunk)))}"
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def library() -> Any:
@@ -71,6 +85,7 @@ def header(path: Path, selection: Selection) -> Header:
     DamagedFileError
         If it is no HDF5 file, or one that is cut.
     """
+    refuse_selection(path, "an HDF5 file", selection, "level", "planes")
     h5py = library()
     try:
         file = h5py.File(path, "r")
@@ -96,33 +111,33 @@ def header(path: Path, selection: Selection) -> Header:
 
 
 def _dataset(h5py: Any, file: Any, path: Path, key: str) -> Any:
-    found: list[Any] = []
+    """Return the data set that is asked for, or the only one that may be a volume."""
+    if key and isinstance(file.get(key), h5py.Dataset):
+        dataset = file[key]
+        if dataset.shape is None or dataset.ndim < 2:
+            raise UsageError(f"{path}: {key} has the shape {dataset.shape}, and is no volume")
+    else:
+        found: list[Any] = []
 
-    def look(_: str, each: Any) -> None:
-        if isinstance(each, h5py.Dataset) and each.ndim >= 2 and each.dtype.kind in "buif":
-            found.append(each)
+        def look(_: str, each: Any) -> None:
+            with suppress(TypeError):  # of a type that numpy does not have
+                is_volume = isinstance(each, h5py.Dataset) and each.shape is not None and each.ndim >= 2
+                found.extend([each] * (is_volume and each.dtype.kind in "buif"))
 
-    file.visititems(look)
-    names = [each.name.lstrip("/") for each in found]
-    told = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    if not key and len(found) == 1:
-        return found[0]
-    if not key:
-        raise UsageError(
-            f"{path} holds {len(found)} data sets that may be volumes; say which with --key: {told or '-'}"
-        )
-    if not isinstance(file.get(key), h5py.Dataset):
-        raise UsageError(f"{path} holds no data set {key!r}, but {told or 'none'}")
-    return file[key]
+        file.visititems(look)
+        told = some([each.name.lstrip("/") for each in found]) or "none"
+        if key:
+            raise UsageError(f"{path} holds no data set {key!r}, but {told}")
+        if len(found) != 1:
+            raise UsageError(f"{path} holds {len(found)} data sets that may be volumes; say which with --key: {told}")
+        dataset = found[0]
+    # of these h5py gives what there is, and where a file is missing the fill value
+    if dataset.is_virtual or dataset.external or dataset.file.filename != file.filename:
+        raise UsageError(f"{path}: {dataset.name} lies in other files; give these, or copy it into one")
+    return dataset
 
 
 # -- label maps --------------------------------------------------------------------------------------------------------
-
-#: The data set that labels are written to.
-LABELS = "labels"
-_CHUNK = 64
-# of gzip, fast
-_LEVEL = 4
 
 
 def write(labels: NDArray[Any], path: Path, image: LabelImage) -> None:

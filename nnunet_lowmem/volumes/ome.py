@@ -47,8 +47,10 @@ class Scale:
         Of the array, within the image's group.
     axes : str
         Some of ``tczyx``, in this order.
-    spacing, origin : (float, float, float)
-        Of z, y and x, mm; of an axis that there is not 1 and 0.
+    spacing : (float, float, float) or None
+        Of z, y and x, mm; of an axis that there is not 1. None where the metadata says none.
+    origin : (float, float, float)
+        Likewise.
     unit : str
         In which the metadata says lengths; empty if it says none.
     version : str
@@ -57,7 +59,7 @@ class Scale:
 
     path: str
     axes: str
-    spacing: tuple[float, ...]
+    spacing: tuple[float, ...] | None
     origin: tuple[float, ...]
     unit: str
     version: str
@@ -114,8 +116,9 @@ def scale_of(attributes: Mapping[str, Any], level: int, spacing_is_given: bool =
         if level >= len(datasets):
             raise UsageError(f"it has the levels 0 to {len(datasets) - 1}, and --level {level} is asked for")
         path = str(datasets[level]["path"])
-        steps = datasets[level].get("coordinateTransformations", [])
-        factors, shifts = _composed([*steps, *image.get("coordinateTransformations", [])], len(axes))
+        steps = [*datasets[level].get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]
+        factors, shifts = _composed(steps, len(axes))
+        is_said = any(step["type"] == "scale" for step in steps)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise DamagedFileError(
             f"its metadata is not that of an OME-Zarr {' or '.join(VERSIONS)}: {type(error).__name__}: {error}"
@@ -125,10 +128,11 @@ def scale_of(attributes: Mapping[str, Any], level: int, spacing_is_given: bool =
     spacing, origin = [1.0] * 3, [0.0] * 3
     for axis, name, factor, shift in zip(axes, names, factors, shifts, strict=True):
         if name in "zyx":
-            length = 1.0 if spacing_is_given else millimetres(str(axis.get("unit") or MILLIMETRE))
+            # an axis without a unit is in that of the others
+            length = 1.0 if spacing_is_given else millimetres(str(axis.get("unit") or unit or MILLIMETRE))
             spacing["zyx".index(name)], origin["zyx".index(name)] = factor * length, shift * length
     unit = "" if spacing_is_given or not unit else canonical(unit)
-    return Scale(path, names, tuple(spacing), tuple(origin), unit, version)
+    return Scale(path, names, tuple(spacing) if is_said else None, tuple(origin), unit, version)
 
 
 def _checked_axes(names: Sequence[str], types: Sequence[Any]) -> str:

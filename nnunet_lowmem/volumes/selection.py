@@ -12,7 +12,7 @@ from typing import Any
 from nnunet_lowmem.errors import UsageError
 
 #: Of which a folder has one where it is a zarr store, or a group or an array of one.
-_SIGNS = (".zgroup", ".zattrs", ".zarray", "zarr.json")
+SIGNS = (".zgroup", ".zattrs", ".zarray", "zarr.json")
 ZARR = (".ome.zarr", ".zarr")
 HDF5 = (".h5", ".hdf5")
 TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".btf")
@@ -56,15 +56,22 @@ class Selection:
         """
         if isinstance(level, bool) or not str(level).isdecimal():
             raise UsageError(f"level must be the number of a scale, 0 the finest, got {level!r}")
-        return Selection(int(level), str(key or ""), bool(planes), _spacing(spacing))
+        return Selection(int(level), str(key or ""), bool(planes), spacing_of(spacing))
 
 
-def _spacing(value: Any) -> tuple[float, ...] | None:
-    if value is None or (isinstance(value, str) and not value):
+def spacing_of(value: Any) -> tuple[float, ...] | None:
+    """Return what the option `spacing` asks for: numbers, or text with blanks or commas between them.
+
+    Raises
+    ------
+    UsageError
+        If it is none.
+    """
+    if value is None or (isinstance(value, str | tuple) and not value):  # a variable that is empty
         return None
-    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    words = value if isinstance(value, str) else " ".join(map(str, value)) if isinstance(value, tuple | list) else "?"
     try:
-        steps = tuple(map(float, words))
+        steps = tuple(map(float, words.replace(",", " ").split()))
     except (TypeError, ValueError):
         steps = ()
     if len(steps) != 3 or not all(0 < step < math.inf for step in steps):
@@ -79,7 +86,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 def is_store(path: str | os.PathLike[str]) -> bool:
     """Whether a folder, or an address, is a zarr store, or a group or an array within one."""
-    return is_remote(path) or any(os.path.isfile(os.path.join(path, sign)) for sign in _SIGNS)
+    return is_remote(path) or any(os.path.isfile(os.path.join(path, sign)) for sign in SIGNS)
 
 
 def ending_of(path: str | os.PathLike[str], known: Sequence[str] = ENDINGS) -> str:
@@ -118,7 +125,7 @@ def planes_in(folder: Path) -> list[Path]:
     files = [file for file in folder.iterdir() if ending_of(file, TIFF) and not file.name.startswith(".")]
     if not files:
         raise UsageError(f"{folder} holds no TIFF file: with --planes every file of the folder is a plane")
-    return sorted(files, key=lambda file: _by_numbers(file.name))
+    return sorted(files, key=lambda file: (_by_numbers(file.name), file.name))
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

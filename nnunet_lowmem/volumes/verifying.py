@@ -44,7 +44,7 @@ def verify_label_file(path: Path, shape: Sequence[int] | None = None, dtype: DTy
     OSError
         If it cannot be read.
     """
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         raise DamagedFileError(f"{path.name} is empty")
     row = format_of(path)
     if row is None:

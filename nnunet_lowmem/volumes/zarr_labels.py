@@ -115,9 +115,9 @@ def _levels(shape: Shape3, spacing: Sequence[float]) -> list[ome.Level]:
     while max(levels[-1].shape) > _SMALLEST:
         last = levels[-1]
         steps = [s * f for s, f in zip(spacing, last.factors, strict=True)]
-        halved = [n > 1 and step < _ANISOTROPY * min(steps) for n, step in zip(last.shape, steps, strict=True)]
-        if not any(n > 1 and half for n, half in zip(last.shape, halved, strict=True)):
-            break
+        # an axis that is short by now does not hold up the others
+        finest = min(step for n, step in zip(last.shape, steps, strict=True) if n > _SMALLEST)
+        halved = [n > 1 and step < _ANISOTROPY * finest for n, step in zip(last.shape, steps, strict=True)]
         factors = shape3(f * (1 + half) for f, half in zip(last.factors, halved, strict=True))
         coarser = shape3(-(-n // (1 + half)) for n, half in zip(last.shape, halved, strict=True))
         levels.append(ome.Level(str(len(levels)), coarser, factors))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -15,14 +13,12 @@ from numpy.typing import NDArray
 
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.volumes import ome
-from nnunet_lowmem.volumes.arrays import Axes, Place, array_header
+from nnunet_lowmem.volumes.arrays import Axes, Place, array_header, refuse_selection, some
 from nnunet_lowmem.volumes.headers import Header
-from nnunet_lowmem.volumes.selection import Selection, is_remote
+from nnunet_lowmem.volumes.selection import SIGNS, Selection, is_remote
 from nnunet_lowmem.volumes.stored_parts import Box4, Shape4
 
 _NEEDED = "zarr 3 or newer is needed: pip install 'nnunet_lowmem[zarr]'"
-_SIGNS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
-_SHOWN = 8
 # its last four say how many there are of a chunk
 _BLOSC_HEADER_BYTES = 16
 
@@ -41,10 +37,12 @@ class ZarrArray:
     def __init__(self, array: Any, axes: Axes, name: str) -> None:
         self._array, self._axes, self._name = array, axes, name
         self.shape = axes.shape
-        self.chunks = axes.of_four(array.chunks)
+        # what is around shards is decoded with them
+        inner = array.shards if array.shards and len(getattr(array.metadata, "codecs", ())) > 1 else array.chunks
+        self.chunks = axes.of_four([min(size, max(1, most)) for size, most in zip(inner, array.shape, strict=True)])
         self.dtype = np.dtype(array.dtype)
         root = getattr(array.store, "root", None)
-        is_blosc = any("blosc" in type(codec).__name__.lower() for codec in array.compressors)
+        is_blosc = any("blosc" in type(codec).__name__.lower() for codec in array.compressors[-1:])
         self._files = Path(root, array.path) if isinstance(root, Path) and is_blosc and not array.shards else None
 
     def read(self, box: Box4) -> NDArray[Any]:
@@ -116,6 +114,7 @@ def header(path: Path | str, selection: Selection) -> Header:
     DamagedFileError
         If the metadata cannot be read.
     """
+    refuse_selection(path, "a zarr store", selection, "key", "planes")
     found = _opened(str(path))
     name = str(path)
     place, letters = Place(None), ""
@@ -126,7 +125,7 @@ def header(path: Path | str, selection: Selection) -> Header:
         spacing = None if selection.spacing is not None else scale.spacing
         place = Place(spacing, scale.origin, scale.unit, scale.version)
     elif selection.level:
-        raise UsageError(f"{name} is an array and has no scales; --level {selection.level} is asked for")
+        raise UsageError(f"{name}: is an array and has no scales; --level {selection.level} is asked for")
     try:
         axes = Axes(letters or _named_axes(found), found.shape)
     except UsageError as error:
@@ -151,9 +150,8 @@ def _image(group: Any, name: str, selection: Selection) -> tuple[Any, ome.Scale]
     """Return the array of a scale, and what is said of it."""
     attributes = group.attrs.asdict()
     if not ome.is_image(attributes):
-        inside = sorted(_children(group))
-        told = ", ".join(inside[:_SHOWN]) + (f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else "")
-        raise UsageError(f"{name} is a group and no image; give what is in it: {told or 'nothing'}")
+        inside = some(sorted(_children(group)))
+        raise UsageError(f"{name} is a group and no image; give what is in it: {inside or 'nothing'}")
     try:
         scale = ome.scale_of(attributes, selection.level, selection.spacing is not None)
     except UsageError as error:
@@ -184,25 +182,4 @@ def _named_axes(array: Any) -> str:
 
 def _signs(*folders: Path) -> list[Path]:
     """Return the files of metadata, as far as they are there."""
-    return [folder / sign for folder in dict.fromkeys(folders) for sign in _SIGNS if (folder / sign).is_file()]
-
-
-def states_of(path: Path) -> list[Path]:
-    """Return the files and folders that tell by their times that a store has changed.
-
-    A chunk that is written anew changes the folder that it is in, where it is written as zarr does.
-    """
-    found = []
-    for folder, folders, files in os.walk(path):
-        folders.sort()
-        found += [Path(folder), *(Path(folder, sign) for sign in _SIGNS if sign in files)]
-    return found
-
-
-def attributes_in(path: Path) -> Mapping[str, Any]:
-    """Return the attributes of a group, as they lie in its files; nothing where there is none."""
-    for sign, key in (("zarr.json", "attributes"), (".zattrs", None)):
-        with suppress(OSError, ValueError):
-            content = json.loads((path / sign).read_text(encoding="utf-8"))
-            return content.get(key, {}) if key else content  # type: ignore[no-any-return]  # JSON's
-    return {}
+    return [folder / sign for folder in dict.fromkeys(folders) for sign in SIGNS if (folder / sign).is_file()]

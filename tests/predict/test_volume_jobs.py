@@ -29,7 +29,7 @@ from volume_files import WRITERS, ome_zarr, read_labels
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.errors import CasesFailedError, UsageError, WriteError
-from nnunet_lowmem.nnunet import label_writing
+from nnunet_lowmem.nnunet import label_writing, predictors
 from nnunet_lowmem.nnunet.read_by import PlansReadBy
 from nnunet_lowmem.preprocessing.volume_io import VolumeIO
 from nnunet_lowmem.volumes.verifying import verify_whole
@@ -133,7 +133,7 @@ def test_from_python_by_paths_and_by_what_is_open(model, labels, tmp_path):
     assert np.array_equal(found, labels)
     inside = predict(model, zarr.open_array(str(path / "0"), mode="r"), tmp_path / "in.tif", spacing=SPACING)
     assert np.array_equal(read_labels(tmp_path / "in.tif"), labels)
-    assert [case.case for case in inside.run_report.done] == ["0"]
+    assert [case.case for case in inside.run_report.done] == ["a_0"]
     with pytest.raises(UsageError, match="lies in no store that has a path: give its voxels as an array"):
         predict(model, zarr.zeros((4, 5, 6)), tmp_path / "out")
 
@@ -161,7 +161,11 @@ def test_boxes_and_masks_of_stores(model, labels, tmp_path):
     inside = np.zeros(VOXELS.shape, np.uint8)
     inside[5:20, 6:30, 9:33] = 1
     mask = ome_zarr(tmp_path / "mask.ome.zarr", inside, "0.4", spacing=SPACING)
-    predict(model, source, tmp_path / "roi.h5", roi=str(mask))
+    read = tmp_path / "in.h5"
+    with h5py.File(read, "w") as file:
+        file["raw"], file["other"] = VOXELS, VOXELS
+        file["raw"].attrs["element_size_um"] = [3000.0] * 3
+    predict(model, read, tmp_path / "roi.h5", roi=str(mask), key="raw")  # which is none of the mask's
     assert np.array_equal(read_labels(tmp_path / "roi.h5"), np.where(inside, labels, 0))
 
 
@@ -175,7 +179,7 @@ def test_a_store_that_is_there_is_refused_and_continued(model, labels, tmp_path)
     again = predict(model, source, target, overwrite=False)
     assert [(case.case, case.reason) for case in again.run_report.skipped] == [("a", "done before")]
     next(target.joinpath("0").rglob("c/*/*/*")).write_bytes(b"cut")
-    with pytest.raises(CasesFailedError, match="is a directory"):
+    with pytest.raises(CasesFailedError, match=r"y\.ome\.zarr is there, but its output is damaged: remove it"):
         predict(model, source, target, overwrite=False)
 
 
@@ -189,6 +193,72 @@ def test_a_damaged_chunk_fails_its_case_alone(model, labels, tmp_path):
     with pytest.raises(CasesFailedError, match=words):
         predict(model, str(source), tmp_path / "out")
     assert [name for name in names(tmp_path / "out") if "zarr" in name] == ["b.ome.zarr"]
+
+
+def test_what_is_read_is_not_written_to(model, tmp_path):
+    tiff, source = tmp_path / "a.tif", store(tmp_path, "b.ome.zarr")
+    tifffile.imwrite(tiff, VOXELS)
+    whole = tiff.read_bytes()
+    for image, target, words in (
+        (tiff, tmp_path, r"a\.tif is read, and would be overwritten: give another name with -o"),
+        (tiff, tiff, r"a\.tif is read, and would be overwritten"),
+        (
+            source,
+            source / "labels.ome.zarr",
+            r"labels\.ome\.zarr lies within what is read, .*b\.ome\.zarr: put it elsewhere",
+        ),
+    ):
+        with pytest.raises(CasesFailedError, match=words):
+            predict(model, str(image), target, spacing=SPACING)
+    assert tiff.read_bytes() == whole
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tif").write_bytes(whole)
+    with pytest.raises(UsageError, match=r"x/a\.tif and .*y/a\.tif would both be written as .*out/a\.tif"):
+        predict(model, [[str(tmp_path / name / "a.tif")] for name in ("x", "y")], tmp_path / "out")
+
+
+def test_numbers_that_do_not_run_from_0_are_cases(model, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("e.h5", "e_0001.h5", "e_0002.h5", "f_0000.h5"):
+        WRITERS["chunks.h5"](source / name, VOXELS, SPACING)
+    predict(model, str(source), tmp_path / "out")
+    assert [name for name in names(tmp_path / "out") if ".h5" in name] == ["e.h5", "e_0001.h5", "e_0002.h5", "f.h5"]
+
+
+def test_spacing_of_nnunets_own_files(model, labels, tmp_path, monkeypatch):
+    """The labels of the right header; the file has that of the image, as ever."""
+    source = tmp_path / "in"
+    source.mkdir()
+    image = SimpleITK.GetImageFromArray(VOXELS)
+    image.SetSpacing((0.003, 0.003, 0.003))
+    SimpleITK.WriteImage(image, str(source / "case_0000.nii.gz"))
+    monkeypatch.setenv("nnUNet_lowmem_spacing", "3 3 3")
+    options = predictors.options("lowmem", LowMemPredictor)
+    predict(model, str(source), tmp_path / "out", **options)
+    assert np.array_equal(read_labels(tmp_path / "out" / "case.nii.gz"), labels)
+    written = SimpleITK.ReadImage(str(tmp_path / "out" / "case.nii.gz"))
+    assert written.GetSpacing() == pytest.approx(image.GetSpacing())
+    predict(model, str(source), tmp_path / "one.h5", **options)
+    assert np.array_equal(read_labels(tmp_path / "one.h5"), labels)
+    (estimate,) = make_predictor(LowMemPredictor, model, **options).estimate(source)
+    assert estimate.facts.grid.image_shape == VOXELS.shape
+
+
+def test_readers_that_turn_images_read_their_own_files_alone(images, models, tmp_path):
+    model = models(ModelSpec(reader="NibabelIOWithReorient"), images("head"))
+    for target, options, words in (
+        ("y.ome.zarr", {}, r"NibabelIOWithReorient, turns images: its labels are written as \.nii\.gz"),
+        ("out", {"spacing": SPACING}, r"NibabelIOWithReorient, turns images: mend the spacing in their headers"),
+    ):
+        with pytest.raises((UsageError, CasesFailedError), match=words):
+            predict(model, images("head")[0], tmp_path / target, **options)
+    SimpleITK.WriteImage(read(CT), str(tmp_path / "a.nrrd"))
+    with pytest.raises(
+        UsageError, match=r"a\.nrrd: the model's reader, NibabelIOWithReorient, turns images: give \.nii\.gz"
+    ):
+        predict(model, str(tmp_path / "a.nrrd"), tmp_path / "out")
 
 
 class _Full:

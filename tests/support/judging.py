@@ -233,7 +233,7 @@ def _answer(step: str, read: Callable[[], Any]) -> tuple[Answer, Any]:
 
 
 def _ours(cls: Any, path: str, plans: Any) -> tuple[Answer, Any]:
-    from nnunet_lowmem.preprocessing.case import check_headers
+    from nnunet_lowmem.preprocessing.checks import check_headers
     from nnunet_lowmem.preprocessing.reading import read_channels
 
     check, _ = _answer("check_headers", lambda: check_headers([path], *plans))

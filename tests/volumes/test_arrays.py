@@ -199,7 +199,7 @@ def test_a_chunk_that_is_missing_is_the_fill_value_and_a_damaged_one_is_named(
     for damaged in (whole[: len(whole) // 2], b"", bytes(len(whole))):
         chunk.write_bytes(damaged)
         for read in (lambda: channels(path)[0][:], lambda: read_voxels(read_header(str(path), PLAIN))):
-            with pytest.raises(Exception, match=r"a.ome.zarr/0: chunk 1/0/1 cannot be decoded") as caught:
+            with pytest.raises(UsageError, match=r"a.ome.zarr/0: chunk 1/0/1 cannot be decoded") as caught:
                 read()
             assert "\n" not in str(caught.value)
 
@@ -213,9 +213,89 @@ def test_damaged_pages_and_chunks_are_named(tmp_path: Path) -> None:
     content = bytearray(tiff.read_bytes())
     content[offset : offset + count] = bytes(count)
     tiff.write_bytes(content)
-    with pytest.raises(Exception, match=r"page 5 cannot be decoded"):
+    with pytest.raises(
+        UsageError, match=r"a.ome.tif: page 0 cannot be decoded: it was changed while it was being read"
+    ):
+        found[:]
+    found = channels(tiff)[0]
+    with pytest.raises(UsageError, match=r"a.ome.tif: page 5 cannot be decoded"):
         found[:]
     assert np.array_equal(found[:5], VOXELS[:5])
+
+
+def test_what_lies_in_several_files_or_in_odd_axes(tmp_path: Path) -> None:
+    """Of pages in other files, and of one page for all, the voxels; else a refusal."""
+    names = [tmp_path / f"m{number}.ome.tif" for number in (0, 1)]
+    uuids = ["urn:uuid:00000000-0000-0000-0000-00000000000" + digit for digit in "12"]
+    data = "".join(
+        f'<TiffData IFD="{z % 2}" FirstZ="{z}" PlaneCount="1"><UUID FileName="{names[z // 2].name}">{uuids[z // 2]}'
+        "</UUID></TiffData>"
+        for z in range(4)
+    )
+    sizes = 'SizeX="23" SizeY="19" SizeZ="4" SizeC="1" SizeT="1" PhysicalSizeX="2" PhysicalSizeY="3" PhysicalSizeZ="4"'
+    for name, uuid, planes in zip(names, uuids, (VOXELS[:2], VOXELS[2:4]), strict=True):
+        xml = (
+            f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{uuid}"><Image ID="Image:0"><Pixels '
+            f'ID="Pixels:0" DimensionOrder="XYZCT" Type="int16" {sizes}>{data}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(name, planes, description=xml, metadata=None, compression="zlib")
+    assert np.array_equal(channels(names[0])[0][:], VOXELS[:4])
+    assert read_header(str(names[0]), PLAIN).grid()[1] == pytest.approx([0.004, 0.003, 0.002])
+    stack, turned = tmp_path / "stack.tif", tmp_path / "turned.tif"
+    both = np.stack([VOXELS, VOXELS[::-1]], 1)
+    tifffile.imwrite(stack, both, imagej=True, metadata={"axes": "ZCYX"}, truncate=True)
+    found = channels(stack)
+    assert all(np.array_equal(volume[:], both[:, number]) for number, volume in enumerate(found))
+    tifffile.imwrite(turned, VOXELS, metadata={"axes": "XYZ"})
+    with pytest.raises(UsageError, match="its axes are X, Y, Z: the last two, which are a page, must be Y and X"):
+        read_header(str(turned), PLAIN)
+
+
+def test_data_sets_that_lie_elsewhere_are_refused(tmp_path: Path) -> None:
+    other, path = tmp_path / "other.h5", tmp_path / "links.h5"
+    with h5py.File(other, "w") as file:
+        file["raw"] = VOXELS
+    layout = h5py.VirtualLayout(VOXELS.shape, VOXELS.dtype)
+    layout[:] = h5py.VirtualSource(str(tmp_path / "missing.h5"), "raw", VOXELS.shape)
+    with h5py.File(path, "w") as file:
+        file["raw"] = VOXELS[::-1]
+        file["link"] = h5py.ExternalLink("other.h5", "/raw")
+        file.create_virtual_dataset("virtual", layout)
+        file["nothing"] = h5py.Empty("f4")
+    for key in ("link", "virtual"):
+        with pytest.raises(UsageError, match=r"links.h5: .* lies in other files; give these, or copy it into one"):
+            read_header(str(path), Selection(key=key))
+    with pytest.raises(UsageError, match=r"links.h5: nothing has the shape None, and is no volume"):
+        read_header(str(path), Selection(key="nothing"))
+
+
+def test_lengths_that_are_said_in_part(tmp_path: Path) -> None:
+    path = ome_zarr(tmp_path / "a.ome.zarr", VOXELS, "0.5")
+    edit_metadata(path, lambda image: image["axes"][0].pop("unit"))
+    assert read_header(str(path), PLAIN).grid()[1] == pytest.approx(SPACING)
+    edit_metadata(path, lambda image: image["datasets"][0].pop("coordinateTransformations"))
+    header = read_header(str(path), PLAIN)
+    assert (header.grid()[1], header.about["is_said"]) == ([1.0, 1.0, 1.0], False)
+    tiff = tmp_path / "case_0000.tif"
+    tifffile.imwrite(tiff, VOXELS)
+    (tmp_path / "case.json").write_text('{"spacing": [3, 2, 1]}')  # as nnU-Net's Tiff3DIO has it
+    assert read_header(str(tiff), PLAIN).grid()[1] == [3.0, 2.0, 1.0]
+    (tmp_path / "case.json").write_text('{"spacing": [3, 2]}')
+    with pytest.raises(UsageError, match=r"its voxels are \(3.0, 2.0\) mm large"):
+        read_header(str(tiff), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("name", "selection", "flag"),
+    [
+        ("tiff_deflate", Selection(level=1), "level"),
+        ("hdf5_gzip", Selection(level=1), "level"),
+        ("ome_0.5", Selection(key="raw"), "key"),
+    ],
+)
+def test_what_cannot_be_selected(name: str, selection: Selection, flag: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"for which there is no --{flag}: "):
+        read_header(str(VOLUMES[name](tmp_path).path), selection)
 
 
 def test_planes_that_are_not_alike(tmp_path: Path) -> None:
