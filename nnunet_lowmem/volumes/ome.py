@@ -129,9 +129,11 @@ def scale_of(attributes: Mapping[str, Any], level: int, spacing_is_given: bool =
     for axis, name, factor, shift in zip(axes, names, factors, shifts, strict=True):
         if name in "zyx":
             # an axis without a unit is in that of the others
-            length = 1.0 if spacing_is_given else millimetres(str(axis.get("unit") or unit or MILLIMETRE))
+            said = str(axis.get("unit") or unit or MILLIMETRE)
+            length = MILLIMETRES.get(said, 1.0) if spacing_is_given else millimetres(said)
             spacing["zyx".index(name)], origin["zyx".index(name)] = factor * length, shift * length
-    unit = "" if spacing_is_given or not unit else canonical(unit)
+    is_length = bool(unit) and (not spacing_is_given or unit in MILLIMETRES)
+    unit = canonical(unit) if is_length else ""
     return Scale(path, names, tuple(spacing) if is_said else None, tuple(origin), unit, version)
 
 
