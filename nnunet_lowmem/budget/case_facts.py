@@ -23,8 +23,7 @@ from nnunet_lowmem.labels.rules import CaseGeometry, LogitsResampling
 from nnunet_lowmem.nnunet import adapter
 from nnunet_lowmem.nnunet.label_writing import Leaves, writer_bytes
 from nnunet_lowmem.nnunet.read_by import writer_of
-from nnunet_lowmem.preprocessing.checks import depth_of_slabs
-from nnunet_lowmem.preprocessing.grids import network_grid
+from nnunet_lowmem.preprocessing.grids import network_grid, passes_over
 from nnunet_lowmem.preprocessing.normalisation import normalisers
 from nnunet_lowmem.preprocessing.reading import counted_by
 from nnunet_lowmem.preprocessing.sources import AsRead
@@ -101,10 +100,10 @@ class CaseSizes:
         """
         library = counted_by(self.plans.image_reader_writer_class)
         headers = [read_header(file, library) for file in files]
-        source = Source.of(headers, depth_of_slabs(self.configuration))
-        shape, spacing = headers[0].grid()
-        stage = previous_stage is not None
-        facts = self._upper_bounds(name, source, shape, self.spacing or spacing, stage, probabilities)
+        shape, steps = headers[0].grid()
+        spacing, stage = self.spacing or steps, previous_stage is not None
+        source = Source.of(headers, passes_over(shape, spacing, self.plans.transpose_forward, self.configuration))
+        facts = self._upper_bounds(name, source, shape, spacing, stage, probabilities)
         return facts if roi is None else self._with_mask(facts, roi, headers[0])
 
     def _with_mask(self, facts: CaseFacts, roi: str, image: Header | None = None) -> CaseFacts:

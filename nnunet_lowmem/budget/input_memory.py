@@ -22,7 +22,7 @@ from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, need
 from nnunet_lowmem.preprocessing.reading import is_read_here
 from nnunet_lowmem.preprocessing.sources import is_streamed
 from nnunet_lowmem.preprocessing.spline import working_bytes
-from nnunet_lowmem.volumes.chunked_volume import decoding_bytes, kept_bytes
+from nnunet_lowmem.volumes.chunked_volume import Passes, decoding_bytes, kept_bytes
 from nnunet_lowmem.volumes.file_volume import is_readable_by_parts
 from nnunet_lowmem.volumes.headers import Header
 
@@ -87,14 +87,14 @@ class Source(NamedTuple):
     in_chunks: bool = False
 
     @staticmethod
-    def of(headers: Sequence[Header], depth: int = 1) -> Source:
-        """Return that of files, of which slabs of `depth` planes are asked for one after the other."""
+    def of(headers: Sequence[Header], passes: Passes = ()) -> Source:
+        """Return that of files, through which one goes in such passes."""
         sizes = [header.voxels * header.dtype.itemsize for header in headers]
         in_place = all(header.is_taken_as_stored for header in headers)
         whole = [size for header, size in zip(headers, sizes, strict=True) if not is_readable_by_parts(header)]
         arrays = [header.layout.chunked for header in headers if header.layout is not None]
         chunked = [array for array in arrays if array is not None]
-        whole += [kept_bytes(array, depth) for array in chunked]
+        whole += [kept_bytes(array, passes) for array in chunked]
         decoding = max(map(decoding_bytes, chunked), default=0)
         return Source(
             len(headers),

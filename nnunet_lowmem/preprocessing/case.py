@@ -29,12 +29,12 @@ from nnunet_lowmem.overrides import lookup
 from nnunet_lowmem.overrides.bypassed import DEFAULT_PREPROCESSOR, Step
 from nnunet_lowmem.overrides.lookup import is_class
 from nnunet_lowmem.preprocessing import spline
-from nnunet_lowmem.preprocessing.checks import check_headers, depth_of_slabs
+from nnunet_lowmem.preprocessing.checks import check_headers
 from nnunet_lowmem.preprocessing.crop import nonzero_box, nonzero_mask
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
-from nnunet_lowmem.preprocessing.grids import Grid, network_grid
+from nnunet_lowmem.preprocessing.grids import Grid, network_grid, passes_over
 from nnunet_lowmem.preprocessing.normalisation import VOXELWISE, is_one_of, needs_mask, normalisers
-from nnunet_lowmem.preprocessing.reading import check_stored, read_by, read_channels
+from nnunet_lowmem.preprocessing.reading import check_stored, read_by, read_channels, selection_of
 from nnunet_lowmem.preprocessing.refusals import check_names, telling_colours
 from nnunet_lowmem.preprocessing.sources import (
     AsRead,
@@ -50,7 +50,9 @@ from nnunet_lowmem.preprocessing.sources import (
 from nnunet_lowmem.preprocessing.volume_io import reader_of_labels
 from nnunet_lowmem.system.threads import RowThreads
 from nnunet_lowmem.types import Allocate, NetworkImage, PreprocessedCase, Shape3
+from nnunet_lowmem.volumes.chunked_volume import Passes
 from nnunet_lowmem.volumes.file_volume import StoredVolume
+from nnunet_lowmem.volumes.formats import read_header
 
 _OUTSIDE = -1  # label outside the nonzero mask, as in nnU-Net's crop_to_nonzero
 _logger = logging.getLogger(__name__)
@@ -120,8 +122,11 @@ def preprocess_case(
         )
         return _from_preprocessor(result, result[2], previous_stage_file is not None, allocate)
     with telling_colours(image_files, reader, len(configuration_manager.normalization_schemes)) as read:
-        depth = depth_of_slabs(configuration_manager)
-        channels, properties = read_channels(reader, image_files, accept_nan, spill, depth)
+        passes: Passes = ()
+        if (selection := selection_of(reader)) is not None:
+            shape, steps = read_header(image_files[0], selection).grid()
+            passes = passes_over(shape, spacing or steps, plans_manager.transpose_forward, configuration_manager)
+        channels, properties = read_channels(reader, image_files, accept_nan, spill, passes)
         read.append(len(channels))
     if spacing is not None:
         properties["spacing"] = list(spacing)

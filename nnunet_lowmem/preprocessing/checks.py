@@ -47,11 +47,6 @@ def check_headers(
     check_case(image_files, plans_manager.image_reader_writer_class, channels, spacing, forward, given_spacing)
 
 
-def depth_of_slabs(configuration_manager: ConfigurationManager) -> int:
-    """Return how deep the slabs are that are asked for one after the other: rows of tiles."""
-    return int(max(configuration_manager.configuration.get("patch_size", (1,))))
-
-
 def check_case(
     files: Sequence[str],
     reader: type,

@@ -28,7 +28,7 @@ from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.preprocessing.finite_voxels import check_values
 from nnunet_lowmem.preprocessing.sources import Volume
 from nnunet_lowmem.types import Allocate
-from nnunet_lowmem.volumes.chunked_volume import channels_of
+from nnunet_lowmem.volumes.chunked_volume import Passes, channels_of
 from nnunet_lowmem.volumes.file_volume import StoredVolume, channels_in, is_readable_by_parts
 from nnunet_lowmem.volumes.formats import Rules, is_volume, read_header, read_voxels, verify_voxels
 from nnunet_lowmem.volumes.headers import Header, Library, last_line
@@ -42,7 +42,7 @@ def read_channels(
     files: Sequence[str],
     accept_nan: bool = False,
     spill: Allocate | None = None,
-    depth: int = 1,
+    passes: Passes = (),
 ) -> tuple[list[Volume], dict[str, Any]]:
     """Read the channels of one case.
 
@@ -56,9 +56,9 @@ def read_channels(
         Set NaN and infinity to 0 instead of refusing them.
     spill : callable or None
         Where voxels go that should not be in RAM; of files that can be read part by part none are kept, of those in
-        chunks as many as a slab of `depth` planes takes. The model's own reader does not ask.
-    depth : int
-        Of the slabs that are asked for one after the other, in voxels.
+        chunks as many as `passes` need. The model's own reader does not ask.
+    passes : Passes
+        In which the voxels will be asked for.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def read_channels(
     with read_by(reader):
         read = _read_with_nibabel if reader is NibabelIO else _read_with_simpleitk if is_read_here(reader) else None
         if not is_replaced and read is not None and all(is_volume(file, library_of(reader)) for file in files):
-            return read(reader, files, accept_nan, spill, depth)
+            return read(reader, files, accept_nan, spill, passes)
         if selection_of(reader) is not None:
             raise UsageError(f"{' and '.join(files)}: is no volume of a kind that is known here")
         for file in files:
@@ -157,9 +157,9 @@ def count_channels(file: str, header: Header, reader: type) -> int:
 
 
 def _read_with_simpleitk(
-    reader: type, files: Sequence[str], accept_nan: bool, spill: Allocate | None, depth: int
+    reader: type, files: Sequence[str], accept_nan: bool, spill: Allocate | None, passes: Passes
 ) -> tuple[list[Volume], dict[str, Any]]:
-    headers, channels = _read_volumes(files, reader, accept_nan, spill, depth)
+    headers, channels = _read_volumes(files, reader, accept_nan, spill, passes)
     check_grid(files, [_array_shape(header) for header in headers], [header.place["spacing"] for header in headers])
     for name in ("origin", "direction"):
         _warn_if_different(files, name, [header.place[name] for header in headers])
@@ -169,9 +169,9 @@ def _read_with_simpleitk(
 
 
 def _read_with_nibabel(
-    reader: type, files: Sequence[str], accept_nan: bool, spill: Allocate | None, depth: int
+    reader: type, files: Sequence[str], accept_nan: bool, spill: Allocate | None, passes: Passes
 ) -> tuple[list[Volume], dict[str, Any]]:
-    headers, channels = _read_volumes(files, reader, accept_nan, spill, depth)
+    headers, channels = _read_volumes(files, reader, accept_nan, spill, passes)
     check_grid(files, [_array_shape(header) for header in headers], [header.spacing for header in headers])
     _warn_if_different(files, "affine", [header.place["affine"] for header in headers])
     affine = headers[0].place["affine"].copy()
@@ -179,7 +179,7 @@ def _read_with_nibabel(
 
 
 def _read_volumes(
-    files: Sequence[str], reader: type, accept_nan: bool, spill: Allocate | None, depth: int
+    files: Sequence[str], reader: type, accept_nan: bool, spill: Allocate | None, passes: Passes
 ) -> tuple[list[Header], list[Volume]]:
     """Read the channels of files, of which the headers are checked first."""
     headers = [read_header(file, counted_by(reader)) for file in files]
@@ -191,7 +191,7 @@ def _read_volumes(
             assert header.layout is not None, "it is read by parts"
             chunked = header.layout.chunked
             volumes: Sequence[StoredVolume] = (
-                _guarded(channels_in, header, file) if chunked is None else channels_of(chunked, depth, spill)
+                _guarded(channels_in, header, file) if chunked is None else channels_of(chunked, passes, spill)
             )
             channels.extend(_checked(volume, file, accept_nan) for volume in volumes)
         else:

@@ -27,6 +27,11 @@ from nnunet_lowmem.volumes.stored_parts import Box4, Chunked, Shape4
 _RUN_BYTES = 2**24
 
 
+#: Along which axes of the file a volume is gone through, and how many planes at a time: all parts of these are asked
+#: for before the next ones are.
+Passes = Sequence[tuple[int, int]]
+
+
 def native(array: Chunked) -> np.dtype[Any]:
     """Return the type of an array in the byte order of this machine."""
     return array.dtype.newbyteorder("=")
@@ -36,17 +41,19 @@ def _grid(array: Chunked) -> list[int]:
     return [-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
 
 
-def slots_for(array: Chunked, depth: int) -> int:
-    """Return how many chunks a slab of so many planes along any axis reaches into, in all channels."""
+def slots_for(array: Chunked, passes: Passes) -> int:
+    """Return how many chunks the largest slab reaches into that is asked for at a time, in all channels."""
     channels, *counts = _grid(array)
-    reach = [min(count, (depth - 1) // chunk + 2) for count, chunk in zip(counts, array.chunks[1:], strict=True)]
-    others = (math.prod(counts) // count for count in counts)
-    return channels * max(layers * other for layers, other in zip(reach, others, strict=True))
+    most = 1
+    for axis, depth in passes:
+        layers = min(counts[axis], (depth - 1) // array.chunks[1 + axis] + 2)
+        most = max(most, layers * math.prod(counts) // counts[axis])
+    return channels * most
 
 
-def kept_bytes(array: Chunked, depth: int) -> int:
-    """Return what `Chunks` keeps for slabs of so many planes."""
-    return slots_for(array, depth) * math.prod(array.chunks) * array.dtype.itemsize
+def kept_bytes(array: Chunked, passes: Passes) -> int:
+    """Return what `Chunks` keeps for such passes."""
+    return slots_for(array, passes) * math.prod(array.chunks) * array.dtype.itemsize
 
 
 def decoding_bytes(array: Chunked) -> int:
@@ -206,18 +213,17 @@ class ChunkedVolume(StoredVolume):
         return self.chunks.read(self.channel, self.box)
 
 
-def channels_of(array: Chunked, depth: int, make: Allocate) -> list[ChunkedVolume]:
+def channels_of(array: Chunked, passes: Passes, make: Allocate) -> list[ChunkedVolume]:
     """Return the channels of an array, which share what is kept of its chunks.
 
     Parameters
     ----------
     array : Chunked
-    depth : int
-        Of the slabs, along any axis, of which every part is asked for before the next one is.
+    passes : Passes
     make : callable
         Makes what chunks are kept in.
     """
-    chunks = Chunks(array, slots_for(array, depth), make)
+    chunks = Chunks(array, slots_for(array, passes), make)
     channels, z, y, x = array.shape
     box = (slice(0, z), slice(0, y), slice(0, x))
     stored = native(array)

@@ -48,7 +48,7 @@ def channels(path: Path, selection: Selection = PLAIN, depth: int = 8) -> list[A
     assert header.layout is not None
     if header.layout.chunked is None:
         return list(file_volume.channels_in(header))
-    return list(chunked_volume.channels_of(header.layout.chunked, depth, np.empty))
+    return list(chunked_volume.channels_of(header.layout.chunked, [(0, depth)], np.empty))
 
 
 @pytest.mark.parametrize("name", VOLUMES)
@@ -83,11 +83,11 @@ def test_each_chunk_is_decoded_once_in_a_pass_of_overlapping_tiles(name: str, tm
     assert header.layout is not None
     assert header.layout.chunked is not None
     counting, tile, step = Counting(header.layout.chunked), 8, 4
-    found = chunked_volume.channels_of(counting, tile, np.empty)
+    found = chunked_volume.channels_of(counting, [], np.empty)
     sizes = found[0].shape
     for axes in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
         counting.decoded.clear()
-        volumes = chunked_volume.channels_of(counting, tile, np.empty)
+        volumes = chunked_volume.channels_of(counting, [(axes[0], tile)], np.empty)
         starts = [range(0, max(1, sizes[axis] - tile + step), step) for axis in axes]
         for corner in product(*starts):
             box = [slice(0)] * 3
@@ -96,7 +96,7 @@ def test_each_chunk_is_decoded_once_in_a_pass_of_overlapping_tiles(name: str, tm
             for volume in volumes:
                 volume[tuple(box)]
         assert set(counting.decoded.values()) == {1}
-    kept = chunked_volume.kept_bytes(header.layout.chunked, tile)
+    kept = chunked_volume.kept_bytes(header.layout.chunked, [(0, tile)])
     assert kept < 3 * made.voxels.nbytes
 
 
