@@ -116,9 +116,9 @@ def volumes_of(source: Any, target: Any, options: Options, ending: str) -> Volum
     return Volumes(cases, target)
 
 
-def _is_ours(path: str, ending: str) -> bool:
+def _is_ours(path: Any, ending: str) -> bool:
     """Whether no reader of nnU-Net's takes a file of a list; the reader of a model for TIFF takes others, too."""
-    if path.endswith(ending):
+    if not isinstance(path, str) or path.endswith(ending):
         return False
     own = names.ZARR + names.HDF5 + (() if ending in names.TIFF else names.TIFF)
     return bool(names.ending_of(path, own)) or names.is_store(path)
@@ -167,7 +167,7 @@ def case_name(files: Sequence[str]) -> str:
     if ending and path.endswith(f"_0000{ending}"):
         return model_files.case_name([path], ending)
     # an array is named with the store that it is in
-    parts = path.split("/")
+    parts = path.replace(os.sep, "/").split("/")
     store = next((at for at, part in enumerate(parts[:-1]) if names.ending_of(part, names.ZARR)), len(parts) - 1)
     return "_".join(part.removesuffix(names.ending_of(part)) for part in parts[store:])
 
