@@ -22,7 +22,7 @@ from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.options import OF_CONNECTIONS, WITH_FLAG, add_flags, chosen
 from nnunet_lowmem.system import allocator
-from nnunet_lowmem.volumes.selection import is_output_file, is_volume, volumes_in
+from nnunet_lowmem.volumes.selection import PICTURES, ending_of, is_output_file, is_volume, volumes_in
 
 __all__ = ["main", "predict_entry_point", "predict_parser"]
 
@@ -184,7 +184,7 @@ def _check(options: argparse.Namespace) -> str:
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
         flags.asked_bytes(flag, text)
     _check_device(options.device)
-    if not is_volume(options.i) and not os.path.isfile(options.i):
+    if not is_volume(options.i) and not (os.path.isfile(options.i) and ending_of(options.i, PICTURES)):
         _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
         _check_folder("-prev_stage_predictions", options.prev_stage_predictions)

@@ -21,6 +21,8 @@ OWN = (*ZARR, *HDF5, *TIFF)
 #: Of those that nnU-Net's readers take.
 _OTHERS = (".nii", ".nii.gz", ".nrrd", ".mha", ".gipl", ".gipl.gz")
 ENDINGS = (*OWN, *_OTHERS)
+#: Which a model may be made for, and no other model takes.
+PICTURES = (".png", ".bmp", ".jpg", ".jpeg", ".mhd", ".nhdr", ".hdr", ".img")
 _URL = "://"
 
 

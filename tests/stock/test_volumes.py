@@ -97,7 +97,13 @@ CASES: dict[str, tuple[Callable[[], list[SimpleITK.Image]], ModelSpec]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[name for name in CASES if name != "300"])
+SLOW = ("same_grid", "two_channels_transposed")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES if name != "300"],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     images, spec = CASES[request.param]
     return _made(images(), spec, tmp_path_factory.mktemp(request.param))
