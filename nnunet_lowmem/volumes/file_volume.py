@@ -180,6 +180,12 @@ def state_of(descriptor: int) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns
 
 
+def state_at(path: Path) -> tuple[int, ...]:
+    """Return what `state_of` does, of a file that is not open."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def is_readable_by_parts(header: Header) -> bool:
     """Whether one file holds the library's values as they are, one after the other, or they are in chunks."""
     if header.layout is None or not header.is_taken_as_stored:

@@ -14,6 +14,7 @@ from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.types import shape3
 from nnunet_lowmem.volumes import ome
 from nnunet_lowmem.volumes.arrays import Axes, Place, array_header, refuse_selection, some
+from nnunet_lowmem.volumes.file_volume import state_at
 from nnunet_lowmem.volumes.headers import Header
 from nnunet_lowmem.volumes.label_images import LabelImage, block_of, blocks, stored_type
 from nnunet_lowmem.volumes.selection import Selection
@@ -35,7 +36,7 @@ class Hdf5Array:
 
     def __init__(self, path: Path, dataset: Any, axes: Axes) -> None:
         self._path, self._key, self._axes = path, dataset.name, axes
-        self._state = _state(path)
+        self._state = state_at(path)
         self.shape, self.dtype = axes.shape, dataset.dtype
         # of one that is not in chunks a plane is read at a time
         whole = [1] * (dataset.ndim - 2) + list(dataset.shape[-2:])
@@ -45,7 +46,7 @@ class Hdf5Array:
     def read(self, box: Box4) -> NDArray[Any]:
         """Decode a box of whole chunks; one that is not there is the fill value."""
         with library().File(self._path, "r", rdcc_nbytes=0) as file:
-            if _state(self._path) != self._state:
+            if state_at(self._path) != self._state:
                 raise OSError("the file was changed while it was being read")
             values = file[self._key][self._axes.selection(box)]
         return np.asarray(values).reshape([part.stop - part.start for part in box])
@@ -53,11 +54,6 @@ class Hdf5Array:
     def name_of(self, chunk: Shape4) -> str:
         """Return file, data set and place of a chunk."""
         return f"{self._path}: {self._key}: chunk {'/'.join(map(str, self._axes.chunk(chunk)))}"
-
-
-def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def library() -> Any:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nnunet_lowmem.errors import DamagedFileError, UsageError
 from nnunet_lowmem.volumes import ome
 from nnunet_lowmem.volumes.arrays import Axes, Place, array_header, refuse_selection
-from nnunet_lowmem.volumes.file_volume import check_state, state_of
+from nnunet_lowmem.volumes.file_volume import check_state, state_at
 from nnunet_lowmem.volumes.headers import Header
 from nnunet_lowmem.volumes.label_images import LabelImage, block_of, stored_type
 from nnunet_lowmem.volumes.selection import Selection, ending_of, planes_in
@@ -205,7 +205,7 @@ def _pages(path: Path, series: Any, axes: Axes) -> list[_Page]:
     """Return where pages lie; a series in one piece may have one that tells of all."""
     colours, (channels, planes, rows, columns) = series.keyframe.samplesperpixel, axes.shape
     count = channels // colours * planes
-    states = {path: _state(path)}
+    states = {path: state_at(path)}
     if series.dataoffset is not None and len(series.pages) != count:
         size = rows * columns * colours * series.dtype.itemsize
         frame = series.keyframe
@@ -218,15 +218,10 @@ def _pages(path: Path, series: Any, axes: Axes) -> list[_Page]:
     pages = []
     for page in series.pages:
         file = Path(page.parent.filehandle.path)
-        states.setdefault(file, _state(file))
+        states.setdefault(file, state_at(file))
         offsets, counts = (np.array(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
         pages.append(_Page(file, states[file], page.keyframe, offsets, counts))
     return pages
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    with path.open("rb") as file:
-        return state_of(file.fileno())
 
 
 def _of_planes(folder: Path, selection: Selection) -> Header:
@@ -247,7 +242,7 @@ def _of_planes(folder: Path, selection: Selection) -> Header:
                     raise UsageError(f"{both}: the planes of a volume are alike")
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
-        pages.append(_Page(file, _state(file)))
+        pages.append(_Page(file, state_at(file)))
     assert first is not None, "there is a file"
     axes = Axes("zyx", (len(files), *first[0]))
     array = TiffArray(pages, "zyx", axes, np.dtype(first[1]), 1)
