@@ -151,8 +151,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         """Set the attributes that describe the model, once all of it is read; its network has no weights yet."""
         trust = Trust((self.trust,) if isinstance(self.trust, str) else tuple(self.trust), self.trust_model)
         model, checkpoints, parameters = load_folds(Path(folder), folds, checkpoint_name, trust, device, trainer)
-        disk_bytes = machine.spill_bytes(self.tmp_dir)
-        self.list_of_parameters = weights.keep(parameters, free_bytes, disk_bytes, machine.spill_folder(self.tmp_dir))
+        self.list_of_parameters = weights.keep(parameters, free_bytes, self.tmp_dir)
         self._checkpoints = tuple(checkpoints)
         self.plans_manager, self.configuration_manager = model.plans_manager, model.configuration_manager
         self.label_manager, self.dataset_json = model.label_manager, model.dataset_json

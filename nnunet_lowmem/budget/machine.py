@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-import psutil
 import torch
 
 from nnunet_lowmem.budget.arrays import Budget, Origins
@@ -25,12 +22,7 @@ from nnunet_lowmem.system.memory_limits import (
     less_headroom,
     total_ram_bytes,
 )
-from nnunet_lowmem.system.platform import by_psutil, file_system_number
-from nnunet_lowmem.volumes.mapped import why_unspillable
-
-_IN_MEMORY = ("tmpfs", "ramfs")
-# linux/magic.h
-_MAGIC = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
+from nnunet_lowmem.volumes.spilling import spill_folder, why_nothing_is_spilled
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +56,7 @@ def machine_budget(
     ram = _ram(max_ram, with_children)
     vram, reserved_vram = _vram(max_vram, device)
     folder = spill_folder(tmp_dir)
-    unspilled = _why_nothing_is_spilled(folder)
+    unspilled = why_nothing_is_spilled(folder)
     origins = Origins(
         ram_asked=ram.asked,
         vram_asked=_asked_vram(max_vram, device) is not None,
@@ -108,31 +100,6 @@ def ram_limit(max_ram: int | str | None) -> tuple[int | None, int]:
     """
     ram = _ram(max_ram, with_children=True)
     return ram.limit_bytes, ram.in_use_bytes
-
-
-def spill_bytes(tmp_dir: str | os.PathLike[str] | None) -> int:
-    """Return what can be spilled: the free space of the folder, or nothing where it is in RAM or maps no files."""
-    folder = spill_folder(tmp_dir)
-    return 0 if _why_nothing_is_spilled(folder) else free_disk_bytes(folder)
-
-
-def spill_folder(tmp_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder where arrays are spilled; the system's for temporary files if none is given."""
-    return Path(tmp_dir or tempfile.gettempdir())
-
-
-def _why_nothing_is_spilled(folder: Path) -> str:
-    return "is kept in RAM" if _file_system(folder) in _IN_MEMORY else why_unspillable(folder)
-
-
-def _file_system(folder: Path) -> str:
-    """Type of the file system that holds a folder; empty where the system does not tell."""
-    path = folder.resolve()
-    parts = by_psutil(lambda: psutil.disk_partitions(all=True))
-    mounts = {Path(part.mountpoint): part.fstype for part in parts or ()}
-    found = next((str(mounts[parent]) for parent in (path, *path.parents) if parent in mounts), "")
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    return found or _MAGIC.get(file_system_number(there), "")
 
 
 def _vram(max_vram: int | str | None, device: torch.device) -> tuple[int | None, int]:

@@ -15,7 +15,7 @@ import torch
 
 from nnunet_lowmem.boxes import parse_box
 from nnunet_lowmem.budget.arrays import Budget
-from nnunet_lowmem.budget.machine import machine_budget, spill_folder
+from nnunet_lowmem.budget.machine import machine_budget
 from nnunet_lowmem.network import choices
 from nnunet_lowmem.network.exact import ExactNetwork
 from nnunet_lowmem.network.fast_network import FastNetwork
@@ -28,6 +28,7 @@ from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.types import BBox
 from nnunet_lowmem.volumes.selection import spacing_of
+from nnunet_lowmem.volumes.spilling import spill_folder
 
 
 @dataclass(frozen=True)

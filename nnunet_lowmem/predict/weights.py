@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.allocator import return_freed_memory
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.volumes.mapped import spilled_array
+from nnunet_lowmem.volumes.spilling import spill_bytes, spill_folder
 
 Parameters = Sequence[Mapping[str, Any]]
 
@@ -113,9 +115,12 @@ class FoldWeights:
         return f"entry {fold} of list_of_parameters"
 
 
-def keep(folds: Iterable[Mapping[str, Any]], free_bytes: int, disk_bytes: int, folder: Path) -> list[Mapping[str, Any]]:
+def keep(
+    folds: Iterable[Mapping[str, Any]], free_bytes: int, tmp_dir: str | os.PathLike[str] | None
+) -> list[Mapping[str, Any]]:
     """Return the weights of folds, each read when it is asked for: in RAM and, beyond a part of that, on disk."""
     kept: list[Mapping[str, Any]] = []
+    disk_bytes, folder = spill_bytes(tmp_dir), spill_folder(tmp_dir)
     room_bytes = free_bytes // SHARE_OF_FREE_RAM
     for number, fold in enumerate(folds):
         kept.append(fold)

@@ -11,6 +11,7 @@ import torch
 from nnunet_lowmem.budget import machine
 from nnunet_lowmem.budget.machine import machine_budget
 from nnunet_lowmem.system.memory_limits import RamLimit
+from nnunet_lowmem.volumes import spilling
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -19,10 +20,10 @@ CPU = torch.device("cpu")
 @pytest.mark.skipif(sys.platform != "linux" or not Path("/dev/shm").exists(), reason="needs a tmpfs")
 def test_file_system_is_told_by_the_kernel_where_there_is_no_list_of_mounts(monkeypatch):
     """/dev/shm is kept in RAM; nothing is spilled there."""
-    listed = machine._file_system(Path("/dev/shm/none"))
-    monkeypatch.setattr(machine, "by_psutil", lambda ask: None)
-    assert machine._file_system(Path("/dev/shm/none")) == listed == "tmpfs"
-    assert machine._file_system(Path("/sys")) == ""
+    listed = spilling.file_system(Path("/dev/shm/none"))
+    monkeypatch.setattr(spilling, "by_psutil", lambda ask: None)
+    assert spilling.file_system(Path("/dev/shm/none")) == listed == "tmpfs"
+    assert spilling.file_system(Path("/sys")) == ""
     budget = machine_budget("4G", None, CPU, "/dev/shm")
     assert (budget.disk_bytes, budget.origins.folder, budget.origins.nothing_spilled_because) == (
         0,

@@ -108,7 +108,7 @@ def test_cases_in_parts_have_the_labels_of_one_process(name, models, images, cli
         options["roi"] = balls(files[0], tmp_path / options["roi"], 0.25, 0.75)
     kept: list[Path | None] = []
     if name == "regions, transposed":  # as in a folder in RAM: the image is read into RAM, too
-        monkeypatch.setattr(machine, "_why_nothing_is_spilled", lambda _: "is in RAM")
+        monkeypatch.setattr(machine, "why_nothing_is_spilled", lambda _: "is in RAM")
     if name == "read as needed":
         monkeypatch.setattr(CasePlanning, "keeps_image", False)
         monkeypatch.setattr(CasePlanning, "spill", lambda _: partial(spilled_array, folder=tmp_path))

@@ -13,10 +13,10 @@ from factory import ModelSpec
 from oracle import make_predictor, read_voxels
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.budget import machine
 from nnunet_lowmem.errors import CasesFailedError
 from nnunet_lowmem.predict import prefetching
 from nnunet_lowmem.system.workers import Worker, WorkerStartError
+from nnunet_lowmem.volumes import spilling
 
 
 def workers() -> list[psutil.Process]:
@@ -130,7 +130,7 @@ def test_bad_first_case_costs_itself_and_no_prefetching(cases, models, tmp_path,
 
 def test_no_prefetching_where_the_temporary_folder_is_in_ram(cases, models, tmp_path, monkeypatch):
     """The worker would hand its image over in a file there."""
-    monkeypatch.setattr(machine, "_IN_MEMORY", (machine._file_system(tmp_path),))
+    monkeypatch.setattr(spilling, "IN_MEMORY", (spilling.file_system(tmp_path),))
     monkeypatch.setattr(prefetching, "Worker", lambda *args, **kwargs: pytest.fail("a worker was started"))
     model = models(ModelSpec(), cases[0])
     assert len(predict(model, cases[:2], tmp_path / "out", prefetch=True, tmp_dir=tmp_path)) == 2

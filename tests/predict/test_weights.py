@@ -407,7 +407,7 @@ def test_a_quarter_of_the_free_ram_is_for_weights(free, room, in_ram, model, mon
     free, room = 4 * fold if free == "fold" else free, fold if room == "fold" else room
     with monkeypatch.context() as patch:
         patch.setattr("nnunet_lowmem.budget.machine.ram_limit", lambda _: (free + 1, 1))
-        patch.setattr("nnunet_lowmem.budget.machine.spill_bytes", lambda _: room)
+        patch.setattr("nnunet_lowmem.predict.weights.spill_bytes", lambda _: room)
         predictor = make_predictor(LowMemPredictor, model, (0, 1))
     assert predictor.picture().weights.movable_bytes == in_ram * fold
     assert_same_array(expected, predicted(predictor))
