@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
-from nnunet_lowmem.nnunet.switching import Choice, want
+from nnunet_lowmem.nnunet.switching import VARIABLE, Choice, want
 from nnunet_lowmem.system import allocator
-
-VARIABLE = "nnUNet_predictor"
 
 
 class _LastResort(logging.StreamHandler):  # type: ignore[type-arg]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_lowmem.errors import UsageError
+from nnunet_lowmem.nnunet.switching import VARIABLE
 from nnunet_lowmem.system import platform
 
 #: Holds a ``sitecustomize``, which Python imports when it starts.
@@ -19,7 +20,7 @@ def environment_for(predictor: str, environment: Mapping[str, str]) -> dict[str,
     """Return `environment` with what makes Python programs use that predictor."""
     on_path = str(ON_PATH)
     others = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", on_path)]
-    return {**environment, "nnUNet_predictor": predictor, "PYTHONPATH": os.pathsep.join([on_path, *others])}
+    return {**environment, VARIABLE: predictor, "PYTHONPATH": os.pathsep.join([on_path, *others])}
 
 
 def run(options: argparse.Namespace) -> int:

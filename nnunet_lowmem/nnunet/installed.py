@@ -13,13 +13,14 @@ def version_of(package: str) -> str:
     """Return the version of a package: that of its distribution, whatever its name, or its own word, or "unknown"."""
     module = package.replace("-", "_")
     own = getattr(sys.modules.get(module), "__version__", "unknown")
-    if found := _of_distribution(package):
+    if found := of_distribution(package):
         return found
     names = packages_distributions().get(module, ())
-    return next((f"{found} ({name})" for name in names if (found := _of_distribution(name))), str(own))
+    return next((f"{found} ({name})" for name in names if (found := of_distribution(name))), str(own))
 
 
-def _of_distribution(name: str) -> str | None:
+def of_distribution(name: str) -> str | None:
+    """Return the version of a distribution; None where it is not installed, or does not tell."""
     try:
         found: object = version(name)
     except Exception:  # whatever half-removed metadata leads to

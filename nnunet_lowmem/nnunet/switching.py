@@ -32,6 +32,8 @@ MODULE = "nnunetv2.inference.predict_from_raw_data"
 CLASS = "nnUNetPredictor"
 #: The predictor that this name chooses is the one that the plans of each model name.
 BY_PLANS = "plans"
+#: Names the predictor that programs use, when Python starts.
+VARIABLE = "nnUNet_predictor"
 
 
 @dataclass(frozen=True)
