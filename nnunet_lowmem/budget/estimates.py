@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_lowmem.budget.arrays import Budget
 from nnunet_lowmem.budget.case_facts import CaseSizes
 from nnunet_lowmem.budget.facts import CaseFacts, ModelFacts
+from nnunet_lowmem.budget.input_memory import STOCK_NETWORK_BYTES, STOCK_VOXEL_BYTES
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.budget.planner import closest_plan, refused, smallest_ram_bytes
 from nnunet_lowmem.errors import UsageError
@@ -43,6 +44,9 @@ class Estimate:
         Of the files of images and mask.
     written_bytes : int
         Of the label map, at most: as it is where its file is not compressed.
+    model : ModelFacts or None
+    stock : StockBytes or None
+        Stage by stage.
     """
 
     case: str
@@ -55,6 +59,8 @@ class Estimate:
     least_ram_unspilled_bytes: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
+    model: ModelFacts | None = None
+    stock: StockBytes | None = None
 
     @property
     def tiles(self) -> int:
@@ -122,15 +128,55 @@ def estimates(
         spilled, unspilled = (smallest_ram_bytes(model, facts, budget, spill) for spill in (True, False))
         problem = None if plan.fits_everywhere() else refused(model, facts, plan)
         written_bytes = math.prod(facts.original_shape) * model.label_bytes
-        stocks = stock_bytes(model, whole)
-        yield Estimate(name, arithmetic, facts, plan, problem, stocks, spilled, unspilled, read_bytes, written_bytes)
+        stock = StockBytes.of(model, whole, len(sizes.configuration.normalization_schemes))
+        sizes_told = stock.largest, spilled, unspilled, read_bytes, written_bytes
+        yield Estimate(name, arithmetic, facts, plan, problem, *sizes_told, model, stock)
 
 
-def stock_bytes(model: ModelFacts, facts: CaseFacts) -> int:
-    """Return about what stock takes while it exports.
+@dataclass(frozen=True)
+class StockBytes:
+    """About what stock's command takes in its stages, with one process each for preprocessing and export.
 
-    All logits as halves, once more for the other process, as float64, and resampled as halves. Measured: 7.8 GiB for
-    512 x 512 x 250 and 15 classes, 15.9 GiB for 256 x 256 x 200 and 118 classes in a single process.
+    Attributes
+    ----------
+    preprocessing, prediction, export : int
+        Of RAM, where the network runs on the CPU.
+    vram : int
+        Of a GPU during prediction; where that is not there, stock begins the case again in RAM.
     """
-    network, cropped = math.prod(facts.grid.image_shape), math.prod(facts.cropped_shape)
-    return model.heads * ((2 + 2 + 8) * network + 2 * cropped) + _STOCK_PROCESSES_BYTES
+
+    preprocessing: int
+    prediction: int
+    export: int
+    vram: int
+
+    @property
+    def largest(self) -> int:
+        """Return the peak."""
+        return max(self.preprocessing, self.prediction, self.export)
+
+    @classmethod
+    def of(cls, model: ModelFacts, facts: CaseFacts, image_channels: int) -> StockBytes:
+        """Count the large arrays; the other channels of a cascade's network are labels, made in its grid.
+
+        Preprocessing: as `input_memory` counts nnU-Net's own. Prediction: all logits as halves, and while infinity is
+        looked for once more without sign, and a mask; a tile and weights; of several folds the sum, in RAM. Export: all
+        logits as halves, once more for the other process and, where they are resampled, as float64 and the result as
+        halves. Measured: 7.8 GiB for 512 x 512 x 250 and 15 classes, 15.9 GiB for 256 x 256 x 200 and 118 classes in a
+        single process.
+        """
+        network, cropped = math.prod(facts.grid.image_shape), math.prod(facts.cropped_shape)
+        original = math.prod(facts.original_shape)
+        preprocessing = image_channels * (STOCK_VOXEL_BYTES * original + STOCK_NETWORK_BYTES * network)
+        preprocessing += (model.channels - image_channels) * (4 + 4) * network
+        image = 4 * model.channels * network
+        on_device = model.heads * (2 + 2 + 1) * network + image + model.weight_bytes + model.activation_bytes
+        prediction = on_device + model.folds * model.weight_bytes + 2 * model.heads * network * (model.folds > 1)
+        resampled = facts.grid.image_shape != facts.cropped_shape
+        export = model.heads * ((2 + 2) * network + resampled * (8 * network + 2 * cropped))
+        return cls(
+            preprocessing + _STOCK_PROCESSES_BYTES,
+            prediction + _STOCK_PROCESSES_BYTES,
+            export + _STOCK_PROCESSES_BYTES,
+            on_device,
+        )

@@ -34,7 +34,7 @@ _MASKED_BYTES_WHOLE = 16
 # of a voxel of the planes of a mask that are filled at a time: labels, what is unset, and what leads out
 _FILLING_BYTES = 12
 # DefaultPreprocessor and what derives from it: float32 copies, float64 for order 3, the segmentation beside the image
-_STOCK_VOXEL_BYTES, _STOCK_NETWORK_BYTES = 28, 24
+STOCK_VOXEL_BYTES, STOCK_NETWORK_BYTES = 28, 24
 # a previous stage: read as float32, cast, cropped; resampled label by label in float64
 _STAGE_VOXEL_BYTES, _STAGE_NETWORK_BYTES = 20, 24
 
@@ -129,7 +129,7 @@ def input_bytes(
     voxels, network_voxels = math.prod(grid.shape), math.prod(grid.new_shape)
     stage = has_previous_stage * (_STAGE_VOXEL_BYTES * voxels + _STAGE_NETWORK_BYTES * network_voxels)
     if not is_own(configuration_manager.preprocessor_class):
-        own = len(rules) * (_STOCK_VOXEL_BYTES * voxels + _STOCK_NETWORK_BYTES * network_voxels)
+        own = len(rules) * (STOCK_VOXEL_BYTES * voxels + STOCK_NETWORK_BYTES * network_voxels)
         return InputBytes(0, own + stage)
     reader = plans_manager.image_reader_writer_class
     is_ours = bool(source.files) and is_read_here(reader)

@@ -135,10 +135,15 @@ def keep(
     return kept
 
 
+def denormals_of(fold: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many weights of a fold are denormal numbers, and how many there are."""
+    tensors = {id(value): value for value in fold.values() if isinstance(value, torch.Tensor)}.values()
+    return sum(map(denormals.count, tensors)), sum(tensor.numel() for tensor in tensors)
+
+
 def _tell_of_denormals(fold: Mapping[str, Any], number: int) -> None:
     """Say how many weights are denormal numbers, where that may cost time."""
-    tensors = {id(value): value for value in fold.values() if isinstance(value, torch.Tensor)}.values()
-    found, all_of_them = sum(map(denormals.count, tensors)), sum(tensor.numel() for tensor in tensors)
+    found, all_of_them = denormals_of(fold)
     if found * denormals.WORTH_A_WORD > all_of_them:
         _logger.info(
             "fold %d of those asked for: %s of %s weights are below 1.2e-38, which many processors are slow with",
