@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_lowmem import __version__
-from nnunet_lowmem.commands import compare, flags, run
+from nnunet_lowmem.commands import compare, doctor, flags, run
 from nnunet_lowmem.commands.flags import predict_parser
 from nnunet_lowmem.commands.shell import guarded
-from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.errors import CasesFailedError, UsageError, because
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.options import OF_CONNECTIONS, WITH_FLAG, add_flags, chosen
@@ -46,6 +46,7 @@ def predict_entry_point(arguments: Sequence[str] | None = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``nnunet-lowmem``."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     parser = flags.Flags(prog="nnunet-lowmem", description="nnU-Net v2 prediction in bounded memory.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -73,7 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_model_flags(sides.add_argument)
     compare.add_flags(sides.add_argument)
     sides.set_defaults(run=lambda options: compare.run(options, _checked_model))
-    options = parser.parse_args(arguments)
+    examination = commands.add_parser(
+        "doctor", help="what is wrong: on this machine, in a log, with a model and images"
+    )
+    doctor.add_flags(examination, flags.is_by_folder(words))
+    examination.set_defaults(run=lambda options: doctor.run(options, words[1:], _examined, _described))
+    options = parser.parse_args(words)
     return guarded(lambda: int(options.run(options)), options.verbose)
 
 
@@ -168,6 +174,18 @@ def _checked_model(arguments: Sequence[str]) -> tuple[str, str]:
 
 def _check(options: argparse.Namespace) -> str:
     """Refuse what cannot work, by looking at arguments and folders only; return the model folder."""
+    if options.json and not options.estimate:
+        raise UsageError("--json goes with --estimate")
+    _check_values(options)
+    _check_folders(options)
+    model_folder = _model_folder(options)
+    model_files.checkpoint_files(model_folder, options.f, options.chk)
+    if not options.estimate:
+        _check_writable(Path(options.o).parent if is_output_file(options.o) else Path(options.o))
+    return model_folder
+
+
+def _check_values(options: argparse.Namespace) -> None:
     if not 0 < options.step_size <= 1:
         raise UsageError(f"-step_size must be larger than 0 and at most 1, got {options.step_size}")
     if not 0 <= options.part_id < options.num_parts:
@@ -179,22 +197,18 @@ def _check(options: argparse.Namespace) -> str:
     ):
         if not 0 <= number < math.inf:
             raise UsageError(f"{flag} must be a number that is not negative, got {number}")
-    if options.json and not options.estimate:
-        raise UsageError("--json goes with --estimate")
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
         flags.asked_bytes(flag, text)
     _check_device(options.device)
+
+
+def _check_folders(options: argparse.Namespace) -> None:
     if not is_volume(options.i) and not (os.path.isfile(options.i) and ending_of(options.i, PICTURES)):
         _check_folder("-i", options.i)
     if options.prev_stage_predictions is not None:
         _check_folder("-prev_stage_predictions", options.prev_stage_predictions)
     if options.tmp_dir is not None:
         _check_tmp_dir(options.tmp_dir)
-    model_folder = options.m or _model_of_dataset(options)
-    model_files.checkpoint_files(model_folder, options.f, options.chk)
-    if not options.estimate:
-        _check_writable(Path(options.o).parent if is_output_file(options.o) else Path(options.o))
-    return str(model_folder)
 
 
 def _check_cases(options: argparse.Namespace, model_folder: Path) -> str:
@@ -239,6 +253,37 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(f"-o: {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"-o: {folder} is not writable")
+
+
+def _examined(options: argparse.Namespace) -> tuple[Path, list[int | str]] | None:
+    """Check what the doctor is given; return the model's folder and folds, None without a model."""
+    _check_values(options)
+    if options.m is None and options.d is None and options.c is None and options.i is None:
+        return None
+    model_folder = Path(_model_folder(options))
+    try:
+        folds = options.f or model_files.folds_in(model_folder, options.chk) or [0]
+        model_files.checkpoint_files(str(model_folder), folds, options.chk)
+        if options.i is not None:
+            _check_folders(options)
+            _check_cases(options, model_folder)
+    except PermissionError as error:
+        raise because(UsageError, f"{error.filename} cannot be read: {error.strerror}", error) from error
+    return model_folder, folds
+
+
+def _described(options: argparse.Namespace, model_folder: Path, folds: Sequence[int | str]) -> LowMemPredictor:
+    """Return a predictor that knows its model, but for the weights."""
+    allocator.own_process()
+    from nnunet_lowmem.commands import console
+
+    predictor = _predictor(options, console.choose_device(options.device), str(model_folder))
+    predictor.describe_trained_model_folder(str(model_folder), folds, options.chk)
+    return predictor
+
+
+def _model_folder(options: argparse.Namespace) -> str:
+    return str(options.m or _model_of_dataset(options))
 
 
 def _model_of_dataset(options: argparse.Namespace) -> str:

@@ -52,7 +52,12 @@ class Flags(argparse.ArgumentParser):
 
 def predict_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of ``nnUNetv2_predict_lowmem``."""
-    return predict_parser(any(word.startswith("-m") for word in arguments)).parse_args(arguments)
+    return predict_parser(is_by_folder(arguments)).parse_args(arguments)
+
+
+def is_by_folder(arguments: Sequence[str]) -> bool:
+    """Whether the model is given by its folder: then flags are those of ``nnUNetv2_predict_from_modelfolder``."""
+    return any(word.startswith("-m") for word in arguments)
 
 
 def predict_parser(by_folder: bool = False) -> Flags:
@@ -68,14 +73,25 @@ def predict_parser(by_folder: bool = False) -> Flags:
         prog="nnUNetv2_predict_lowmem",
         description="nnUNetv2_predict in bounded memory: the same flags and the same labels.",
     )
+    more = add_predict_flags(parser, by_folder)
+    more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
+    more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")
+    return parser
+
+
+def add_predict_flags(parser: Flags, by_folder: bool = False, required: bool = True) -> Any:
+    """Add all that ``nnUNetv2_predict_lowmem`` takes but ``--estimate``; return the group of what is beyond stock's.
+
+    Without `required` a command takes all of them and needs none.
+    """
     add = parser.add_argument
-    add_model_flags(add, by_folder)
+    add_model_flags(add, by_folder, required)
     if by_folder:
         parser.written_out |= {"-num_parts", "-part_id"}
         parser.set_defaults(d=None, p="nnUNetPlans", tr="nnUNetTrainer", c=None)
     add(
         "-o",
-        required=True,
+        required=required,
         metavar="FOLDER",
         help="output folder; made if it does not exist. Of a single volume also a file, or a store: x.ome.zarr, "
         "x.tif, x.h5, x.nii.gz",
@@ -89,16 +105,14 @@ def predict_parser(by_folder: bool = False) -> Flags:
     add("--disable_progress_bar", action="store_true", help="no progress bar")
     more = parser.add_argument_group("bounded memory")
     options.add_flags(more.add_argument)
-    more.add_argument("--estimate", action="store_true", help="print what every case will take, by headers, and stop")
-    more.add_argument("--json", action="store_true", help="with --estimate: as JSON, sizes in bytes")
-    return parser
+    return more
 
 
-def add_model_flags(add: Callable[..., object], by_folder: bool = False) -> None:
+def add_model_flags(add: Callable[..., object], by_folder: bool = False, required: bool = True) -> None:
     """Add the flags that say what is predicted, and how; stock's, but for -m and the default of -device."""
     add(
         "-i",
-        required=True,
+        required=required,
         metavar="FOLDER",
         help="input folder; files end in _0000 etc. as in training. Or a volume, or a folder of volumes: OME-Zarr, "
         "zarr, TIFF, HDF5, NIfTI, NRRD, MHA",

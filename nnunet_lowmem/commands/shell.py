@@ -47,11 +47,11 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
             known = isinstance(error, LowMemError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             hint = "" if known or verbose else " (--verbose shows where)"
-            tell(f"error: {shown(text)}{'' if known else _limit_of_memory(error)}{hint}")
+            tell(f"error: {shown(text)}{'' if known else limit_of_memory(error)}{hint}")
             return error.exit_code if isinstance(error, LowMemError) else 1
 
 
-def _limit_of_memory(error: Exception) -> str:
+def limit_of_memory(error: Exception) -> str:
     """Say which limit binds where memory could not be had, or address space for a library."""
     out = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if not out and not any(words in str(error) for words in _NO_MEMORY):

@@ -79,4 +79,4 @@ def _measured(exit_code: int, stopped: str) -> MeasuredCommand:
 )
 def test_memory_that_could_not_be_had_names_the_limit_that_binds(error, names, monkeypatch):
     monkeypatch.setattr("nnunet_lowmem.system.memory_limits.binding_now", lambda: "least is left by ulimit -v")
-    assert shell._limit_of_memory(error) == ("; memory could not be had: least is left by ulimit -v" if names else "")
+    assert shell.limit_of_memory(error) == ("; memory could not be had: least is left by ulimit -v" if names else "")

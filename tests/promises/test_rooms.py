@@ -24,6 +24,7 @@ __main__ startup training trainers
 commands
 predictor
 cluster
+doctor
 report
 predict
 budget
@@ -196,6 +197,11 @@ def test_pure_rooms_know_no_torch_and_no_files(module):
         "nnunet.switching",
         "startup",
         "commands.run",
+        "commands.doctor",
+        "commands.doctor_tables",
+        "doctor.log",
+        "doctor.machine",
+        "doctor.environment",
     ],
 )
 def test_light_rooms_import_neither_torch_nor_nnunet(module):
@@ -276,7 +282,7 @@ def talks(node: ast.AST) -> bool:
 
 def test_only_the_commands_talk():
     talkers = {module for module in MODULES if any(talks(node) for node in ast.walk(tree(module)))}
-    commands = {"cli", "compare_table", "console", "demo", "shell"}
+    commands = {"cli", "compare_table", "console", "demo", "doctor", "doctor_tables", "shell"}
     assert talkers == {f"commands.{name}" for name in commands}, "a library logs; the commands decide what is shown"
 
 
