@@ -58,30 +58,33 @@ class Teller:
     def diagnosis(self, found: Diagnosis, command: Command, estimate: str) -> None:
         """Tell what a log shows, and what to type."""
         self.fails |= found.fails
-        causes = found.causes
+        causes = [told for told in found.causes if told.fails] or found.causes
         advice = [line.format(command=command, estimate=estimate) for told in causes for line in told.trouble.advice]
         advice = list(dict.fromkeys(advice))
         self.told["log"] = {**found.as_json(), "advice": advice}
-        print_line = self._console.print
-        print_line(f"A log of {found.tool.name}{f': {found.way}' if found.way else ''}.\n")
+        self._console.print(f"A log of {found.tool.name}{f': {found.way}' if found.way else ''}.\n")
         for told in found.symptoms:
             if told.is_overcome:
-                print_line(f"Seen, but the run went on to its end: {told.trouble.name} (line {told.line_number})")
+                self._console.print(f"Seen, but the run went on to its end: {_named(told)}")
         if not causes:
             self._nothing(found, command)
             return
         said: set[str] = set()
         for number, told in enumerate(causes):
-            print_line("What happened" if number == 0 else "And", end=": ")
+            self._console.print("What happened" if number == 0 else "And", end=": ")
             self._symptom(told, said)
         for told in found.symptoms:
             if told not in causes and not told.is_overcome:
-                print_line(f"Which led to: {told.trouble.name} (line {told.line_number})\n")
-        print_line("What to type now", style="bold")
+                how = "Which led to" if told.trouble.is_consequence else "Also seen"
+                self._console.print(f"{how}: {_named(told)}\n")
+        self._advise(advice)
+
+    def _advise(self, advice: Sequence[str]) -> None:
+        self._console.print("What to type now", style="bold")
         for line in advice:
-            print_line(f"  {line}", soft_wrap=True)
+            self._console.print(f"  {line}", soft_wrap=True)
         if any("FLAGS" in line for line in advice):
-            print_line(
+            self._console.print(
                 "FLAGS stands for the flags of that run. Give them to the doctor, too: it tells what the case takes."
             )
 
@@ -166,3 +169,7 @@ class Teller:
             table.add_row(name, format_gib(estimate.stock_bytes), format_gib_up(estimate.least_ram_bytes), fits)
         if table.row_count:
             self._console.print(table)
+
+
+def _named(told: Symptom) -> str:
+    return f"{told.trouble.name} (line {told.line_number})"

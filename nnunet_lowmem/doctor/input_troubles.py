@@ -59,7 +59,7 @@ TROUBLES: tuple[Trouble, ...] = (
     row(
         "a checkpoint is missing",
         "checkpoint_|fold_",
-        r"(?:No such file|not found|does not exist).{0,400}?(?:checkpoint_\w+\.pth|fold_\w+)"
+        r"(?:No such file|not found|does not exist).{0,400}(?:checkpoint_\w+\.pth|fold_\w+)"
         r"|checkpoint_\w+\.pth.{0,40}(?:not found|does not exist|No such file)",
         "The model folder has no such checkpoint in that fold: folds default to 0 1 2 3 4, and a training that did not "
         "end has checkpoint_best.pth alone.",
@@ -90,7 +90,7 @@ TROUBLES: tuple[Trouble, ...] = (
     row(
         "a dataset that is not found",
         "could not find a dataset",
-        r"Could not find a dataset with the ID",
+        r"Could not find a dataset with the ID \d*",
         "nnU-Net looks for models by number (-d) only below the folder that the variable nnUNet_results names.",
         "Set nnUNet_results to that folder, or give the model by its own: {command:-m FOLDER}",
     ),
@@ -122,7 +122,7 @@ TROUBLES: tuple[Trouble, ...] = (
     row(
         "an unknown trainer",
         "trainer",
-        r"Unable to locate trainer class|could not find requested nnunet trainer",
+        r"Unable to locate trainer class|could not find requested nnunet trainer \w*",
         "The checkpoint was made by a trainer class that this nnU-Net does not have: it comes from another version, a "
         "fork, or a package of its author's.",
         "Put the author's trainer below the folder that nnUNet_extTrainer names (nnU-Net 2.8), or install the fork; "

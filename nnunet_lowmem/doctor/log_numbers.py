@@ -9,6 +9,7 @@ from nnunet_lowmem.sizes import format_gib
 
 # an image has few channels, and hardly anybody predicts fewer classes than this with so many voxels
 _FEWEST_CLASSES = 5
+_ALL_AT_ONCE = "Stock resamples those of all classes at once, in float64 and in a second process, whatever the GPU has."
 # no scan has more: its spacing is wrong
 _MOST_VOXELS = 10**10
 
@@ -29,7 +30,7 @@ def of_array(match: re.Match[str]) -> str:
         return f"{what}: {volume}."
     classes, voxels = shape[-4], " x ".join(map(str, shape[-3:]))
     if classes >= _FEWEST_CLASSES:
-        return f"{what}: the logits of {classes} classes on {voxels} voxels, all at once."
+        return f"{what}: the logits of {classes} classes on {voxels} voxels. {_ALL_AT_ONCE}"
     return f"{what}: the logits of {classes} classes, or an image of {classes} channels, on {voxels} voxels."
 
 

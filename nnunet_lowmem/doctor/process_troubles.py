@@ -85,7 +85,7 @@ TROUBLES: tuple[Trouble, ...] = (
         "unable to allocate",
         r"Unable to allocate (?P<size>[\d.]+ \w+) for an array with shape (?P<shape>\([\d, ]*\))"
         r" and data type (?P<dtype>\S+)",
-        "One array was larger than what was left of the memory. " + EXPORT,
+        "One array was larger than what was left of the memory.",
         COMMAND,
         ASK,
         numbers=log_numbers.of_array,

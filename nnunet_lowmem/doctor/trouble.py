@@ -63,8 +63,7 @@ def row(name: str, signs: str, pattern: str, happened: str, *advice: str, **word
 
 EXPORT = (
     "Stock nnU-Net resamples the scores (logits) of every class to the size of the scan at once, in float64 and in a "
-    "second process: "
-    "memory grows with classes x voxels, whatever the GPU has."
+    "second process: memory grows with classes x voxels, whatever the GPU has."
 )
 NEEDS_NO_POOL = "nnunet_lowmem works in one process and keeps a few planes of the classes at a time."
 ASK = "To see beforehand what a case takes: " + ESTIMATE
