@@ -117,9 +117,10 @@ def ours(names: Iterable[str]) -> set[str]:
     return {module for name in inner for module in (name, name.rpartition(".")[0]) if module in MODULES}
 
 
-def own(module: str) -> set[str]:
+@cache
+def own(module: str) -> frozenset[str]:
     """The modules of this package that `module` imports."""
-    return ours(imports(module))
+    return frozenset(ours(imports(module)))
 
 
 def room(module: str) -> str:
