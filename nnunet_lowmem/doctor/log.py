@@ -234,8 +234,8 @@ def _explained(symptoms: list[Symptom], last: str) -> list[Symptom]:
     failures = [told.trouble for told in order if told.fails]
     if last in endings and not failures:
         return [Symptom(endings[last]), *order]
-    if last in ("preprocessing", "waiting") and all(trouble.is_end for trouble in failures):
+    if last in ("preprocessing", "sent", "waiting") and all(trouble.is_end for trouble in failures):
         # whoever ended it may have waited for what never came
         ending = [Symptom(endings[last])]
-        return ending + order if last == "waiting" else order + ending
+        return order + ending if last == "preprocessing" else ending + order
     return order

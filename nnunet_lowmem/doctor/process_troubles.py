@@ -152,8 +152,8 @@ TROUBLES: tuple[Trouble, ...] = (
         "ended by a time limit",
         "time limit|timeout ***|runlimit|walltime",
         r"DUE TO TIME LIMIT|TIMEOUT \*\*\*|TERM_RUNLIMIT|job killed: walltime",
-        "The time of the job was up. If the last lines are those of an export, it may have hung: stock waits for ever "
-        "for a worker that the system has ended.",
+        "The time of the job was up. If the last lines are those of an export, it may have hung: nnU-Net before 2.8 "
+        "waits for ever for a worker that the system has ended.",
         "Go on where finished cases end: " + CONTINUE,
         is_end=True,
     ),
@@ -228,8 +228,8 @@ ENDINGS = {
     "waiting": Trouble(
         "the export hangs, or was ended",
         "All cases were predicted, and stock waited for the processes that resample and write, but never came to its "
-        "last line, Segmentation export complete. It waits for ever for a worker that the system has ended (RAM was "
-        "full) or that does not answer. " + EXPORT,
+        "last line, Segmentation export complete. It waits for ever for a worker that does not answer, and before 2.8 "
+        "for one that the system has ended as well (RAM was full). " + EXPORT,
         (COMMAND, ASK),
     ),
     "sent": Trouble(

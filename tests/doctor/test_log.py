@@ -263,6 +263,12 @@ def test_messages_that_just_stop(lines, ending):
     assert [symptom.trouble for symptom in of_lines(*lines).symptoms] == [process_troubles.ENDINGS[ending]]
 
 
+def test_who_ended_a_run_of_an_older_nnunet_may_have_waited_for_a_worker_that_was_gone():
+    lines = ["Predicting a:", "sending off prediction to background worker", "done with a", "^C", "KeyboardInterrupt"]
+    names = [symptom.trouble.name for symptom in of_lines(*lines).symptoms]
+    assert names == ["nothing after the last case was sent off", "ended by a signal"]
+
+
 def test_a_log_of_nothing_known_shows_its_last_lines(tmp_path):
     (tmp_path / "log").write_text("hello\n\n  0%|   | 0/4 [00:00<?, ?it/s]\n │ Anna │\nthe end of Predicting")
     found = diagnose(blocks(str(tmp_path / "log")))
