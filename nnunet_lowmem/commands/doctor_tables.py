@@ -77,16 +77,15 @@ class Teller:
             if told not in causes and not told.is_overcome:
                 how = "Which led to" if told.trouble.is_consequence else "Also seen"
                 self._console.print(f"{how}: {_named(told)}\n")
-        self._advise(advice)
+        self._advise(advice, command)
 
-    def _advise(self, advice: Sequence[str]) -> None:
+    def _advise(self, advice: Sequence[str], command: Command) -> None:
         self._console.print("What to type now", style="bold")
         for line in advice:
             self._console.print(f"  {line}", soft_wrap=True)
         if any("FLAGS" in line for line in advice):
-            self._console.print(
-                "FLAGS stands for the flags of that run. Give them to the doctor, too: it tells what the case takes."
-            )
+            more = " Give them to the doctor, too: it tells what the case takes." if command.takes_flags else ""
+            self._console.print(f"FLAGS stands for the flags of that run.{more}")
 
     def _symptom(self, told: Symptom, said: set[str]) -> None:
         self._console.print(told.trouble.name, style="bold red" if told.fails else "yellow")
@@ -101,10 +100,12 @@ class Teller:
         if found.is_complete:
             self._console.print(
                 "It ends as the log of a run does in which nothing is missing. Stock says so, too, when the disk was "
-                "full and "
-                "a file was cut: this decodes every file to its end, and predicts again what is damaged:"
+                "full "
+                "and a file was cut: look at the sizes of the last ones."
             )
-            self._console.print(f"  {command:--continue_prediction}", soft_wrap=True)
+            if command.takes_flags:
+                self._console.print("This decodes every file to its end, and predicts again what is damaged:")
+                self._console.print(f"  {command:--continue_prediction}", soft_wrap=True)
             return
         self._console.print("None of the known troubles. The last lines that may matter:")
         for line in found.last_lines:

@@ -222,7 +222,7 @@ def _telling(line: str, match: re.Match[str]) -> str:
     start = line[: match.start()]
     blanks = start[: len(start) - len(start.lstrip())]
     error = _ERROR.match(start.lstrip())
-    return f"{blanks}{error[0] if error else ''}{match[0].strip()}"
+    return f"{blanks}{error[0] if error else ''}{match[0].strip(': ')}"
 
 
 def _explained(symptoms: list[Symptom], last: str) -> list[Symptom]:

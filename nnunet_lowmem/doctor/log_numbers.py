@@ -36,7 +36,7 @@ def of_array(match: re.Match[str]) -> str:
 
 def of_bytes(match: re.Match[str]) -> str:
     """Say how much was asked for."""
-    return f"It was about {format_gib(int(match['bytes']))}." if match["bytes"] else ""
+    return f"It asked for {format_gib(int(match['bytes']))}." if match["bytes"] else ""
 
 
 def of_device(match: re.Match[str]) -> str:

@@ -94,7 +94,7 @@ TROUBLES: tuple[Trouble, ...] = (
         "a tensor did not fit into RAM",
         "defaultcpuallocator",
         r"DefaultCPUAllocator(?:.{0,200}?(?P<bytes>\d{4,}) bytes)?",
-        "torch asked for more memory than was left. " + EXPORT,
+        "torch asked for more memory than was left: for a tile of the network, or for all classes of the scan.",
         COMMAND,
         ASK,
         numbers=log_numbers.of_bytes,
@@ -215,7 +215,7 @@ TROUBLES: tuple[Trouble, ...] = (
     row(
         "a process of the pool has gone",
         "eoferror|brokenpipeerror|connectionreseterror",
-        r"\bEOFError\b(?!: Ran out)|BrokenPipeError|ConnectionResetError",
+        r"\bEOFError\b(?!: (?:Ran out|Compressed))|BrokenPipeError|ConnectionResetError",
         "One process waited for another that is gone: as a rule the system ended that one, for memory. "
         + NEEDS_NO_POOL,
         COMMAND,

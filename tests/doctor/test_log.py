@@ -54,6 +54,10 @@ SHOWN: dict[str, tuple[str, bool, str]] = {
     "signal_term": ("ended by a signal", True, ""),
     "failed_case_ours": ("a case failed", True, ""),
     "refused_ours": ("more than the budget", True, ""),
+    "totalsegmentator_ok": ("", False, ""),
+    "totalsegmentator_allocator": ("a tensor did not fit into RAM", True, ""),
+    "totalsegmentator_cut_image": ("an image that cannot be read", True, ""),
+    "totalsegmentator_killed": ("killed", True, ""),
 }
 # of public reports, shortened: what cannot be had here
 LINES = {
@@ -142,8 +146,9 @@ def test_log(name):
     ended = [symptom for symptom in found.symptoms if not symptom.is_overcome]
     follows = [symptom.trouble.name for symptom in ended if symptom not in found.causes]
     assert follows == [led_to] * bool(led_to)
-    assert found.is_complete == (name in ("ok_stock", "ok_ours", "disk_full", "geometry_origin"))
-    assert found.tool.name == ("nnunet_lowmem" if name.endswith("ours") else "nnU-Net")
+    assert found.is_complete == (name in ("ok_stock", "ok_ours", "disk_full", "geometry_origin", "totalsegmentator_ok"))
+    tools = {"totalsegmentator": "TotalSegmentator", "ours": "nnunet_lowmem"}
+    assert found.tool.name == next((tool for part, tool in tools.items() if part in name), "nnU-Net")
     shown = json.dumps(found.as_json()).lower()
     assert not [word for word in ("mueller", "anna", "schmidt", "peter_", "1957", "study42") if word in shown]
 
