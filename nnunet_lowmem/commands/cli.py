@@ -185,7 +185,8 @@ def _check(options: argparse.Namespace) -> str:
     return model_folder
 
 
-def _check_values(options: argparse.Namespace) -> None:
+def _check_values(options: argparse.Namespace, with_variables: bool = True) -> None:
+    """Refuse values of flags, and of variables in the place of flags, that no case could have."""
     if not 0 < options.step_size <= 1:
         raise UsageError(f"-step_size must be larger than 0 and at most 1, got {options.step_size}")
     if not 0 <= options.part_id < options.num_parts:
@@ -198,7 +199,8 @@ def _check_values(options: argparse.Namespace) -> None:
         if not 0 <= number < math.inf:
             raise UsageError(f"{flag} must be a number that is not negative, got {number}")
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
-        flags.asked_bytes(flag, text)
+        if with_variables or text is not None:
+            flags.asked_bytes(flag, text)
     _check_device(options.device)
 
 
@@ -257,8 +259,9 @@ def _check_writable(folder: Path) -> None:
 
 def _examined(options: argparse.Namespace) -> tuple[Path, list[int | str]] | None:
     """Check what the doctor is given; return the model's folder and folds, None without a model."""
-    _check_values(options)
-    if options.m is None and options.d is None and options.c is None and options.i is None:
+    has_model = any(value is not None for value in (options.m, options.d, options.c, options.i))
+    _check_values(options, with_variables=has_model)  # else what variables hold is among what is told
+    if not has_model:
         return None
     model_folder = Path(_model_folder(options))
     try:

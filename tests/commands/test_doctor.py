@@ -149,6 +149,12 @@ def test_the_log_is_no_word_of_the_command(given):
     assert _typed(options, given.format(log="out").split()).split() == ["nnUNetv2_predict_lowmem", *rest]
 
 
+def test_a_variable_that_no_command_takes_is_found_and_not_met(capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_lowmem_max_ram", "lots")
+    code, out, _ = doctor(capsys)
+    assert (code, "this will fail nnUNet_lowmem_max_ram 'lots' is not a memory size" in out) == (1, True)
+
+
 def test_a_case_that_does_not_fit(model, capsys):
     code, out, _ = doctor(capsys, *model, "--max_ram", "300M")
     assert (code, "raise --max_ram to" in out, "Machines that carry it" in out) == (1, True, True)
