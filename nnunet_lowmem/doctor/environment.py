@@ -80,6 +80,19 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield from _results(environ.get("nnUNet_results"))
+    yield from _threads_and_processes(environ)
+    if environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
+        advice = "needs a C compiler where it runs, and minutes: unset nnUNet_compile"
+        yield Finding("nnUNet_compile", Verdict.MIND, "torch compiles the network", advice)
+    if environ.get("CUDA_VISIBLE_DEVICES") in HIDING:
+        yield Finding("CUDA_VISIBLE_DEVICES", Verdict.MIND, "hides every GPU", "unset CUDA_VISIBLE_DEVICES")
+    yield from _own_variables(environ)
+    if "utf" not in sys.getfilesystemencoding().lower():
+        advice = "names that are not ASCII are refused, here and in stock: choose a UTF-8 locale, LC_ALL=C.UTF-8"
+        yield Finding("encoding", Verdict.MIND, f"names of files are {sys.getfilesystemencoding()}", advice)
+
+
+def _threads_and_processes(environ: Mapping[str, str]) -> Iterator[Finding]:
     cores = os.cpu_count() or 1
     for name in _THREADS:
         threads = environ.get(name, "1000")
@@ -88,9 +101,8 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
         elif int(threads) < cores:
             advice = (
                 "the commands take as many as the machine has cores, at most nnUNet_def_n_proc (8), all the same; "
-                "inside other tools the network is slower, and a label "
-                "here and "
-                "there may be another than with other numbers of threads, as in stock"
+                "inside other tools the network is slower, and a label here and there may be another than with other "
+                "numbers of threads, as in stock"
             )
             yield Finding(name, Verdict.MIND, f"{threads}, of {cores} cores", advice)
     if not environ.get(_MOST_THREADS, "8").isdecimal():
@@ -106,11 +118,9 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(
                 name, Verdict.FINE, f"{shown(environ[name])}: processes that stock starts, each with a scan of its own"
             )
-    if environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
-        advice = "needs a C compiler where it runs, and minutes: unset nnUNet_compile"
-        yield Finding("nnUNet_compile", Verdict.MIND, "torch compiles the network", advice)
-    if environ.get("CUDA_VISIBLE_DEVICES") in HIDING:
-        yield Finding("CUDA_VISIBLE_DEVICES", Verdict.MIND, "hides every GPU", "unset CUDA_VISIBLE_DEVICES")
+
+
+def _own_variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     known = {option.name for option in OPTIONS}
     for name in sorted(name for name in environ if name.startswith(_OWN_PREFIX)):
         option = name.removeprefix(_OWN_PREFIX)
@@ -120,9 +130,6 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(name, Verdict.FINE, shown(environ[name]))
         else:
             yield Finding(name, Verdict.FAILS, "there is no such option", f"unset {name}")
-    if "utf" not in sys.getfilesystemencoding().lower():
-        advice = "names that are not ASCII are refused, here and in stock: choose a UTF-8 locale, LC_ALL=C.UTF-8"
-        yield Finding("encoding", Verdict.MIND, f"names of files are {sys.getfilesystemencoding()}", advice)
 
 
 def _not_a_size(text: str) -> str:

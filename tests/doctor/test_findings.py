@@ -195,6 +195,14 @@ def test_versions(package, version, verdict, monkeypatch):
     assert told(environment.findings({}))[about].verdict is verdict
 
 
+def test_versions_that_are_judged_are_those_that_pip_asks_for():
+    asked = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (least, below), (torch_least, _) = environment._NNUNET, environment._TORCH
+    nnunet = f">={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
+    assert f'"nnunetv2{nnunet}"' in asked
+    assert f'"torch>={".".join(map(str, torch_least))}"' in asked
+
+
 def test_a_package_that_is_missing(monkeypatch):
     monkeypatch.setattr(environment, "find_spec", lambda name: None)
     found = told(environment.findings({}))["nnU-Net"]
