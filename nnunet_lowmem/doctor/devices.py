@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from platform import mac_ver
 
 import torch
 
@@ -27,7 +28,7 @@ def findings() -> Iterator[Finding]:
     yield from _gpus()
     if torch.backends.mps.is_available():
         advice = "was not run on this device by its authors; compare with stock: nnunet-lowmem compare"
-        yield Finding("MPS", Verdict.MIND, "torch sees Apple's GPU", advice)
+        yield Finding("MPS", Verdict.MIND, f"torch sees Apple's GPU, macOS {mac_ver()[0] or 'unknown'}", advice)
     yield _kernels()
     if not any(name.startswith(variable("")) for name in os.environ):
         return

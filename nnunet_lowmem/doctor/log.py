@@ -21,11 +21,11 @@ _LAST_LINES = 8
 _LONGEST_SHOWN = 300
 # of more cases names are not kept
 _MOST_NAMES = 10_000
-# of a traceback: where a line of source follows
+# of a traceback: a line of source follows
 _FRAME = re.compile(r"^\s*File \".*\", line \d+")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*_?[A-Z]\w*(?:Error|Exception|Warning): ")
-# frames of a traceback and the marks below them, rulers, rows of tables, which may cut names in two
-_UNTELLING = re.compile(r"^\s*(?:File \".*\", line \d+|\^+|~*\^+~*|[#=*-]{5,}|[│┃┏┡└])")
+# marks below lines of source, rulers, rows of tables, which may cut names in two
+_UNTELLING = re.compile(r"^\s*(?:\^+|~*\^+~*|[#=*-]{5,}|[│┃┏┡└])")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Reading:
                 if trouble.in_source:
                     source = self._without_those_of(trouble, source)
         told = [line for _, line in block.lines[-20 * _LAST_LINES :] if line.strip()]
-        self.tail.extend(line for line in told if not _UNTELLING.search(line))
+        self.tail.extend(line for line in told if not _UNTELLING.match(line) and not _FRAME.match(line))
 
     def _note_names(self, block: Block) -> None:
         for _, line in block.lines:

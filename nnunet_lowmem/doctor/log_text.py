@@ -88,8 +88,8 @@ def _open(path: str, opened: ExitStack) -> BinaryIO:
 
 def _lines_of(file: BinaryIO, name: str) -> Iterator[Block]:
     start = file.read(_JUDGED_BYTES)
-    if start.startswith(_ZEROS):
-        start = start.lstrip(b"\0")
+    while start.startswith(_ZEROS):
+        start = start.lstrip(b"\0") or file.read(_JUDGED_BYTES)
     decoder = codecs.getincrementaldecoder(_encoding(start, name))(errors="replace")
     number, rest, piece = 1, "", start
     while piece:

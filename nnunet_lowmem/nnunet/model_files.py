@@ -259,11 +259,15 @@ def checkpoint_files(
 
 def folds_in(model_folder: Path, checkpoint_name: str) -> list[int | str]:
     """Return the folds that have a checkpoint of that name, as ``-f`` takes them."""
-    names = sorted(file.parent.name.removeprefix("fold_") for file in model_folder.glob(f"fold_*/{checkpoint_name}"))
+    names = _fold_names(model_folder, checkpoint_name)
     numbered: list[int | str] = [int(name) for name in names if name.isdecimal()]
     return sorted(numbered, key=int) or [name for name in names if name == "all"]
 
 
+def _fold_names(folder: Path, checkpoint_name: str) -> list[str]:
+    return sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}"))
+
+
 def _folds_in_words(folder: Path, checkpoint_name: str) -> str:
-    folds = sorted(file.parent.name.removeprefix("fold_") for file in folder.glob(f"fold_*/{checkpoint_name}"))
+    folds = _fold_names(folder, checkpoint_name)
     return f"{checkpoint_name} for fold {', '.join(folds)}" if folds else f"no {checkpoint_name} at all"

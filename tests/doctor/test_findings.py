@@ -248,6 +248,14 @@ def test_a_hidden_gpu_is_no_reason_to_install_torch_again(monkeypatch):
     assert (found.verdict, found.advice) == (FINE, "")
 
 
+def test_mps(monkeypatch):
+    """A stand-in: there is no Mac here."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    found = told(devices.findings())["MPS"]
+    assert (found.verdict, found.seen) == (MIND, "torch sees Apple's GPU, macOS 15.1")
+
+
 def test_a_driver_without_a_torch_for_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/nvidia-smi")

@@ -345,6 +345,11 @@ def numbered(text: str) -> list[tuple[int, str]]:
     return list(enumerate(text.split("\n"), 1))
 
 
+def test_a_log_that_was_emptied_while_it_was_written_begins_with_zeros(tmp_path):
+    (tmp_path / "log").write_bytes(bytes(100_000) + b"\nKilled\n")
+    assert [told.trouble.name for told in diagnose(blocks(str(tmp_path / "log"))).symptoms] == ["killed"]
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
