@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_lowmem import __version__
-from nnunet_lowmem.commands import compare, doctor, flags, run
+from nnunet_lowmem.commands import compare, doctor, flags, run, verify
 from nnunet_lowmem.commands.flags import predict_parser
 from nnunet_lowmem.commands.shell import guarded
 from nnunet_lowmem.errors import CasesFailedError, UsageError, because
@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_flags(examination, flags.is_by_folder(words))
     examination.set_defaults(run=lambda options: doctor.run(options, words[1:], _examined, _described))
+    verification = commands.add_parser("verify", help="whether label maps are still what was written, and with what")
+    verify.add_flags(verification.add_argument)
+    verification.set_defaults(run=verify.run)
     options = parser.parse_args(words)
     return guarded(lambda: int(options.run(options)), options.verbose)
 

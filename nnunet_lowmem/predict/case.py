@@ -21,6 +21,7 @@ from nnunet_lowmem.budget.ladder import Recovery
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels import next_stages, rules
+from nnunet_lowmem.labels.counting import LabelCounts
 from nnunet_lowmem.labels.heads import Keeper, ResampledHeads, empty_label_map, label_heads, label_slabs
 from nnunet_lowmem.labels.labeller import Labelling, LabelMap
 from nnunet_lowmem.labels.parts import Part, cut
@@ -66,16 +67,17 @@ class Predicted(NamedTuple):
     plan : Plan
     case : PreprocessedCase
         The case that the result is of: of a part, a case of its own.
-    reused, tiles, tiles_of_case : int
-        Of all folds: constant tiles that no network saw, tiles that were needed, and those of the whole case.
+    tiles : dict
+        Of all folds: "reused", constant tiles that no network saw; "computed", with them; "of_case", of the whole case.
+    counts : LabelCounts or None
+        Of the labels that have left for their file.
     """
 
     result: Result
     plan: Plan
     case: PreprocessedCase
-    reused: int
-    tiles: int
-    tiles_of_case: int
+    tiles: dict[str, int]
+    counts: LabelCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,9 @@ class CaseRun:
         is_raw = isinstance(self.job.source, Files | Array)
         preprocesses = is_raw and not replaced(Step.READING, Step.PREPROCESSING)
         configuration = setup.configuration_manager.configuration
-        exports = not replaced(Step.EXPORT)
-        model_keys.check_case(setup.plans_manager.plans, configuration, preprocesses, exports=exports)
+        model_keys.check_case(setup.plans_manager.plans, configuration, preprocesses, exports=not replaced(Step.EXPORT))
         if self.job.files is not None:
-            managers = setup.plans_manager, setup.configuration_manager
-            check_headers(self.job.files.images, *managers, setup.spacing)
+            check_headers(self.job.files.images, setup.plans_manager, setup.configuration_manager, setup.spacing)
         parts.check(setup, self.job)
         warm_up_kernels(setup)
 
@@ -188,8 +188,7 @@ class CaseRun:
         recovery = planning.recovery(plan)  # of all at once: a turn takes no more
         if plan.placement.label_map is None:
             assert way is not None, "it was planned with one"
-            file = output.enter_context(way.begun())
-            keeper.label_map(lambda: file)
+            keeper.label_map(partial(output.enter_context, way.begun()))
         with RowThreads(plan.placement.threads) as threads, clock.stage("prediction", tiles):
             for turn in turns:
                 if turn is not left:
@@ -207,7 +206,8 @@ class CaseRun:
         if self.probabilities and self.job.output is not None and isinstance(result, np.ndarray):
             with clock.failing_in("export"):
                 adapter.write_properties(written.properties, self.job.output + ".pkl")
-        return Predicted(result, plan, written, reused, tiles, setup.weights.folds * part.tiles_of_case)
+        counted = {"computed": tiles, "of_case": setup.weights.folds * part.tiles_of_case, "reused": reused}
+        return Predicted(result, plan, written, counted, None if way is None else way.counts)
 
     def _keeping(self, properties: dict[str, Any], part: Part, rule: LabelRule | None) -> tuple[Keeper, Leaving | None]:
         """Return who holds the labels that are found slab by slab, and how they may leave for their file."""

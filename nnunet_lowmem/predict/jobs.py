@@ -10,7 +10,6 @@ from typing import Any
 
 from nnunet_lowmem.errors import LowMemError, UsageError, twin
 from nnunet_lowmem.names import shown
-from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.types import Box, Shape3
 from nnunet_lowmem.volumes.selection import Selection
@@ -143,10 +142,6 @@ class Job:
     def files(self) -> Files | None:
         """What there is to read, if it is files."""
         return self.source if isinstance(self.source, Files) else None
-
-    def made_in(self, arithmetic: Arithmetic) -> Job:
-        """Return the job with a record that says in which arithmetic its files are made."""
-        return self if self.recipe is None else replace(self, recipe=replace(self.recipe, arithmetic=arithmetic))
 
 
 def refused(job: Job, error: LowMemError) -> Job:

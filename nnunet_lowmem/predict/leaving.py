@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnunet_lowmem.labels.counting import LabelCounts
 from nnunet_lowmem.labels.labeller import LabelMap
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.labels.rules import LabelRule
@@ -46,6 +47,8 @@ class Leaving:
         Of labels.
     clock : StageClock
         Is told of what fails.
+    counts : LabelCounts
+        Of what was put so far.
     """
 
     frame: Frame
@@ -56,6 +59,7 @@ class Leaving:
     part: Part
     dtype: np.dtype[Any]
     clock: StageClock
+    counts: LabelCounts = field(default_factory=LabelCounts)
 
     @contextmanager
     def begun(self) -> Iterator[LabelMap]:
@@ -119,6 +123,7 @@ class _InFile(LabelMap):
             values = values if values.flags.writeable else values.copy()
             for plane, inside in zip(values, mask[box], strict=True):
                 plane[~inside] = 0
+        self._leaving.counts.add(values)
         try:
             with self._leaving.clock.failing_in("writing"):
                 self._voxels.put(self._in_file(box), values.transpose(self._leaving.backward))

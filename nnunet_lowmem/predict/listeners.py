@@ -16,6 +16,7 @@ from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.options import Options
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.outcomes import CaseReport
+from nnunet_lowmem.predict.provenance import Made
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.sizes import format_gib
 from nnunet_lowmem.system.clock import Progress
@@ -55,7 +56,7 @@ class Listener:
     def plan(self, plan: Plan) -> None:
         """Take note of the final plan of a case."""
 
-    def written(self, job: Job) -> None:
+    def written(self, made: Made) -> None:
         """Take note that the files of a case are there; in the thread that has written them."""
 
     def done(self, report: CaseReport) -> None:
@@ -94,10 +95,12 @@ class Watched(Listener):
 class Records(Listener):
     """Keeps a done-record of each case that says what it would be about."""
 
-    def written(self, job: Job) -> None:
+    measures = True
+
+    def written(self, made: Made) -> None:
         """Write the record."""
-        if job.recipe is not None:
-            job.recipe.write_record()
+        if made.job.recipe is not None:
+            made.job.recipe.write_record(made.record)
 
 
 class Callbacks(Listener):

@@ -21,6 +21,26 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class LabelVolume:
+    """How much of a label map has one label.
+
+    Attributes
+    ----------
+    value : int
+    name : str
+        Of the class, or of the region that is written with that value.
+    voxels : int
+    ml : float or None
+        None of pictures, which have no spacing.
+    """
+
+    value: int
+    name: str
+    voxels: int
+    ml: float | None
+
+
+@dataclass(frozen=True)
 class CaseReport:
     """One finished case.
 
@@ -33,13 +53,15 @@ class CaseReport:
         Seconds per stage.
     plan : Plan
     measured_bytes : dict
-        Peak RAM of the process tree per stage; empty where nobody asked for it.
+        Peak RAM of the process tree per stage.
     reused_tiles : int
         Constant tiles, of all folds, that the network did not see: one that was the same, bit by bit, told of them.
     arithmetic : str
         In which the network was run: "exact", "float32" or "bfloat16".
     tiles, tiles_of_case : int
         Of all folds: tiles that were needed, and those of the whole case; fewer where a part is asked for.
+    labels : tuple of LabelVolume
+        Those but 0 that the label map holds.
     """
 
     case: str
@@ -51,6 +73,7 @@ class CaseReport:
     arithmetic: str = Arithmetic.EXACT.value
     tiles: int = 0
     tiles_of_case: int = 0
+    labels: tuple[LabelVolume, ...] = ()
 
     @property
     def peak_bytes(self) -> int:

@@ -16,9 +16,11 @@ import json
 import logging
 import os
 import secrets
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from enum import Enum
 from itertools import accumulate
 from pathlib import Path
@@ -32,7 +34,11 @@ from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
 
 logger = logging.getLogger(__name__)
 
+#: Of the lines that are written: told in docs/records.md. Lines before 2 say no version, and less.
+SCHEMA = 2
 _KIND, _ENDING = "lowmem_run", ".jsonl"
+#: Of the files of records, one of each process.
+RECORD_FILES = f"{_KIND}-*{_ENDING}"
 # with the process id, which a restarted container gives again and a forked process does not share
 _UNIQUE = secrets.token_hex(4)
 #: Where versions before this one kept a file per output; read, never written.
@@ -71,7 +77,7 @@ class Records:
                     known.setdefault(name, []).append(record)
         yield from reversed(self._folders[output.parent].get(output.name, []))
         with contextlib.suppress(OSError):
-            former = _record_in((output.parent / FORMER_FOLDER / f"{output.name}.json").read_bytes())
+            former = record_in((output.parent / FORMER_FOLDER / f"{output.name}.json").read_bytes())
             if former is not None:
                 yield former
 
@@ -88,25 +94,34 @@ class Recipe:
         Images, and the segmentation of a previous stage.
     made_with : str
         Fingerprint of model and options.
-    arithmetic : Arithmetic
-        In which the network was run: what was asked for, or chosen.
+    command : tuple of str
+        What was called, where the run was begun.
     """
 
     outputs: tuple[Path, ...]
     inputs: tuple[Path, ...]
     made_with: str
-    arithmetic: Arithmetic = Arithmetic.EXACT
+    command: tuple[str, ...] = field(default_factory=lambda: _command())
 
-    def write_record(self) -> None:
-        """Note that the outputs are done, once they have their names; where that cannot be noted, a warning says so."""
+    def write_record(self, made: Callable[[], Mapping[str, Any]]) -> None:
+        """Note that the outputs are done, once they have their names; where that cannot be noted, a warning says so.
+
+        Parameters
+        ----------
+        made : callable
+            Returns how they were made; "inputs" are the `states` of what was read, "arithmetic" is the network's.
+        """
         folder = self.outputs[0].parent
         try:
+            now_ns = time.time_ns()
             _append(folder / f"{owned_name(_KIND, _UNIQUE)}{_ENDING}", {
-                "outputs": {path.name: _content(path) for path in self.outputs},
-                "inputs": states(self.inputs),
+                "schema": SCHEMA,
+                "time": datetime.fromtimestamp(now_ns // 10**9, timezone.utc).isoformat(),
+                "time_ns": now_ns,
+                "command": list(self.command),
+                "outputs": {path.name: content(path) for path in self.outputs},
                 "made_with": self.made_with,
-                "arithmetic": self.arithmetic.value,
-                "time_ns": time.time_ns(),
+                **made(),
             })  # fmt: skip
         except OSError as error:
             logger.warning("%s is whole, but that could not be recorded in %s: %s", self.outputs[0].name, folder, error)
@@ -135,10 +150,14 @@ class Recipe:
         contents: dict[str, list[int | str]] = {}
         with contextlib.suppress(OSError):
             for record in records.of(self.outputs[0]):
-                contents = contents or {path.name: _content(path) for path in self.outputs if path.exists()}
+                contents = contents or {path.name: content(path) for path in self.outputs if path.exists()}
                 if all(record["outputs"].get(name) == content for name, content in contents.items()):
                     return record
         return None
+
+
+def _command() -> tuple[str, ...]:
+    return (os.path.basename(sys.argv[0]), *sys.argv[1:])
 
 
 def fingerprint(description: Any, weights: Iterable[bytes]) -> str:
@@ -188,12 +207,20 @@ def _is_torn(file: Path) -> bool:
         return False
 
 
+def lines_in(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
+    """Give each line of every file that can be read, counted from 1; the one behind the last end of a line is empty."""
+    for file in sorted(folder.glob(RECORD_FILES)):
+        with contextlib.suppress(OSError):
+            yield from ((file, number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), 1))
+
+
 def _files_in(folder: Path) -> dict[Path, list[dict[str, Any]]]:
     """Return the records of every file that can be read."""
-    files = {}
-    for file in sorted(folder.glob(f"{_KIND}-*{_ENDING}")):
-        with contextlib.suppress(OSError):
-            files[file] = [record for line in file.read_bytes().split(b"\n") if (record := _record_in(line))]
+    files: dict[Path, list[dict[str, Any]]] = {}
+    for file, _, line in lines_in(folder):
+        records = files.setdefault(file, [])
+        if (record := record_in(line)) is not None:
+            records.append(record)
     return files
 
 
@@ -206,7 +233,7 @@ def _in_order(files: Mapping[Path, list[dict[str, Any]]]) -> list[tuple[Path, di
     return [(file, record) for _, file, record in sorted(found, key=lambda entry: entry[0])]
 
 
-def _record_in(text: bytes) -> dict[str, Any] | None:
+def record_in(text: bytes) -> dict[str, Any] | None:
     """Return the record that a line, or a file of former versions, holds; None if it is none, or a part of one."""
     try:
         record = json.loads(text)
@@ -267,8 +294,8 @@ def _state_of_store(path: Path) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-def _content(path: Path) -> list[int | str]:
-    """Size and checksum of an output; of a store, of all its files and their names."""
+def content(path: Path) -> list[int | str]:
+    """Size and checksum (BLAKE2b, 128 bits) of an output; of a store, of all its files and their names."""
     digest, size_bytes = hashlib.blake2b(digest_size=16), 0
     is_store = path.is_dir()
     for each in sorted(file for file in path.rglob("*") if file.is_file()) if is_store else [path]:

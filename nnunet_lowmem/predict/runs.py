@@ -20,9 +20,10 @@ from nnunet_lowmem.budget.machine import vram_limit
 from nnunet_lowmem.budget.planner import closest_plan
 from nnunet_lowmem.errors import ModelError, UsageError
 from nnunet_lowmem.labels import heads
+from nnunet_lowmem.labels.counting import counted
 from nnunet_lowmem.nnunet import adapter, label_writing, stock_calls
 from nnunet_lowmem.nnunet.read_by import writer_of
-from nnunet_lowmem.predict.case import CaseRun
+from nnunet_lowmem.predict.case import CaseRun, Predicted
 from nnunet_lowmem.predict.cases import Outcomes
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
@@ -30,6 +31,7 @@ from nnunet_lowmem.predict.loading import Load, facts_of_job, load
 from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
+from nnunet_lowmem.predict.provenance import Made, label_volumes, stated
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.unfinished import forget, forget_pieces
 from nnunet_lowmem.predict.volume_jobs import setup_for
@@ -169,37 +171,43 @@ class _Run:
     def _predict(self, job: Job, following: Job | None, clock: StageClock) -> tuple[Result, CaseReport]:
         setup = setup_for(self._setup(), job)
         run = CaseRun(setup, job, clock, self._folder, self._probabilities, self._listeners, self._settle_beside)
+        read = [] if job.recipe is None else stated(job.recipe.inputs)
         with followed(clock, self._listeners), ExitStack() as output:
             with clock.stage("preprocessing"):
                 planning = self._planning(run)
                 case = run.preprocessed(self._loaded, planning)
             predicted = run.predicted(case, planning, output)
             result, case = predicted.result, predicted.case
-            arithmetic = Ways(setup).arithmetic()
-            run = replace(run, job=job.made_in(arithmetic))
+            made = self._made(run, predicted, read)
             before, self._latest = self._latest, None
             if before is not None and not before.is_over:
                 with clock.stage("writing", 1):  # one at a time
                     before.wait()
             if predicted.plan.placement.label_map is None:
-                self._publish_or_hold_back(run, following, case, output)
+                self._publish_or_hold_back(made, following, output)
             elif job.output is not None and result is not None:
-                self._write_or_hold_back(run, following, result, case.properties)
+                self._write_or_hold_back(made, following, result)
                 self._draw(run, case, result)
                 result = None
         peaks = clock.sampler.peaks_bytes() if clock.sampler is not None else {}
-        report = CaseReport(
-            job.name,
-            job.output,
-            clock.seconds,
-            predicted.plan,
-            peaks,
-            predicted.reused,
-            arithmetic.value,
-            predicted.tiles,
-            predicted.tiles_of_case,
-        )
+        counts = predicted.tiles
+        tiles = counts["reused"], made.arithmetic.value, counts["computed"], counts["of_case"]
+        report = CaseReport(job.name, job.output, clock.seconds, predicted.plan, peaks, *tiles, made.labels)
         return heads.plain(result), report
+
+    def _made(self, run: CaseRun, predicted: Predicted, read: list[list[str | int]]) -> Made:
+        """Return what is told of a case, whose labels are counted."""
+        voxels, result, properties = {}, predicted.result, predicted.case.properties
+        with run.clock.stage("writing", 1):
+            if result is not None:
+                voxels = counted(result[0] if isinstance(result, tuple) else result)
+            elif predicted.counts is not None:
+                voxels = predicted.counts.voxels()
+        labels = label_volumes(voxels, run.setup, properties)
+        arithmetic = Ways(run.setup).arithmetic()
+        return Made(
+            run.setup, run.job, run.clock, arithmetic, predicted.plan, predicted.tiles, labels, properties, read
+        )
 
     def _loaded(self, job: Job, setup: Setup, planning: CasePlanning | None) -> PreprocessedCase:
         here = partial(self._load, job, setup, planning)
@@ -257,30 +265,26 @@ class _Run:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def _write_or_hold_back(
-        self, run: CaseRun, following: Job | None, result: Result, properties: dict[str, Any]
-    ) -> None:
+    def _write_or_hold_back(self, made: Made, following: Job | None, result: Result) -> None:
         """Write the files now, or beside the next case, if that is one of files."""
-        writes = partial(self._write, run.setup, run.job, result, properties)
+        writes = partial(self._write, made, result)
         if following is not None and following.files is not None and isinstance(result, np.ndarray):
-            cropped_shape = properties["shape_after_cropping_and_before_resampling"]
-            written_bytes = self._writer_bytes(run.setup, result.shape)
+            cropped_shape = made.properties["shape_after_cropping_and_before_resampling"]
+            written_bytes = self._writer_bytes(made.setup, result.shape)
             self._latest = PendingWrite.of(writes, result, cropped_shape, written_bytes)
             return
-        with run.clock.stage("writing"):
+        with made.clock.stage("writing"):
             writes()
 
-    def _publish_or_hold_back(
-        self, run: CaseRun, following: Job | None, case: PreprocessedCase, output: ExitStack
-    ) -> None:
+    def _publish_or_hold_back(self, made: Made, following: Job | None, output: ExitStack) -> None:
         """Let a file that holds all labels appear now, or beside the next case."""
         if following is None or following.files is None:
-            with run.clock.stage("writing"):
-                self._publish(run.job, output)
+            with made.clock.stage("writing"):
+                self._publish(made, output)
             return
-        backward, shape = run.setup.plans_manager.transpose_backward, case.properties["shape_before_cropping"]
-        written_bytes = self._writer_bytes(run.setup, [int(shape[axis]) for axis in backward])
-        self._latest = PendingWrite.of_file(partial(self._publish, run.job, output.pop_all()), written_bytes)
+        backward, shape = made.setup.plans_manager.transpose_backward, made.properties["shape_before_cropping"]
+        written_bytes = self._writer_bytes(made.setup, [int(shape[axis]) for axis in backward])
+        self._latest = PendingWrite.of_file(partial(self._publish, made, output.pop_all()), written_bytes)
 
     def _writer_bytes(self, setup: Setup, shape: Sequence[int]) -> int:
         rule = adapter.label_rule(setup.label_manager)
@@ -288,30 +292,34 @@ class _Run:
         writer = type(writer_of(setup.plans_manager))
         return label_writing.writer_bytes(writer, setup.file_ending, shape, label_bytes)
 
-    def _write(self, setup: Setup, job: Job, result: Result, properties: dict[str, Any]) -> None:
+    def _write(self, made: Made, result: Result) -> None:
         """Write what is not written yet as the model's own writer does; each file appears when it is complete."""
-        assert job.output is not None, "a case without an output is not written"
+        made.begin_writing()
+        output, setup = made.job.output, made.setup
+        assert output is not None, "a case without an output is not written"
         assert result is not None
         segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
         if probabilities is not None:
-            adapter.write_probabilities(probabilities, job.output + ".npz")
-            adapter.write_properties(properties, job.output + ".pkl")
-        path = job.output + setup.file_ending
-        label_writing.write_segmentation(segmentation, properties, path, setup.plans_manager)
-        self._tell_written(job)
+            adapter.write_probabilities(probabilities, output + ".npz")
+            adapter.write_properties(made.properties, output + ".pkl")
+        path = output + setup.file_ending
+        label_writing.write_segmentation(segmentation, made.properties, path, setup.plans_manager)
+        self._tell_written(made)
 
-    def _publish(self, job: Job, output: ExitStack) -> None:
+    def _publish(self, made: Made, output: ExitStack) -> None:
         """Let a file that holds all labels appear."""
+        made.begin_writing()
         output.close()
-        self._tell_written(job)
+        self._tell_written(made)
 
-    def _tell_written(self, job: Job) -> None:
+    def _tell_written(self, made: Made) -> None:
         for listener in self._listeners:
-            listener.written(job)
-        if job.recipe is not None:
-            forget(job.recipe.outputs[0])
-            if job.piece is None:  # else who has cut the case does it, once it knows
-                forget_pieces(job.recipe.outputs[0])
+            listener.written(made)
+        recipe = made.job.recipe
+        if recipe is not None:
+            forget(recipe.outputs[0])
+            if made.job.piece is None:  # else who has cut the case does it, once it knows
+                forget_pieces(recipe.outputs[0])
 
     def _draw(self, run: CaseRun, case: PreprocessedCase, result: Result) -> None:
         """Let listeners keep what shows the labels; what is wrong with it costs a warning and not the case."""

@@ -76,6 +76,8 @@ class Memo:
         What it takes for a tile, as long as it is this network under these circumstances.
     tile_s : float
         How long the tile took that was measured last; it warms up what later ones find.
+    checksums : dict
+        Of files of the model and of images, by path, size and time.
     """
 
     ways: tuple[Any, dict[Arithmetic, FastNetwork | ExactNetwork | None]] = field(default_factory=lambda: (None, {}))
@@ -85,6 +87,7 @@ class Memo:
     denormal: tuple[Any, int] | None = None
     tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
     tile_s: float = 0.0
+    checksums: dict[tuple[str | int, ...], str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()

@@ -12,13 +12,13 @@ from nnunet_lowmem.errors import UsageError, twin
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.nnunet.adapter import OutputFile
-from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.nnunet.read_by import plans_read_by, turns
-from nnunet_lowmem.options import OF_VOLUMES, Options
+from nnunet_lowmem.options import Options
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import OF_FILES
 from nnunet_lowmem.predict.jobs import Files, Job, refused
 from nnunet_lowmem.predict.parts import mask_file
+from nnunet_lowmem.predict.provenance import of_run
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.predict.ways import Ways
@@ -298,21 +298,5 @@ def setup_for_files(setup: Setup, files: Files, case: str = "") -> Setup:
 
 def _made(setup: Setup, files: Files, case: str) -> dict[str, Any]:
     """Return how labels are made, for the files that say so."""
-    plans, options = setup.plans_manager.plans, setup.options
-    asked = {name: getattr(options, name) for name in (*OF_VOLUMES, "bbox", "accept_nan")}
-    return {
-        "case": case,
-        "versions": {package: version_of(package) for package in ("nnunet-lowmem", "nnunetv2", "torch")},
-        "dataset": plans.get("dataset_name"),
-        "plans": plans.get("plans_name"),
-        "trainer": setup.trainer_name,
-        "checkpoints": [os.path.join(file.parent.name, file.name) for file in setup.weights.checkpoints],
-        "patch_size": list(setup.patch_size),
-        "folds": setup.weights.folds,
-        "tile_step_size": setup.tile_step_size,
-        "mirrored_axes": list(setup.mirrored_axes),
-        "device": setup.device.type,
-        "arithmetic": Ways(setup).arithmetic().value,
-        **{name: value for name, value in asked.items() if value != getattr(Options, name)},
-        **({"roi": os.path.basename(files.roi)} if files.roi is not None else {}),
-    }
+    roi = {} if files.roi is None else {"roi": os.path.basename(files.roi)}
+    return {"case": case, **of_run(setup), "arithmetic": Ways(setup).arithmetic().value, **roi}

@@ -24,6 +24,7 @@ from nnunet_lowmem.budget import planner
 from nnunet_lowmem.budget.arrays import Placement, allocations
 from nnunet_lowmem.budget.case_plan import CasePlanning
 from nnunet_lowmem.errors import CasesFailedError, UsageError
+from nnunet_lowmem.labels.counting import counted
 from nnunet_lowmem.labels.resampling import resampling_tables
 from nnunet_lowmem.nnunet import label_writing, predictors
 from nnunet_lowmem.predict.outcomes import CaseReport
@@ -108,6 +109,7 @@ def test_labels_in_random_boxes_and_in_columns_are_those_of_stocks_whole_run(
         np.testing.assert_array_equal(found, whole[slices_of(box)], str(box))
         assert report.tiles <= report.tiles_of_case
         assert (report.plan.placement.label_map is None) == (name not in KEPT)
+        assert {label.value: label.voxels for label in report.labels} == counted(found)
     if may_be_cut:  # each column is a box, and all of them are the whole
         monkeypatch.setattr(planner, "placements", finest_columns)
         report = predict_part(model, files, tmp_path / "columns", spec.folds)
@@ -115,6 +117,7 @@ def test_labels_in_random_boxes_and_in_columns_are_those_of_stocks_whole_run(
         assert np.prod(report.plan.placement.columns) > 1
         leaves = spec.file_ending == ".nii" and name not in KEPT  # a compressed file takes planes in order only
         assert (report.plan.placement.label_map is None) == leaves
+        assert {label.value: label.voxels for label in report.labels} == counted(whole)
         assert report.tiles_of_case < report.tiles
 
 

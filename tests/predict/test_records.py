@@ -19,7 +19,7 @@ from oracle import make_predictor, record_files, recorded, recorded_names
 from skimage import io
 
 from nnunet_lowmem import LowMemPredictor
-from nnunet_lowmem.predict.records import Recipe, Records, Standing, fingerprint
+from nnunet_lowmem.predict.records import Recipe, Records, Standing, fingerprint, states
 from nnunet_lowmem.system import owned_folders
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
 
@@ -31,8 +31,12 @@ def done(tmp_path, images) -> Recipe:
     for name in ("out.nii.gz", "in.nii.gz"):
         (tmp_path / name).write_bytes(source.read_bytes())
     recipe = Recipe((tmp_path / "out.nii.gz",), (tmp_path / "in.nii.gz",), "model")
-    recipe.write_record()
+    note(recipe)
     return recipe
+
+
+def note(recipe: Recipe) -> None:
+    recipe.write_record(lambda: {"inputs": states(recipe.inputs)})
 
 
 def cut(path: Path, share: float) -> None:
@@ -51,7 +55,7 @@ def test_done_with_a_record(done):
 
 def test_a_record_is_a_line_in_a_file_of_the_process_beside_the_output(done, tmp_path):
     second = Recipe((tmp_path / "in.nii.gz",), (), "model")
-    second.write_record()
+    note(second)
     (file,) = record_files(tmp_path)
     assert file.read_bytes().count(b"\n") == len(recorded(tmp_path)) == 2
     assert recorded_names(tmp_path) == ["in.nii.gz", "out.nii.gz"]
@@ -90,7 +94,7 @@ def test_inputs_of_one_name_in_two_folders(done, tmp_path):
     second = tmp_path / "PET" / "in.nii.gz"
     second.write_bytes(b"")
     both = Recipe(done.outputs, (*done.inputs, second), "model")
-    both.write_record()
+    note(both)
     assert both.standing() is Standing.DONE
     cut(done.inputs[0], 0.9)
     assert both.standing() is Standing.CHANGED_INPUT
@@ -148,14 +152,14 @@ def test_torn_line_costs_itself_only(missing, done, tmp_path):
     """After a power cut, or on a disk that was full; the line after it is not glued to it."""
     (file,) = record_files(tmp_path)
     source = Recipe((tmp_path / "in.nii.gz",), (), "model")
-    source.write_record()
+    note(source)
     os.truncate(file, file.stat().st_size - missing)
     # without its last byte it still says all
     assert (source.standing(), done.standing()) == (
         Standing.DONE if missing == 1 else Standing.UNRECORDED,
         Standing.DONE,
     )
-    source.write_record()
+    note(source)
     assert (source.standing(), done.standing()) == (Standing.DONE, Standing.DONE)
 
 
@@ -194,7 +198,7 @@ def test_records_of_former_versions_are_read(made_with, standing, done, tmp_path
     (tmp_path / ".nnunet_lowmem").mkdir()
     (tmp_path / ".nnunet_lowmem" / "out.nii.gz.json").write_bytes(line)
     assert done.standing() is standing
-    done.write_record()
+    note(done)
     assert done.standing() is Standing.DONE
     assert [path.name for path in (tmp_path / ".nnunet_lowmem").iterdir()] == ["out.nii.gz.json"]
 
@@ -213,7 +217,7 @@ def record_all(folder: Path, number: int) -> None:
     for output in outputs:
         output.write_bytes(b"x")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda output: Recipe((output,), (), "model").write_record(), outputs))
+        list(pool.map(lambda output: note(Recipe((output,), (), "model")), outputs))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -258,7 +262,7 @@ def test_files_that_say_nothing_new_are_removed_once_their_process_has_ended(
     file = tmp_path / (name if isinstance(name, str) else name())
     file.write_bytes(line if outputs else b'{"out')
     os.utime(file, (time.time() - age_s,) * 2)
-    done.write_record()
+    note(done)
     assert file.exists() == stays
     assert len(record_files(tmp_path)) == 1 + (stays and "run" in file.name)
 
@@ -268,7 +272,7 @@ def test_own_file_stays_however_the_clocks_go(done, tmp_path):
     other = tmp_path / "lowmem_run-other.jsonl"
     other.write_bytes(edited(done, time_ns=LATER))
     own.unlink()
-    done.write_record()
+    note(done)
     assert record_files(tmp_path) == sorted([own, other])
 
 
@@ -276,7 +280,7 @@ def test_what_cannot_be_recorded_is_told_and_decoded(done, tmp_path, caplog):
     (file,) = record_files(tmp_path)
     file.unlink()
     file.mkdir()
-    done.write_record()
+    note(done)
     assert "out.nii.gz is whole, but that could not be recorded" in caplog.text
     assert done.standing() is Standing.UNRECORDED
 

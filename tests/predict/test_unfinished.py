@@ -23,6 +23,7 @@ from placing import finest_columns, straight_to_file
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.budget import planner
 from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.labels.counting import counted
 from nnunet_lowmem.nnunet import label_writing
 from nnunet_lowmem.predict import unfinished
 from nnunet_lowmem.predict.outcomes import CaseReport
@@ -115,7 +116,9 @@ def test_continues_behind_what_was_final(name, columns, ending, leaves, images, 
     assert report.tiles == again
     assert (report.plan.placement.label_map is None) == leaves
     assert report.tiles_of_case == all_tiles or options or columns
-    np.testing.assert_array_equal(read_voxels(tmp_path / f"case{ending}"), read_voxels(tmp_path / f"whole{ending}"))
+    labels = read_voxels(tmp_path / f"case{ending}")
+    np.testing.assert_array_equal(labels, read_voxels(tmp_path / f"whole{ending}"))
+    assert {label.value: label.voxels for label in report.labels} == counted(labels)
     assert left_in(tmp_path) == []
 
 

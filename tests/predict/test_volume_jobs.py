@@ -101,7 +101,8 @@ def test_what_a_label_image_says_of_itself(version, model, labels, tmp_path):
     classes = {entry["label-value"]: entry["class"] for entry in raw["image-label"]["properties"]}
     assert classes == {0: "background", 1: "class_1", 2: "class_2", 3: "class_3"}
     made = group.attrs["nnunet_lowmem"]
-    assert (made["case"], made["folds"], made["tile_step_size"]) == ("a", 1, 0.5)
+    told = made["settings"]
+    assert (made["case"], told["folds"], told["tile_step_size"]) == ("a", 1, 0.5)
     assert names(tmp_path) == ["a.ome.zarr", "y.ome.zarr"]
 
 
