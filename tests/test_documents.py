@@ -66,7 +66,7 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(led_to), f"{target}: there are {sorted(anchors(led_to))}"
 
 
-def test_the_index_and_the_readme_lead_to_every_page():
+def test_the_index_leads_to_every_page():
     named = {target.partition("#")[0] for target in links(DOCS / "README.md")}
     assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= named
     assert sum(len(links(page)) for page in PAGES) > 150  # they are found
