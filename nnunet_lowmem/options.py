@@ -1,7 +1,7 @@
 """What this package can be told beside what nnU-Net takes: each option once.
 
 The constructor of `LowMemPredictor` and its signature, the flags of ``nnUNetv2_predict_lowmem`` with their help, the
-variables ``nnUNet_lowmem_<argument>``, what plans may choose, and the table in the README come from the fields of
+variables ``nnUNet_lowmem_<argument>``, what plans may choose, and the table in docs/options.md come from the fields of
 `Options`. To add one is to add a field, and its row to that table, which a test compares.
 """
 
@@ -290,7 +290,7 @@ def add_flags(add: Callable[..., object], names: Collection[str] | None = None) 
 
 
 def table() -> list[str]:
-    """Return the rows of the table in the README: flag, argument of `LowMemPredictor`, what it does."""
+    """Return the rows of the table in docs/options.md: flag, argument of `LowMemPredictor`, what it does."""
     rows = []
     for option in OPTIONS:
         told = option.metadata

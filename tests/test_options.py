@@ -13,11 +13,11 @@ from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.nnunet import predictors
 from nnunet_lowmem.options import OPTIONS, WITH_FLAG, Options, table
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 
 
-def test_table_of_the_readme_is_made_of_the_list():
-    assert "\n".join(table()) in README.read_text()
+def test_table_of_the_docs_is_made_of_the_list():
+    assert "\n".join(table()) in PAGE.read_text()
 
 
 def test_constructor_takes_each_by_name_and_keeps_it():
