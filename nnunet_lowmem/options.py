@@ -180,7 +180,7 @@ class Options:
         None, "called with the `Plan` of each case when it is final: of the first after its first tile"
     )
     on_case: Callable[[Any], None] | None = _option(
-        None, "called with the `CaseReport` of each case; memory is measured only for this, `on_progress` or `report`"
+        None, "called with the `CaseReport` of each case that is done: seconds, memory, labels with volumes"
     )
     on_progress: Callable[[Any], None] | None = _option(
         None,

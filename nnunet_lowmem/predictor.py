@@ -95,7 +95,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         own = {option.name: more.pop(option.name, option.default) for option in OPTIONS}
         on_device = perform_everything_on_device and device.type == "cuda"
         # nnU-Net says of every other device that CUDA alone keeps logits, whatever it was asked for
-        with logging_prints(logging.DEBUG):
+        with logging_prints():
             super().__init__(
                 tile_step_size=tile_step_size, use_gaussian=use_gaussian, use_mirroring=use_mirroring,
                 perform_everything_on_device=on_device, device=device, verbose=verbose,

@@ -136,7 +136,7 @@ def _predictor(options: argparse.Namespace, device: torch.device, model_folder: 
         verbose_preprocessing=options.verbose,
         allow_tqdm=not options.disable_progress_bar,
         on_plan=console.print_plan if options.verbose else None,
-        on_case=console.print_report if options.verbose else None,
+        on_case=console.print_report if options.verbose else console.print_case,
         **{**predictors.options("lowmem", LowMemPredictor, plans), **given},
     )
     predictor.foreign_ends_run = False

@@ -74,8 +74,20 @@ def print_plan(plan: Plan) -> None:
             )
 
 
+def print_case(report: CaseReport) -> None:
+    """Print one line that says what became of a case that is done; scripts know it by ``case NAME: done in``."""
+    count = len(report.labels)
+    seconds, peak = sum(report.seconds.values()), format_gib(report.peak_bytes)
+    _print_line(f"case {report.case}: done in {seconds:.1f} s, peak {peak}, {count} label{'s' * (count != 1)}")
+
+
+def _print_line(text: str) -> None:
+    _console().print(text, highlight=False, soft_wrap=True)
+
+
 def print_report(report: CaseReport) -> None:
-    """Print time per stage, and the measured peak beside the projected one."""
+    """Print of a case that is done also time per stage, and the measured peak beside the projected one."""
+    print_case(report)
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     way = "" if report.arithmetic == "exact" else f"; network in {report.arithmetic}"
     reused = f"; {report.reused_tiles} constant tiles reused" if report.reused_tiles else ""
@@ -90,19 +102,19 @@ def print_report(report: CaseReport) -> None:
 
 
 def print_run(report: RunReport, output: str) -> None:
-    """Print what became of every case; `output` is a folder, or the file of the only one."""
-    is_file = is_output_file(output)
-    columns = (Column(name, overflow="fold") for name in ("case", "", "stage", "why"))
-    table = Table(*columns, title=f"prediction {shown(output)}" if is_file else f"predictions in {shown(output)}")
-    for case in report.done:
-        table.add_row(case.case, "done", "", f"{sum(case.seconds.values()):.1f} s")
-    for skipped in report.skipped:
-        table.add_row(skipped.case, "skipped", "", skipped.reason)
+    """Print a line for each case that failed, and how many did not; `output` is a folder, or the file of the only one.
+
+    The others have been told of when they were done, or skipped.
+    """
     for failed in report.failed:
-        table.add_row(failed.case, "failed", failed.stage, failed.reason)
-    _console().print(table)
-    if report.failed and not is_file:
-        _console().print(f"{report.failed_of_all()}; see {shown(str(Path(output) / FAILURES_FILE))}", highlight=False)
+        reason = failed.reason.removeprefix(f"case {failed.case} ")
+        _print_line(f"case {failed.case}: failed in {failed.stage}, {reason}")
+    cases = len(report.done) + len(report.failed) + len(report.skipped)
+    others = [(len(report.skipped), "skipped"), (len(report.failed), "failed")]
+    told = "".join(f", {count} {what}" for count, what in others if count)
+    is_file = is_output_file(output)
+    place = Path(output) / FAILURES_FILE if report.failed and not is_file else Path(output)
+    _print_line(f"{len(report.done)} of {cases} cases done{told}: {shown(str(place))}")
 
 
 def print_estimates(found: Sequence[Estimate], as_json: bool, verbose: bool) -> int:

@@ -13,11 +13,10 @@ from collections.abc import Iterable
 
 from nnunet_lowmem.names import shown
 
-#: Lines with the name of a case: of stock, of ours, of our table.
+#: Lines with the name of a case: of stock, of ours.
 CASE_NAMES = re.compile(
     r"^\s*(?:Predicting|done with) (?!image of shape|part \d)(?P<stock>.+?):?\s*$"
     r"|\bcase '?(?P<ours>[^\s:,'](?:[^:,']{0,80}?))(?=[:,']| does not| cannot| failed|$)"
-    r"|^│ (?P<row>\S.{0,200}?) +│ (?:done|failed|skipped) "
 )
 
 # what such a file is called is nobody's name

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 #: In lower case; each line that tells of the way holds one.
 SIGNS = (
     *("predict", "sending off", "segmentation export", "non-multiprocessing", "cite", "source folder", "saved in"),
-    *("│ done ", "│ failed "),
+    *(": done in ", ": failed in ", "cases done"),
 )
 
 _BEGINNING = re.compile(r"^Please cite (?:the following paper|nnU-Net) when|^There are \d+ cases in the source folder")
 _TO_PREDICT = re.compile(r"^There are (\d+) cases that I would like to predict")
 _CASE = re.compile(r"^\s*Predicting (?!part \d).+:\s*$|^case .+: prediction, \d+ of \d+")
 _SENT, _WAITING = "sending off prediction", "Waiting for remaining segmentation exports"
-# stock's last line, the title of our table, and the last line of TotalSegmentator, which hides what nnU-Net says
-_COMPLETE = re.compile(r"Segmentation export complete|^ *predictions? (?:in )?\S+ *$|^\s*Saved in [\d.]+")
+_DONE, _FAILED = re.compile(r"^case .+: done in \d"), re.compile(r"^case .+: failed in \w")
+# the last line of stock, of ours, and of TotalSegmentator, which hides what nnU-Net says
+_COMPLETE = re.compile(r"Segmentation export complete|^\d+ of \d+ cases done|^\s*Saved in [\d.]+")
 _IN_ONE_PROCESS = "Running in non-multiprocessing mode"
 
 
@@ -59,9 +60,11 @@ class Run:
             self._say("sent")
         elif _WAITING in line:
             self._say("waiting")
-        elif "│ done " in line or "│ failed " in line:
-            self.predicted += "│ done " in line
-            self.failed += "│ failed " in line
+        elif _DONE.match(line):
+            self.predicted += 1
+            self._say("sent")
+        elif _FAILED.match(line):
+            self.failed += 1
         elif _COMPLETE.search(line):
             self.last, self.complete_line = "complete", number
         elif _IN_ONE_PROCESS in line:  # it says nothing more, even at its end

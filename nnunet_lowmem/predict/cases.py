@@ -204,7 +204,7 @@ def without_those_done(jobs: Sequence[Job], report: RunReport) -> list[Job]:
         standing = job.recipe.standing(records)
         if standing.keeps:
             report.skipped.append(SkippedCase(job.name, standing.value))
-            logger.info("case %s is skipped: %s", job.name, standing.value)
+            logger.info("case %s: skipped, %s", job.name, standing.value)
         elif job.recipe.outputs[0].is_dir():
             told = f"{shown(str(job.recipe.outputs[0]))} is there, but {standing.value}: remove it to have it made anew"
             remaining.append(refused(job, UsageError(told)))

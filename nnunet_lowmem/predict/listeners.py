@@ -161,12 +161,12 @@ class ProgressBars(Listener):
 
 
 @contextmanager
-def logging_prints(level: int = logging.INFO) -> Iterator[None]:
-    """Log what nnU-Net prints in the block: who uses a library decides whether it is heard."""
+def logging_prints() -> Iterator[None]:
+    """Log, for who debugs, what nnU-Net prints in the block: none of it tells what the caller does not know."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
             yield
     finally:
         for line in printed.getvalue().splitlines():
-            logger.log(level, "%s", line)
+            logger.debug("%s", line)

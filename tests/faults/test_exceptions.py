@@ -391,7 +391,14 @@ def test_the_command_counts_it_as_a_failure(model, images, tmp_path, monkeypatch
     monkeypatch.setattr(nnUNetPredictor, "_internal_maybe_mirror_and_predict", fails_once)
     flags = ["-i", tmp_path / "in", "-o", tmp_path / "out", "-m", model, "-f", "0", "-device", "cpu"]
     assert cli.predict_entry_point([*map(str, flags), "--disable_progress_bar"]) == 1
-    assert "1 of 2 cases failed" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert "case head: failed in prediction, CancelError: once" in lines
+    assert (
+        len([line for line in lines if re.match(r"case small: done in [\d.]+ s, peak [\d.]+ GiB, \d+ label", line)])
+        == 1
+    )
+    assert lines[-1] == f"1 of 2 cases done, 1 failed: {tmp_path / 'out' / 'lowmem_failures.json'}"
+    assert not [line for line in lines if "source folder" in line or "process 0" in line or "on_device" in line]
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["small.nii.gz"]
     told = json.loads((tmp_path / "out" / "lowmem_failures.json").read_text())["failed"]
     assert [(case["case"], case["reason"]) for case in told] == [("head", "CancelError: once")]

@@ -329,7 +329,7 @@ def test_continued_run_predicts_what_is_missing_or_damaged(images, models, tmp_p
     assert [case.case for case in predictor.run_report.done] == ["small", "head_margin"]
     assert [case.case for case in predictor.run_report.skipped] == ["head", "zeros"]
     assert [Path(f"{target}.nii.gz").read_bytes() for target in targets] == whole
-    assert "case zeros is skipped: there is a whole file that this package has not recorded" in caplog.text
+    assert "case zeros: skipped, there is a whole file that this package has not recorded" in caplog.text
     assert predictor.predict_from_files(cases, targets, overwrite=False) is None
     # the folder is the user's: there is nothing in it that cannot be removed
     for path in tmp_path.iterdir():
@@ -365,5 +365,5 @@ def test_output_of_other_options_is_named_and_kept_unless_overwritten(images, mo
     make_predictor(LowMemPredictor, model, (0,)).predict_from_files(cases, targets)
     other = make_predictor(LowMemPredictor, model, (0,), tile_step_size=1.0)
     assert other.predict_from_files(cases, targets, overwrite=False) is None
-    assert "case head is skipped: done before by another model or with other options" in caplog.text
+    assert "case head: skipped, done before by another model or with other options" in caplog.text
     assert other.predict_from_files(cases, targets) == [None]

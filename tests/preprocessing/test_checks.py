@@ -489,8 +489,8 @@ def test_names_that_stock_predicts_are_predicted_and_break_no_line(odd, tmp_path
     assert sorted(p.name for p in out.glob("*.nii.gz")) == sorted(p.name for p in (tmp_path / "stock").glob("*.nii.gz"))
     stdout, stderr = capsys.readouterr()
     assert "\x1b" not in stderr + stdout
-    assert "│ two\\nlines" in stdout
-    assert "│ \\x1b[31m[red] %s" in stdout
+    assert "case two\\nlines: done in " in stdout
+    assert "case \\x1b[31m[red] %s: done in " in stdout
     lines = stderr.splitlines()
     assert len([line for line in lines if "earlier run, by their names: two\\nlines.nii.gz" in line]) == 2
     assert len([line for line in lines if line.endswith("without a channel number: -v _mask.nii.gz")]) == 2
@@ -507,7 +507,7 @@ def test_stray_file_in_a_run_that_goes_on_and_in_an_estimate(odd, tmp_path, caps
     for name in ODD_NAMES[1:]:
         (source / f"{name}_0000.nii.gz").unlink()
     assert run(model, source, source, "--continue_prediction") == 1
-    assert "3 of 3 cases failed" in "".join(capsys.readouterr())
+    assert ", 3 failed: " in "".join(capsys.readouterr())
     assert run(model, source, source, "--estimate") == 2
     stdout, _ = capsys.readouterr()
     assert stdout.count("has no channel number") == 3
@@ -550,7 +550,7 @@ def test_name_that_is_no_text(images, models, tmp_path, capsys):
         assert made == ["x\udcff.nii.gz", "y.nii.gz"][code == 1 :]
     stdout, stderr = capsys.readouterr()
     assert "x\\udcff_0000.nii.gz: the name is not UTF-8" in stderr
-    assert "│ x\\udcff │ done" in stdout
+    assert "case x\\udcff: done in " in stdout
     predictor = make_predictor(nnUNetPredictor, model)
     (tmp_path / "stock").mkdir()
     predict_stock(predictor, [[str(source / "x\udcff_0000.nii.gz")]], str(tmp_path / "stock"))
