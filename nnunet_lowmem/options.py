@@ -31,6 +31,10 @@ class Arithmetic(Enum):
     BFLOAT16 = "bfloat16"
 
 
+#: On which labels may be written: that of the file, or of the network.
+GRIDS = ("file", "network")
+
+
 def _option(default: Any, about: str, flag: str = "", *, for_models: bool = False, **words: Any) -> Any:
     """Tell of an option: what it does, for the docs and the help; its flag; whether a model may choose it in its plans.
 
@@ -125,6 +129,13 @@ class Options:
         "for arrays also an array",
         "--roi",
         metavar="PATH",
+    )
+    output_grid: str = _option(
+        "file",
+        "`network`: write `CASE_network` instead of the label map: labels on the grid that the network works on, not "
+        "resampled to that of the image; a quick look, and another file than stock's",
+        "--output_grid",
+        choices=GRIDS,
     )
     level: int = _option(
         0, "of an OME-Zarr, which of its scales (default: 0, the finest)", "--level", type=int, metavar="N"
@@ -240,6 +251,22 @@ def arithmetic(fast: Any) -> Arithmetic:
             raise UsageError(f"fast must be True, False or {Arithmetic.BFLOAT16.value!r}, got {fast!r}")
         return Arithmetic.BFLOAT16
     return Arithmetic.FLOAT32 if fast else Arithmetic.EXACT
+
+
+def on_network_grid(options: Options) -> bool:
+    """Whether labels are wanted on the grid of the network.
+
+    Raises
+    ------
+    UsageError
+        If that is no grid, or what is asked for as well is told on the grid of the file.
+    """
+    if options.output_grid not in GRIDS:
+        raise UsageError(f"output_grid must be one of {', '.join(GRIDS)}, got {options.output_grid!r}")
+    is_wanted = options.output_grid != Options.output_grid
+    if is_wanted and (options.bbox is not None or options.roi is not None):
+        raise UsageError("output_grid network is of the whole scan: bbox and roi are told on the grid of the file")
+    return is_wanted
 
 
 def values_of(holder: Options) -> Options:

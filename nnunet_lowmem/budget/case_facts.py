@@ -57,6 +57,8 @@ class CaseSizes:
         Of label maps.
     spacing : (float, float, float) or None
         mm, in the place of what files say.
+    on_network_grid : bool
+        Labels stay on the grid of the network.
     """
 
     plans: Any
@@ -69,6 +71,7 @@ class CaseSizes:
     roi: Any = None
     file_ending: str = ""
     spacing: Sequence[float] | None = None
+    on_network_grid: bool = False
 
     def part(
         self,
@@ -81,6 +84,8 @@ class CaseSizes:
         """Return what is computed of a case; `spacing` is the file's, mm. See `part_of`."""
         properties = {"spacing": spacing, "shape_after_cropping_and_before_resampling": geometry.cropped_shape}
         resampling = adapter.logits_resampling(self.plans, self.configuration, geometry, properties)
+        if self.on_network_grid:
+            resampling = resampling.to_same_grid(geometry.network_shape)
         grid = tile_grid(geometry.network_shape, tuple(self.configuration.patch_size), self.step_size)
         if as_a_whole is None:
             as_a_whole = self.holds_logits or adapter.label_rule(self.labels) is None
@@ -197,7 +202,7 @@ class CaseSizes:
     ) -> CaseFacts:
         forward = self.plans.transpose_forward
         grid = network_grid([shape[axis] for axis in forward], [spacing[axis] for axis in forward], self.configuration)
-        geometry = CaseGeometry.uncropped(grid.new_shape, grid.shape)
+        geometry = CaseGeometry.uncropped(grid.new_shape, grid.new_shape if self.on_network_grid else grid.shape)
         inputs = input_bytes(source, grid, has_previous_stage, self.plans, self.configuration)
         wanted = None
         if self.bbox is not None:

@@ -20,7 +20,7 @@ from nnunet_lowmem.commands.shell import guarded
 from nnunet_lowmem.errors import CasesFailedError, UsageError, because
 from nnunet_lowmem.names import shown
 from nnunet_lowmem.nnunet import model_files
-from nnunet_lowmem.options import OF_CONNECTIONS, WITH_FLAG, add_flags, chosen
+from nnunet_lowmem.options import OF_CONNECTIONS, WITH_FLAG, add_flags, chosen, on_network_grid
 from nnunet_lowmem.system import allocator
 from nnunet_lowmem.volumes.selection import PICTURES, ending_of, is_output_file, is_volume, volumes_in
 
@@ -204,6 +204,8 @@ def _check_values(options: argparse.Namespace, with_variables: bool = True) -> N
     for flag, text in (("--max_ram", options.max_ram), ("--max_vram", options.max_vram)):
         if with_variables or text is not None:
             flags.asked_bytes(flag, text)
+    given = {name: getattr(options, name) for name in ("output_grid", "bbox", "roi") if getattr(options, name)}
+    on_network_grid(chosen(**given))
     _check_device(options.device)
 
 

@@ -5,13 +5,13 @@ Nothing here knows nnU-Net: whoever reads its objects (`nnunet.adapter`) makes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_lowmem.labels.resampling import AxisTable
+from nnunet_lowmem.labels.resampling import AxisTable, resampling_tables
 from nnunet_lowmem.types import Shape3
 
 #: Heads per call of a resampling function whose rule is not known; torch's resampling gives stock's bits in eights.
@@ -88,6 +88,10 @@ class LogitsResampling:
     arguments: tuple[Any, ...]
     tables: tuple[AxisTable, ...] | None
     per_head: bool = True
+
+    def to_same_grid(self, shape: Shape3) -> LogitsResampling:
+        """Return one that changes nothing, whatever the function would do where the shape stays."""
+        return replace(self, tables=resampling_tables(shape, shape, None), per_head=True)
 
 
 def takes_softmax(rule: LabelRule | None, probabilities: bool = False) -> bool:

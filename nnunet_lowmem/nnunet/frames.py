@@ -34,8 +34,10 @@ def box_of_array(box: Box, shape: Sequence[int], properties: Mapping[str, Any]) 
     return found[0], found[1], found[2]
 
 
-def moved(properties: Mapping[str, Any], box: Box, shape: Sequence[int]) -> dict[str, Any]:
-    """Return the properties of a box of nnU-Net's array, for its writers: all but where it begins stays.
+def moved(
+    properties: Mapping[str, Any], box: Box, shape: Sequence[int], voxels: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Return the properties of a box of nnU-Net's array, for its writers: where it begins, and how large voxels are.
 
     Parameters
     ----------
@@ -45,21 +47,30 @@ def moved(properties: Mapping[str, Any], box: Box, shape: Sequence[int]) -> dict
         Of the array.
     shape : int, 3
         Of the array.
+    voxels : int, 3, optional
+        Into how many the box is cut along each axis; without, into its own.
     """
     found = dict(properties)
-    first = [within.start for within in reversed(box)]
+    sizes = [within.stop - within.start for within in box]
+    steps = [size / count for size, count in zip(sizes, voxels or sizes, strict=True)]
+    if "spacing" in properties:
+        found["spacing"] = [float(s) * step for s, step in zip(properties["spacing"], steps, strict=True)]
+    first = _first(box, steps)
     if "sitk_stuff" in properties:
         place = found["sitk_stuff"] = dict(properties["sitk_stuff"])
         axes = len(place["spacing"])  # of a file that holds the channels, too, four
         step = np.asarray(place["spacing"]) * [*first, 0][:axes]
         origin = np.asarray(place["origin"]) + np.reshape(place["direction"], (axes, axes)) @ step
         place["origin"] = tuple(origin.tolist())
+        place["spacing"] = tuple((np.asarray(place["spacing"]) * [*reversed(steps), 1][:axes]).tolist())
     elif "nibabel_stuff" in properties:
         affines = found["nibabel_stuff"] = dict(properties["nibabel_stuff"])
         if "reoriented_affine" in affines:
-            affines["reoriented_affine"] = _from(affines["reoriented_affine"], first)
-        in_file = [_turned(box[axis], shape[axis]) if is_turned else box[axis] for axis, is_turned in _axes(properties)]
-        affines["original_affine"] = _from(affines["original_affine"], [part.start for part in reversed(in_file)])
+            affines["reoriented_affine"] = _from(affines["reoriented_affine"], first, steps)
+        axes_of_file = _axes(properties)
+        in_file = [_turned(box[axis], shape[axis]) if is_turned else box[axis] for axis, is_turned in axes_of_file]
+        steps = [steps[axis] for axis, _ in axes_of_file]
+        affines["original_affine"] = _from(affines["original_affine"], _first(in_file, steps), steps)
     elif any(first):
         logger.info("nothing is known of where the image lies in space: nor does the file of its box tell")
     return found
@@ -77,9 +88,18 @@ def place_of(properties: Mapping[str, Any]) -> list[Any]:
     return [] if affines is None else [affines.get("reoriented_affine", affines["original_affine"])]
 
 
-def _from(affine: Any, voxel: Sequence[int]) -> Any:
-    """Return the affine of an image that begins at a voxel (x, y, z) of the one that `affine` is of."""
-    found = np.array(affine)
+def _first(box: Sequence[slice], steps: Sequence[float]) -> list[float]:
+    """Return where the middle of the first voxel of a box lies, (x, y, z), if its voxels have the size of `steps`."""
+    return [within.start + (step - 1) / 2 for within, step in zip(reversed(box), reversed(steps), strict=True)]
+
+
+def _from(affine: Any, voxel: Sequence[float], steps: Sequence[float]) -> Any:
+    """Return the affine of an image that begins at a voxel (x, y, z) of the one that `affine` is of.
+
+    Its own voxels are `steps` (z, y, x) of those.
+    """
+    found = np.array(affine, np.float64)
+    found[:3, :3] = found[:3, :3] * steps[::-1]
     found[:3, 3] = (affine @ [*voxel, 1])[:3]
     return found
 

@@ -388,9 +388,9 @@ def _label_map(part: Part, rule: LabelRule, folder: Path | None) -> LabelMap:
 def case_sizes(setup: Setup, model: Any) -> CaseSizes:
     """Return what finds the facts of cases for a predictor."""
     holds_logits = bool(setup.steps.replaced(Step.LOGITS, Step.WINDOW))
-    managers, ending = (setup.plans_manager, setup.configuration_manager, setup.label_manager), setup.file_ending
-    step, roi = setup.tile_step_size, setup.options.roi
-    return CaseSizes(*managers, step, model, holds_logits, setup.bbox, roi, ending, setup.spacing)
+    managers = setup.plans_manager, setup.configuration_manager, setup.label_manager
+    asked: Any = setup.bbox, setup.options.roi, setup.file_ending, setup.spacing, setup.on_network_grid
+    return CaseSizes(*managers, setup.tile_step_size, model, holds_logits, *asked)
 
 
 def warm_up_kernels(setup: Setup) -> None:

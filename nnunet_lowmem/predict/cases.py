@@ -263,7 +263,7 @@ def _voxels_by_folder(jobs: Sequence[Job], setup: Setup) -> dict[Path, int]:
     voxels: dict[Path, int] = {}
     bbox = setup.bbox
     for job in jobs:
-        if job.recipe is None or job.files is None:
+        if job.recipe is None or job.files is None or setup.on_network_grid:  # which grid that is, the crop decides
             continue
         with suppress(UsageError, WriteError):  # what cannot be read, or written, is told of when its turn comes
             # a header that promises more than its file can hold needs no space

@@ -73,6 +73,8 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
             source, target, stage_folder, overwrite or not is_listed, part_id, parts, probabilities
         )
     stages = stages or [None] * len(cases)
+    if outputs is not None and isinstance(target, str):
+        outputs = [output + setup.name_suffix for output in outputs]
     if outputs is not None and len(outputs) > len(cases):  # nnU-Net 2.5 gives each part the names of all
         outputs = outputs[part_id::parts]
     model_files.check_previous_stage(cases, stages, ending)

@@ -16,7 +16,7 @@ from nnunet_lowmem.boxes import box_within, check_mask_shape, moved, parse_box, 
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.labels.parts import Part
 from nnunet_lowmem.nnunet import frames
-from nnunet_lowmem.options import Options
+from nnunet_lowmem.options import Options, on_network_grid
 from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.predict.jobs import Array, Files, Job, Refused, Stored
 from nnunet_lowmem.predict.setup import Setup
@@ -39,8 +39,9 @@ def refuse_if_asked_for(options: Options, replaced: Sequence[str]) -> None:
     UsageError
         With what is replaced.
     """
-    if replaced and (parse_box(options.bbox) is not None or options.roi is not None):
-        raise UsageError(f"{', '.join(replaced)} makes whole cases: the options bbox and roi do not reach it")
+    if replaced and (parse_box(options.bbox) is not None or options.roi is not None or on_network_grid(options)):
+        names = "bbox, roi and output_grid"
+        raise UsageError(f"{', '.join(replaced)} makes whole cases: the options {names} do not reach it")
 
 
 def mask_file(roi: Any, case: str, file_ending: str) -> str | None:
@@ -72,10 +73,10 @@ def check(setup: Setup, job: Job) -> None:
     ------
     UsageError
     """
-    if setup.bbox is None and setup.options.roi is None:
+    if setup.bbox is None and setup.options.roi is None and not setup.on_network_grid:
         return
     if isinstance(job.source, Stored):
-        raise UsageError("a validation compares whole cases: the options bbox and roi are for predictions")
+        raise UsageError("a validation compares whole cases: the options bbox, roi and output_grid are for predictions")
     if job.output is not None:
         refuse_if_asked_for(setup.options, setup.steps.replaced(Step.EXPORT))
     if job.files is None or setup.steps.replaced(Step.READING, Step.PREPROCESSING):
@@ -136,7 +137,7 @@ def read_mask(setup: Setup, job: Job) -> Mask | None:
 
 
 def with_wanted(case: PreprocessedCase, mask: Mask | None, setup: Setup, of_file: bool) -> PreprocessedCase:
-    """Return a case with what is asked for of it.
+    """Return a case with what is asked for of it: a box, a region, or all of it on another grid.
 
     Parameters
     ----------
@@ -151,6 +152,7 @@ def with_wanted(case: PreprocessedCase, mask: Mask | None, setup: Setup, of_file
     UsageError
         If the case has no such box, or another shape than the mask.
     """
+    case = _on_network_grid(case, setup) if setup.on_network_grid else case
     if case.wanted is not None or (setup.bbox is None and mask is None):
         return case
     forward, shape = setup.plans_manager.transpose_forward, array_shape(case, setup)
@@ -175,6 +177,22 @@ def narrowed(case: PreprocessedCase, box: Box | None) -> PreprocessedCase:
         return case
     wanted = case.wanted or Wanted(whole(case.properties["shape_before_cropping"]))
     return replace(case, wanted=replace(wanted, box=moved(box, wanted.box)))
+
+
+def _on_network_grid(case: PreprocessedCase, setup: Setup) -> PreprocessedCase:
+    """Return a case of which the grid of the network is the one that labels are wanted on.
+
+    Its voxels are those into which what was cropped has been resampled, so their edges end where that does.
+    """
+    backward, shape = setup.plans_manager.transpose_backward, [int(size) for size in case.image.shape[1:]]
+    z, y, x = (slice(*map(int, case.properties["bbox_used_for_cropping"][axis])) for axis in backward)
+    voxels = [shape[axis] for axis in backward]
+    properties = frames.moved(case.properties, (z, y, x), array_shape(case, setup), voxels) | {
+        "shape_before_cropping": tuple(shape),
+        "bbox_used_for_cropping": [[0, size] for size in shape],
+        "shape_after_cropping_and_before_resampling": tuple(shape),
+    }
+    return replace(case, properties=properties)
 
 
 def _tell_if_elsewhere(mask: Mask, case: PreprocessedCase) -> None:

@@ -22,7 +22,7 @@ from nnunet_lowmem.network.fast_network import FastNetwork
 from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.nnunet.model import uncompiled
-from nnunet_lowmem.options import OF_VOLUMES, Arithmetic, Options, arithmetic, values_of
+from nnunet_lowmem.options import OF_VOLUMES, Arithmetic, Options, arithmetic, on_network_grid, values_of
 from nnunet_lowmem.predict.records import fingerprint
 from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
@@ -174,6 +174,16 @@ class Setup:
         return spacing_of(self.options.spacing)
 
     @property
+    def on_network_grid(self) -> bool:
+        """Whether labels are wanted on the grid of the network."""
+        return on_network_grid(self.options)
+
+    @property
+    def name_suffix(self) -> str:
+        """What is added to the names of cases, where outputs in a folder are named for them: it is not stock's file."""
+        return "_network" if self.on_network_grid else ""
+
+    @property
     def file_ending(self) -> str:
         """Of images and label maps."""
         return str(self.dataset_json["file_ending"])
@@ -223,7 +233,7 @@ def checksum(setup: Setup, probabilities: bool) -> str:
     }
     if setup.bbox is not None:
         description["bbox"] = setup.bbox
-    for name in OF_VOLUMES:
+    for name in (*OF_VOLUMES, "output_grid"):
         if getattr(setup.options, name) != getattr(Options, name):
             description[name] = getattr(setup.options, name)
     if setup.options.roi is not None:  # of a mask the record has size and time

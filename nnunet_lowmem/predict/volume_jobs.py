@@ -207,7 +207,7 @@ def _job(volumes: Volumes, number: int, arguments: dict[str, Any], setup: Setup,
         if given := names.ending_of(output):
             output, files = output[: -len(given)], replace(files, ending=given)
     elif volumes.outputs is not None:
-        output = os.path.join(volumes.outputs, name)
+        output = os.path.join(volumes.outputs, name + setup.name_suffix)
     stage = _stage_of(arguments["folder_with_segs_from_prev_stage"], name, files.ending, setup.file_ending)
     files = replace(files, stage=stage)
     try:

@@ -322,7 +322,7 @@ def test_a_writer_of_somebody_elses_is_not_asked_for_a_part(images, models, tmp_
 
     monkeypatch.setattr(SimpleITKIO, "write_seg", others)
     monkeypatch.setattr(predictor, "predict_from_data_iterator", lambda *_, **__: pytest.fail("not asked for a part"))
-    with pytest.raises(UsageError, match="makes whole cases: the options bbox and roi do not reach it"):
+    with pytest.raises(UsageError, match="makes whole cases: the options bbox, roi and output_grid do not reach it"):
         predict_ours(predictor, [files], [str(tmp_path / "small")])
 
 
