@@ -157,6 +157,7 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         self.label_manager, self.dataset_json = model.label_manager, model.dataset_json
         self.trainer_name, self.allowed_mirroring_axes = model.trainer_name, model.mirroring_axes
         self.network = model.network
+        self._memo = Memo.of_files(Path(folder), self._checkpoints, model.configuration_name)
 
     def picture(self) -> Setup:
         """Return a picture of this predictor, for a case that begins now."""

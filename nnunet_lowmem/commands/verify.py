@@ -79,18 +79,27 @@ def _details(path: Path, file: Verified) -> Any:
 def _told(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Give what a record tells, in words; a part that is not as it is known is left out."""
     yield "written", _when(record)
-    yield "command", " ".join(map(str, record.get("command", ())))
-    for about in (_run, _files, _labels, _took):
+    yield "made with", _model(record)
+    if "schema" not in record:
+        yield "", "written by an earlier version, which told no more"
+        return
+    for about in (_command, _run, _files, _labels, _took):
         try:
-            yield from about(record)
+            told = list(about(record))
         except (KeyError, TypeError, ValueError, AttributeError):  # of another version, or changed by hand
-            yield "", f"not told: {about.__name__[1:]}"
+            told = [("", f"not told: {about.__name__[1:]}")]
+        yield from ((str(name), str(value)) for name, value in told)
+
+
+def _command(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from shlex import join
+
+    yield "command", join(record["command"])
 
 
 def _run(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     yield "machine", ", ".join(f"{name} {value}" for name, value in record["machine"].items())
-    yield "model", _model(record)
     yield "settings", ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     yield "network in", record["arithmetic"]
 
@@ -125,12 +134,13 @@ def _took(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _model(record: dict[str, Any]) -> str:
     """Return what the model is called; of a record that does not say it, the checksum of model and options."""
-    model = record.get("model")
-    if not isinstance(model, dict):
+    try:
+        model = record["model"]
+        folds = ", ".join(str(name).split("/")[0] for name in model["checkpoints"])
+        told = model["dataset"], Path(model["folder"] or "").name, model["configuration"], folds
+        return " ".join(str(each) for each in told if each)
+    except (KeyError, TypeError, AttributeError):
         return f"model and options {str(record.get('made_with', ''))[:12]}"
-    folds = ", ".join(str(name).split("/")[0] for name in model.get("checkpoints", ()))
-    told = model.get("dataset"), Path(str(model.get("folder"))).name, model.get("configuration"), folds
-    return " ".join(str(each) for each in told if each)
 
 
 def _when(record: dict[str, Any]) -> str:
@@ -138,4 +148,7 @@ def _when(record: dict[str, Any]) -> str:
 
     if not record["time_ns"]:
         return "not told"
-    return datetime.fromtimestamp(record["time_ns"] // 10**9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return datetime.fromtimestamp(record["time_ns"] // 10**9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return "not told"

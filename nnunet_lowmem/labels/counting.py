@@ -37,7 +37,8 @@ class LabelCounts:
 
 def counted(labels: NDArray[Any]) -> dict[int, int]:
     """Return how many voxels each label of a map has; nothing where its values can be no labels."""
-    if labels.dtype.kind not in "ui" or (labels.size and not 0 <= labels.min() <= labels.max() < _VALUES):
+    is_array = isinstance(labels, np.ndarray) and labels.dtype.kind in "ui"  # else of somebody else's export
+    if not is_array or (labels.size and not 0 <= labels.min() <= labels.max() < _VALUES):
         return {}
     counts = LabelCounts()
     counts.add(labels)

@@ -32,7 +32,7 @@ class Model:
     plans_manager, configuration_manager, label_manager
         nnU-Net's.
     dataset_json : dict
-    trainer_name : str
+    configuration_name, trainer_name : str
     mirroring_axes : sequence of int, or None
     network : Module
     weights : dict
@@ -43,6 +43,7 @@ class Model:
     configuration_manager: ConfigurationManager
     label_manager: LabelManager
     dataset_json: dict[str, Any]
+    configuration_name: str
     trainer_name: str
     mirroring_axes: Any
     network: nn.Module
@@ -117,6 +118,7 @@ def load_model(
     return Model(
         plans_manager=plans_manager,
         configuration_manager=configuration,
+        configuration_name=str(configuration_name),
         label_manager=label_manager,
         dataset_json=dataset_json,
         trainer_name=name,

@@ -100,7 +100,7 @@ class Records(Listener):
     def written(self, made: Made) -> None:
         """Write the record."""
         if made.job.recipe is not None:
-            made.job.recipe.write_record(made.record)
+            made.job.recipe.write_record(made.inputs, made.arithmetic, made.told)
 
 
 class Callbacks(Listener):

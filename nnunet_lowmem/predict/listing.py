@@ -48,6 +48,8 @@ def list_jobs(arguments: dict[str, Any], setup: Setup, manage: Callable[..., Any
     if part_id > parts:
         raise twin(UsageError, AssertionError)(f"part_id counts from 0; {part_id} is above num_parts {parts}")
     check_spacing(setup)
+    if is_listed and setup.on_network_grid:
+        raise UsageError("somebody else's code names the outputs: the option output_grid does not reach it")
     source, ending = named(arguments["list_of_lists_or_source_folder"]), setup.file_ending
     target = adapter.outputs(arguments["output_folder_or_list_of_truncated_output_files"])
     volumes = volumes_of(source, target, setup.options, ending)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,20 @@ from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.network import choices
 from nnunet_lowmem.nnunet import model_files
 from nnunet_lowmem.nnunet.installed import version_of
-from nnunet_lowmem.options import OPTIONS, Arithmetic
+from nnunet_lowmem.options import OF_VOLUMES, OPTIONS, Arithmetic, Options
 from nnunet_lowmem.predict.jobs import Files, Job
 from nnunet_lowmem.predict.outcomes import LabelVolume
-from nnunet_lowmem.predict.records import content, states
+from nnunet_lowmem.predict.records import content, stated, without_secrets
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.types import Place
 
 _PACKAGES = ("nnunet-lowmem", "nnunetv2", "torch", "numpy", "SimpleITK", "nibabel")
-# how many cores there are, whom to tell and how to reach others: labels do not depend on it
+# what cannot be written down
+# on which options labels depend
+_OF_LABELS = (*OF_VOLUMES, "bbox", "accept_nan", "fast", "output_grid", "probabilities_dtype")
+# larger files are not read once more
+_CHECKED_BYTES = 2**32
 _NOT_TOLD = ("client", "on_plan", "on_case", "on_progress")
 #: What nnU-Net's reader of pictures gives as the spacing of an axis that they do not have.
 _NO_SPACING = 999.0
@@ -34,7 +40,9 @@ _MM3_PER_ML = 1000.0
 
 def label_volumes(voxels: Mapping[int, int], setup: Setup, properties: Mapping[str, Any]) -> tuple[LabelVolume, ...]:
     """Return the labels of a map with their names and volumes; `voxels` of each label that is there."""
-    names = model_files.label_names(setup.dataset_json)
+    names: dict[int, str] = {}
+    with suppress(Exception):  # of somebody's own kind of labels
+        names = model_files.label_names(setup.dataset_json)
     spacing = [float(step) for step in properties.get("spacing", ())]
     voxel_ml = None
     if len(spacing) == 3 and _NO_SPACING not in spacing:
@@ -49,51 +57,69 @@ def label_volumes(voxels: Mapping[int, int], setup: Setup, properties: Mapping[s
 
 def of_run(setup: Setup) -> dict[str, Any]:
     """Return what is the same for all cases of a run, as JSON-like data: versions, machine, model and options."""
-    plans, files = setup.plans_manager.plans, setup.weights.checkpoints
-    known = choices.machine()
-    options = {option.name: getattr(setup.options, option.name) for option in OPTIONS if option.name not in _NOT_TOLD}
-    defaults = {option.name: option.default for option in OPTIONS}
+    files, known = setup.weights.checkpoints, choices.machine()
+    told = [option.name for option in OPTIONS if option.name not in _NOT_TOLD]
     return {
-        "versions": {"python": platform.python_version(), **{package: version_of(package) for package in _PACKAGES}},
+        "versions": _versions(),
         "machine": {
             "system": platform.platform(),
             "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else setup.device.type,
             "processor": known["capability"],
             "threads": known["threads"],
         },
-        "model": {
-            "folder": str(files[0].parent.parent.absolute()) if files else None,
-            "dataset": plans.get("dataset_name"),
-            "plans": plans.get("plans_name"),
-            "configuration": _configuration(setup),
-            "trainer": setup.trainer_name,
-            "checkpoints": [os.path.join(file.parent.name, file.name) for file in files],
-            "patch_size": list(setup.patch_size),
-        },
-        "settings": {
-            "folds": setup.weights.folds,
-            "mirrored_axes": list(setup.mirrored_axes),
-            "tile_step_size": setup.tile_step_size,
-            "gaussian": setup.use_gaussian,
-            **{name: _plain(value) for name, value in options.items() if value != defaults[name]},
-        },
+        "model": {"folder": str(files[0].parent.parent.absolute()) if files else None, **_model(setup)},
+        "settings": _settings(setup, told),
     }
 
 
-def _configuration(setup: Setup) -> str | None:
-    """Return the name of the configuration in the plans: its manager has none."""
-    plans, wanted = setup.plans_manager, setup.configuration_manager.configuration
-    names = plans.plans.get("configurations", {})
-    return next((name for name in names if plans.get_configuration(name).configuration == wanted), None)
+def of_labels(setup: Setup) -> dict[str, Any]:
+    """Return what labels depend on, as JSON-like data, for files that go out of the house: no paths of this machine."""
+    return {
+        "versions": _versions(),
+        "machine": {"device": setup.device.type},
+        "model": _model(setup),
+        "settings": _settings(setup, _OF_LABELS),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: version_of(package) for package in _PACKAGES}}
+
+
+def _model(setup: Setup) -> dict[str, Any]:
+    plans = setup.plans_manager.plans
+    return {
+        "dataset": plans.get("dataset_name"),
+        "plans": plans.get("plans_name"),
+        "configuration": setup.memo.configuration,
+        "trainer": setup.trainer_name,
+        "checkpoints": [os.path.join(file.parent.name, file.name) for file in setup.weights.checkpoints],
+        "patch_size": list(setup.patch_size),
+    }
+
+
+def _settings(setup: Setup, names: Iterable[str]) -> dict[str, Any]:
+    """Return how the model is used, with those of the named options that have another value than by default."""
+    options = {name: _plain(getattr(setup.options, name)) for name in names}
+    if setup.bbox is not None:
+        options["bbox"] = _plain(setup.bbox)
+    return {
+        "folds": setup.weights.folds,
+        "mirrored_axes": list(setup.mirrored_axes),
+        "tile_step_size": setup.tile_step_size,
+        "gaussian": setup.use_gaussian,
+        **{name: value for name, value in options.items() if value != _plain(getattr(Options, name))},
+    }
 
 
 def _plain(value: Any) -> Any:
     """Return the value of an option as it is told: an array, of a mask, by its shape."""
-    if isinstance(value, str | int | float | bool):
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else f"array of shape {getattr(value, 'shape', '?')}"
+    shape = getattr(value, "shape", ())
+    return f"array of shape {'x'.join(map(str, shape))}" if shape else str(value)
 
 
 @dataclass
@@ -130,19 +156,18 @@ class Made:
         """Note that the files of the case are being written from now on."""
         self._writes_since = time.perf_counter()
 
-    def record(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
         """Return what a record tells beside what it is about; files of the model and images are read for it."""
         writing_s = self.clock.seconds.get("writing", 0.0) + time.perf_counter() - self._writes_since
         run = of_run(self.setup)
         run["model"]["files"] = self._model_contents()
         return {
             "case": self.job.name,
-            "inputs": self.inputs,
-            "arithmetic": self.arithmetic.value,
             **run,
             "images": self._images(),
             "geometry": self._geometry(),
             "tiles": dict(self.tiles),
+            **({"joined": True} if self.job.piece is not None else {}),
             "labels": [vars(label) for label in self.labels],
             "seconds": {name: round(s, 3) for name, s in (self.clock.seconds | {"writing": writing_s}).items()},
             "memory": self._memory(),
@@ -179,42 +204,26 @@ class Made:
         return [self._image(role, file, files) for role, file in roles if file is not None]
 
     def _image(self, role: str, file: str, files: Files) -> dict[str, Any]:
-        told: dict[str, Any] = {"role": role, "path": file}
+        told: dict[str, Any] = {"role": role, "path": without_secrets(file)}
         path = Path(file)
         if not path.is_file():  # a store, or an address
             return told
         told |= {"path": str(path.absolute())}
-        if states([path])[0] in self.inputs:  # else it is another file by now
+        if stated([path])[:1] in [[state] for state in self.inputs]:  # else it is another file by now
             told |= {"bytes": path.stat().st_size}
-            if files.selection is None:
-                told |= {"checksum": self._checksum(path)}
+            if files.selection is None and told["bytes"] <= _CHECKED_BYTES:
+                told |= {"checksum": content(path)[1]}
         return told
 
     def _model_contents(self) -> dict[str, list[int | str]]:
-        """Return size and checksum of each file that the model was read from, as far as it is there."""
-        checkpoints = self.setup.weights.checkpoints
-        folders = {file.parent.parent for file in checkpoints}
-        found = [folder / name for folder in folders for name in ("plans.json", "dataset.json")]
-        return {
-            os.path.relpath(file, file.parent if file in found else file.parent.parent): [
-                file.stat().st_size,
-                self._checksum(file),
-            ]
-            for file in (*found, *checkpoints)
-            if file.is_file()
-        }
-
-    def _checksum(self, file: Path) -> str:
-        """Return the checksum of a file, which is read once as long as it is the same."""
-        known, key = self.setup.memo.checksums, (str(file), *states([file])[0][1:])
-        if key not in known:
-            known[key] = str(content(file)[1])
-        return known[key]
-
-
-def stated(paths: Sequence[Path]) -> list[list[str | int]]:
-    """Return the `states` of inputs; none where one cannot be asked, which no later look will find the same."""
-    try:
-        return states(paths)
-    except OSError:
-        return []
+        """Return size and checksum of each file that the model was read from, as far as it is there and the same."""
+        memo, found = self.setup.memo, dict[str, list[int | str]]()
+        for file, state in memo.read.items():
+            if stated([file]) == [state] and len(state) > 1:
+                if file not in memo.checksums:
+                    memo.checksums[file] = str(content(file)[1])
+                found["/".join(file.parts[-2:] if file.suffix == ".pth" else file.parts[-1:])] = [
+                    state[1],
+                    memo.checksums[file],
+                ]
+        return found

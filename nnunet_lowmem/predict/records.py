@@ -15,16 +15,19 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.system.owned_folders import is_left_over, owned_name
@@ -44,6 +47,10 @@ _UNIQUE = secrets.token_hex(4)
 #: Where versions before this one kept a file per output; read, never written.
 FORMER_FOLDER = ".nnunet_lowmem"
 _CHUNK_BYTES = 2**20
+# what a run is continued by; all else is kept for people
+_FOR_RUNS = ("outputs", "inputs", "made_with", "arithmetic", "time_ns")
+_SECRET = re.compile(r"licen[cs]e|token|passw|secret|credential", re.IGNORECASE)
+_OF_ADDRESS = re.compile(r"(?<=://)[^/@]*@|\?.*$")
 
 
 class Standing(Enum):
@@ -103,25 +110,38 @@ class Recipe:
     made_with: str
     command: tuple[str, ...] = field(default_factory=lambda: _command())
 
-    def write_record(self, made: Callable[[], Mapping[str, Any]]) -> None:
+    def write_record(
+        self, inputs: list[list[str | int]], arithmetic: Arithmetic, told: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
         """Note that the outputs are done, once they have their names; where that cannot be noted, a warning says so.
 
         Parameters
         ----------
-        made : callable
-            Returns how they were made; "inputs" are the `states` of what was read, "arithmetic" is the network's.
+        inputs : list
+            The `states` of what was read.
+        arithmetic : Arithmetic
+            In which the network was run.
+        told : callable
+            Returns what else a reader may want to know; a case is not lost where that cannot be told.
         """
+        now_ns = time.time_ns()
+        try:
+            more = told()
+        except Exception as error:  # of models and clients of whatever kind; the output is there
+            logger.warning("%s: its record does not tell how it was made: %s", self.outputs[0].name, error)
+            more = {}
         folder = self.outputs[0].parent
         try:
-            now_ns = time.time_ns()
             _append(folder / f"{owned_name(_KIND, _UNIQUE)}{_ENDING}", {
                 "schema": SCHEMA,
                 "time": datetime.fromtimestamp(now_ns // 10**9, timezone.utc).isoformat(),
                 "time_ns": now_ns,
                 "command": list(self.command),
                 "outputs": {path.name: content(path) for path in self.outputs},
+                "inputs": inputs,
                 "made_with": self.made_with,
-                **made(),
+                "arithmetic": arithmetic.value,
+                **more,
             })  # fmt: skip
         except OSError as error:
             logger.warning("%s is whole, but that could not be recorded in %s: %s", self.outputs[0].name, folder, error)
@@ -157,7 +177,23 @@ class Recipe:
 
 
 def _command() -> tuple[str, ...]:
-    return (os.path.basename(sys.argv[0]), *sys.argv[1:])
+    """Return what was called, without what a flag says that is a secret by its name; empty in programs that embed."""
+    program, *words = getattr(sys, "argv", None) or [""]
+    for number, word in enumerate(words):
+        before = words[number - 1] if number else ""
+        flag, is_joined, _ = word.partition("=")
+        if is_joined and _SECRET.search(flag):
+            words[number] = f"{flag}=***"
+        elif before.startswith("-") and "=" not in before and _SECRET.search(before):
+            words[number] = "***"
+        else:
+            words[number] = without_secrets(word)
+    return os.path.basename(program), *words
+
+
+def without_secrets(address: str) -> str:
+    """Return an address without user, password and query, which may hold a signature; what is none as it is."""
+    return _OF_ADDRESS.sub("", address) if "://" in address else address
 
 
 def fingerprint(description: Any, weights: Iterable[bytes]) -> str:
@@ -184,7 +220,7 @@ def latest_arithmetic(recipe: Recipe) -> Arithmetic | None:
 def _append(file: Path, record: dict[str, Any]) -> None:
     """Append one line; opened anew for each, so that a file that was taken away meanwhile is made again."""
     is_new = not file.exists()
-    line = (b"\n" if _is_torn(file) else b"") + json.dumps(record).encode() + b"\n"
+    line = (b"\n" if _is_torn(file) else b"") + json.dumps(record, default=_plain).encode() + b"\n"
     with file.open("ab", buffering=0) as stream:
         if stream.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -192,6 +228,11 @@ def _append(file: Path, record: dict[str, Any]) -> None:
     if is_new:
         flush(file.parent)
         _tidy(file.parent, file)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's as one of Python's, and all else that JSON does not know as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def _is_torn(file: Path) -> bool:
@@ -207,20 +248,26 @@ def _is_torn(file: Path) -> bool:
         return False
 
 
-def lines_in(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
-    """Give each line of every file that can be read, counted from 1; the one behind the last end of a line is empty."""
-    for file in sorted(folder.glob(RECORD_FILES)):
-        with contextlib.suppress(OSError):
-            yield from ((file, number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), 1))
+def lines_of(file: Path) -> Iterator[bytes]:
+    """Give the lines of a file of records, without their ends.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    with file.open("rb") as stream:
+        for line in stream:
+            yield line.rstrip(b"\n")
 
 
 def _files_in(folder: Path) -> dict[Path, list[dict[str, Any]]]:
-    """Return the records of every file that can be read."""
+    """Return the records of every file that can be read, without what no run needs to go on."""
     files: dict[Path, list[dict[str, Any]]] = {}
-    for file, _, line in lines_in(folder):
-        records = files.setdefault(file, [])
-        if (record := record_in(line)) is not None:
-            records.append(record)
+    for file in sorted(folder.glob(RECORD_FILES)):
+        with contextlib.suppress(OSError):
+            records = filter(None, map(record_in, lines_of(file)))
+            files[file] = [{key: record[key] for key in _FOR_RUNS if key in record} for record in records]
     return files
 
 
@@ -237,7 +284,7 @@ def record_in(text: bytes) -> dict[str, Any] | None:
     """Return the record that a line, or a file of former versions, holds; None if it is none, or a part of one."""
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("outputs"), dict):
         return None
@@ -267,6 +314,14 @@ def states(paths: Iterable[Path]) -> list[list[str | int]]:
         If one is there and cannot be asked.
     """
     return list(map(_state, paths))
+
+
+def stated(paths: Sequence[Path]) -> list[list[str | int]]:
+    """Return the `states` of files; none where one cannot be asked, which no later look will find the same."""
+    try:
+        return states(paths)
+    except OSError:
+        return []
 
 
 def _state(path: Path) -> list[str | int]:

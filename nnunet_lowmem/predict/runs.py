@@ -31,7 +31,8 @@ from nnunet_lowmem.predict.loading import Load, facts_of_job, load
 from nnunet_lowmem.predict.outcomes import CaseReport
 from nnunet_lowmem.predict.pending_write import PendingWrite
 from nnunet_lowmem.predict.prefetching import Prefetcher
-from nnunet_lowmem.predict.provenance import Made, label_volumes, stated
+from nnunet_lowmem.predict.provenance import Made, label_volumes
+from nnunet_lowmem.predict.records import stated
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.predict.unfinished import forget, forget_pieces
 from nnunet_lowmem.predict.volume_jobs import setup_for
@@ -90,18 +91,24 @@ def predict_cases(
         stack.callback(stock_calls.forget_importance)
         stack.enter_context(vram_limit(options.max_vram, device))
         folder = stack.enter_context(temporary_folder(options.tmp_dir))
-        prefetcher = None
+        prefetcher, ahead = None, {}
         # beside a GPU; on the CPU a worker would take the cores that the network needs
         is_wished = device.type != "cpu" if options.prefetch is None else options.prefetch
         if may_prefetch and is_wished and isinstance(jobs, Sequence) and len(jobs) > 1 and not any(map(_is_own, jobs)):
             prefetcher = stack.enter_context(closing(Prefetcher(jobs, first, folder)))
+            ahead = {job.output: _inputs(job) for job in jobs}  # its worker reads before a case begins
         del first
-        return _Run(setup, folder, probabilities, outcomes.listeners, outcomes, load, prefetcher).predict(jobs)
+        return _Run(setup, folder, probabilities, outcomes.listeners, outcomes, load, prefetcher, ahead).predict(jobs)
 
 
 def _is_own(job: Job) -> bool:
     """Whether a case is read by our own reader of volumes, of which what is read is not all kept anyway."""
     return job.files is not None and job.files.selection is not None
+
+
+def _inputs(job: Job) -> list[list[str | int]]:
+    """Return the states of what is read for a case that is recorded."""
+    return [] if job.recipe is None else stated(job.recipe.inputs)
 
 
 def clock_of(case: str, listeners: Sequence[Listener], *first: Callable[[Any], object]) -> StageClock:
@@ -130,6 +137,7 @@ class _Run:
     _outcomes: Outcomes
     _load: Load
     _prefetcher: Prefetcher | None
+    _ahead: dict[str | None, list[list[str | int]]]
     _is_prefetching_decided: bool = False
     _worker_bytes: int = 0
     _latest: PendingWrite | None = None
@@ -171,7 +179,7 @@ class _Run:
     def _predict(self, job: Job, following: Job | None, clock: StageClock) -> tuple[Result, CaseReport]:
         setup = setup_for(self._setup(), job)
         run = CaseRun(setup, job, clock, self._folder, self._probabilities, self._listeners, self._settle_beside)
-        read = [] if job.recipe is None else stated(job.recipe.inputs)
+        read = self._ahead.pop(job.output, None) or _inputs(job)
         with followed(clock, self._listeners), ExitStack() as output:
             with clock.stage("preprocessing"):
                 planning = self._planning(run)

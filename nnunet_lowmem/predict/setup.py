@@ -6,7 +6,7 @@ picture of them that is held for a case and by nobody longer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from nnunet_lowmem.network.tile_memory import TileBytes
 from nnunet_lowmem.nnunet import stock_calls
 from nnunet_lowmem.nnunet.model import uncompiled
 from nnunet_lowmem.options import OF_VOLUMES, Arithmetic, Options, arithmetic, on_network_grid, values_of
-from nnunet_lowmem.predict.records import fingerprint
+from nnunet_lowmem.predict.records import fingerprint, stated
 from nnunet_lowmem.predict.weights import FoldWeights, digests
 from nnunet_lowmem.system.platform import usable_cores
 from nnunet_lowmem.types import BBox
@@ -76,8 +76,12 @@ class Memo:
         What it takes for a tile, as long as it is this network under these circumstances.
     tile_s : float
         How long the tile took that was measured last; it warms up what later ones find.
+    read : dict
+        The files that the model was read from, with their state then.
+    configuration : str or None
+        Name of the configuration, as the checkpoints tell it.
     checksums : dict
-        Of files of the model and of images, by path, size and time.
+        Of these files.
     """
 
     ways: tuple[Any, dict[Arithmetic, FastNetwork | ExactNetwork | None]] = field(default_factory=lambda: (None, {}))
@@ -87,7 +91,15 @@ class Memo:
     denormal: tuple[Any, int] | None = None
     tile: tuple[Any, tuple[Any, ...], TileBytes] | None = None
     tile_s: float = 0.0
-    checksums: dict[tuple[str | int, ...], str] = field(default_factory=dict)
+    read: Mapping[Path, list[str | int]] = field(default_factory=dict)
+    configuration: str | None = None
+    checksums: dict[Path, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of_files(folder: Path, checkpoints: Sequence[Path], configuration: str) -> Memo:
+        """Return that of a model that has just been read."""
+        files = [folder / "plans.json", folder / "dataset.json", *checkpoints]
+        return Memo(read=dict(zip(files, stated(files), strict=False)), configuration=configuration)
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         return Memo, ()

@@ -18,7 +18,7 @@ from nnunet_lowmem.overrides.bypassed import Step
 from nnunet_lowmem.overrides.lookup import OF_FILES
 from nnunet_lowmem.predict.jobs import Files, Job, refused
 from nnunet_lowmem.predict.parts import mask_file
-from nnunet_lowmem.predict.provenance import of_run
+from nnunet_lowmem.predict.provenance import of_labels
 from nnunet_lowmem.predict.records import Recipe
 from nnunet_lowmem.predict.setup import Setup, checksum
 from nnunet_lowmem.predict.ways import Ways
@@ -299,4 +299,4 @@ def setup_for_files(setup: Setup, files: Files, case: str = "") -> Setup:
 def _made(setup: Setup, files: Files, case: str) -> dict[str, Any]:
     """Return how labels are made, for the files that say so."""
     roi = {} if files.roi is None else {"roi": os.path.basename(files.roi)}
-    return {"case": case, **of_run(setup), "arithmetic": Ways(setup).arithmetic().value, **roi}
+    return {"case": case, **of_labels(setup), "arithmetic": Ways(setup).arithmetic().value, **roi}

@@ -18,7 +18,8 @@ from oracle import make_predictor, record_files, recorded
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.labels.counting import LabelCounts, counted
-from nnunet_lowmem.predict.records import SCHEMA
+from nnunet_lowmem.options import Arithmetic
+from nnunet_lowmem.predict.records import SCHEMA, Recipe
 
 NAME = "head.nii.gz"
 
@@ -161,9 +162,66 @@ def test_records_of_a_newer_schema_and_damaged_ones_are_named_and_the_rest_is_us
 def test_verify_refuses_what_has_no_records(tmp_path, capsys):
     (tmp_path / "a.nii.gz").write_bytes(b"")
     for path, told in (
-        (tmp_path, "no record is in"),
+        (tmp_path, "holds no record"),
         (tmp_path / "none", "does not exist"),
         (tmp_path / "a.nii.gz", "no"),
     ):
         code, _, err = verified(capsys, str(path))
         assert (code, told in err) == (2, True)
+
+
+def test_records_that_somebody_has_made_up_lead_nowhere_and_hide_nothing(folder, capsys):
+    (file,) = record_files(folder)
+    good = json.loads(file.read_text())
+    odd = [{"outputs": {name: [0, ""]}} for name in ("/etc/passwd", "..", "", "a\0")]
+    odd += [good | {"command": 5, "model": {"checkpoints": None}, "arithmetic": None, "time_ns": 10**30, "images": [3]}]
+    file.write_text("\n".join([*map(json.dumps, odd), "[" * 200_000, ""]))
+    code, out, _ = verified(capsys, str(folder))
+    assert (code, "as written" in out, out.count("names what is no file beside it")) == (0, True, 4)
+    code, out, _ = verified(capsys, str(folder / NAME))
+    assert (code, "not told: command" in out, "not told: files" in out) == (0, True, True)
+    if hasattr(os, "mkfifo"):
+        (folder / NAME).unlink()
+        os.mkfifo(folder / NAME)
+        code, out, _ = verified(capsys, str(folder))
+        assert (code, "unreadable" in out) == (1, True)
+
+
+def test_images_and_other_files_beside_label_maps_are_not_missed_records(folder, model, images, capsys):
+    shutil.copy(images("head")[0], folder)
+    (folder / "notes.txt").write_text("mine")
+    assert verified(capsys, str(folder))[0] == 0
+
+
+def test_a_model_file_that_is_replaced_after_it_was_read_is_not_told_of(model, images, tmp_path):
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    predictor = make_predictor(LowMemPredictor, str(copy))
+    os.utime(copy / "fold_0" / "checkpoint_final.pth", ns=(1, 1))
+    predictor.predict_from_files([images("small")], [str(tmp_path / "a")])
+    (record,) = recorded(tmp_path)
+    assert set(record["model"]["files"]) == {"plans.json", "dataset.json"}
+
+
+def test_what_is_typed_is_told_but_no_secret(monkeypatch):
+    words = [
+        "/usr/bin/tool",
+        "-i",
+        "s3://me:word@host/a.zarr?sig=1",
+        "--license_number",
+        "aca_1",
+        "--token=x",
+        "-l",
+        "b",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    told = ("tool", "-i", "s3://host/a.zarr", "--license_number", "***", "--token=***", "-l", "b")
+    assert Recipe((Path("a"),), (), "").command == told
+    monkeypatch.setattr("sys.argv", [])
+    assert Recipe((Path("a"),), (), "").command == ("",)
+
+
+def test_a_case_is_recorded_although_it_cannot_be_told_how_it_was_made(folder, caplog):
+    recipe = Recipe((folder / NAME,), (), "model")
+    recipe.write_record([], Arithmetic.EXACT, lambda: {}["labels"])
+    assert recipe.is_recorded()
+    assert "its record does not tell how it was made: 'labels'" in caplog.text

@@ -19,6 +19,7 @@ from oracle import make_predictor, record_files, recorded, recorded_names
 from skimage import io
 
 from nnunet_lowmem import LowMemPredictor
+from nnunet_lowmem.options import Arithmetic
 from nnunet_lowmem.predict.records import Recipe, Records, Standing, fingerprint, states
 from nnunet_lowmem.system import owned_folders
 from nnunet_lowmem.volumes.verifying import DamagedFileError, verify_whole
@@ -36,7 +37,7 @@ def done(tmp_path, images) -> Recipe:
 
 
 def note(recipe: Recipe) -> None:
-    recipe.write_record(lambda: {"inputs": states(recipe.inputs)})
+    recipe.write_record(states(recipe.inputs), Arithmetic.EXACT)
 
 
 def cut(path: Path, share: float) -> None:
