@@ -254,21 +254,21 @@ class LowMemPredictor(Options, nnUNetPredictor):  # type: ignore[misc]  # nnU-Ne
         results = None
         with following(self.picture(), report, target) as listeners:
             outcomes = Outcomes(report, self._failing(in_workers), listeners)
-            if wanted:
-                tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(bool(self.fast)))
-                wanted = wanted if replaced(self, Step.EXPORT) else refuse_unwritable(wanted)
-                cases.require_space(wanted, self.picture(), probabilities)
-                ahead = arguments.get("num_processes_preprocessing", 0) > 0
-                try:
+            try:
+                if wanted:
+                    tell(self, Step.READING, *IN_WORKERS_BEFORE, *lookup.of_prediction(bool(self.fast)))
+                    wanted = wanted if replaced(self, Step.EXPORT) else refuse_unwritable(wanted)
+                    cases.require_space(wanted, self.picture(), probabilities)
+                    ahead = arguments.get("num_processes_preprocessing", 0) > 0
                     if asks_for_cluster(self):
                         from nnunet_lowmem.cluster import running  # nobody else loads Dask
 
                         results = running.predict_cases(self, wanted, self.picture(), probabilities, outcomes)
                     else:
                         results = runs.predict_cases(wanted, self.picture, probabilities, outcomes, may_prefetch=ahead)
-                finally:  # what failed is told in the output folder
-                    if target is not None and not isinstance(target, adapter.OutputFile):
-                        report.write_failures(adapter.output_folder(target))
+            finally:  # what failed is told in the output folder
+                if target is not None and not isinstance(target, adapter.OutputFile):
+                    report.write_failures(adapter.output_folder(target))
         outcomes.raise_failures(results)
         return results
 

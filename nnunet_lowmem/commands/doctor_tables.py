@@ -104,7 +104,9 @@ class Teller:
                 "and a file was cut: look at the sizes of the last ones."
             )
             if command.takes_flags:
-                self._console.print("This decodes every file to its end, and predicts again what is damaged:")
+                self._console.print(
+                    "This compares files with their records, decodes others, and predicts again what is damaged:"
+                )
                 self._console.print(f"  {command:--continue_prediction}", soft_wrap=True)
             return
         self._console.print("None of the known troubles. The last lines that may matter:")

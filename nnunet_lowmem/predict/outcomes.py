@@ -185,9 +185,12 @@ class RunReport:
     def write_failures(self, folder: Path) -> None:
         """Write what failed into `folder`; where nothing did, remove what an earlier run has written there.
 
-        Where the folder lets neither be done the log says so: what becomes of the run does not depend on it.
+        A run that was refused as a whole changes nothing. Where the folder lets neither be done the log says so: what
+        becomes of the run does not depend on it.
         """
         path = folder / FAILURES_FILE
+        if not (self.done or self.failed or self.skipped):
+            return
         try:
             if self.failed:
                 self._write_failures(path)

@@ -137,7 +137,9 @@ def keep(
 
 def denormals_of(fold: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many weights of a fold are denormal numbers, and how many there are."""
-    tensors = {id(value): value for value in fold.values() if isinstance(value, torch.Tensor)}.values()
+    # one may stand under several names
+    found = (value for value in fold.values() if isinstance(value, torch.Tensor))
+    tensors = {(value.data_ptr() or id(value), value.numel()): value for value in found}.values()
     return sum(map(denormals.count, tensors)), sum(tensor.numel() for tensor in tensors)
 
 

@@ -365,6 +365,8 @@ def test_output_of_other_options_is_named_and_kept_unless_overwritten(images, mo
     model = models(ModelSpec(), cases[0])
     make_predictor(LowMemPredictor, model, (0,)).predict_from_files(cases, targets)
     other = make_predictor(LowMemPredictor, model, (0,), tile_step_size=1.0)
+    (tmp_path / "lowmem_failures.json").write_text("{}")  # of a run that failed meanwhile
     assert other.predict_from_files(cases, targets, overwrite=False) is None
+    assert not (tmp_path / "lowmem_failures.json").exists()
     assert "case head: skipped, done before by another model or with other options" in caplog.text
     assert other.predict_from_files(cases, targets) == [None]
