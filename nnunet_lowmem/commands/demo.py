@@ -1,10 +1,14 @@
-"""``nnunet-lowmem demo``: the bundled CT through the bundled 118-class model, on any machine, in a minute."""
+"""``nnunet-lowmem demo``: the bundled CT through the bundled 118-class model, on any machine, in a minute.
+
+Its pictures are those of the page of ``--report``.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import SimpleITK
@@ -15,7 +19,13 @@ from nnunet_lowmem.commands.console import choose_device, set_torch_threads
 from nnunet_lowmem.errors import UsageError
 from nnunet_lowmem.sizes import format_gib
 
+if TYPE_CHECKING:  # the help stands before torch is loaded
+    from collections.abc import Sequence
+
+    from nnunet_lowmem.predict.outcomes import LabelVolume
+
 _HEADS = 118
+_LARGEST = 3
 _SEGMENTATION = "ct_abdomen.nii.gz"
 
 
@@ -41,6 +51,7 @@ def run_demo(folder: Path, device_name: str | None) -> None:
     table = Table(title="nnunet-lowmem demo", show_header=False)
     table.add_row("image", " x ".join(map(str, labels.shape)))
     table.add_row("classes", f"{_HEADS}, of which {len(np.unique(labels))} appear")
+    table.add_row("largest labels", _largest(report.labels))
     for stage, seconds in report.seconds.items():
         table.add_row(stage, f"{seconds:.1f} s")
     table.add_row("peak RAM, libraries included", format_gib(report.peak_bytes))
@@ -49,3 +60,10 @@ def run_demo(folder: Path, device_name: str | None) -> None:
     table.add_row("segmentation", str(folder / _SEGMENTATION))
     table.add_row("report, with slices", str(folder / REPORT_FILE))
     Console(markup=False, emoji=False).print(table)
+
+
+def _largest(labels: Sequence[LabelVolume]) -> str:
+    from nnunet_lowmem.report.page import millilitres
+
+    largest = sorted(labels, key=lambda label: label.voxels, reverse=True)[:_LARGEST]
+    return "\n".join(f"{label.name}  {millilitres(label.ml)} ml" for label in largest if label.ml is not None)

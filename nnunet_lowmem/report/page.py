@@ -29,7 +29,7 @@ from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.nnunet.model_files import label_names
 from nnunet_lowmem.predict.jobs import Job
 from nnunet_lowmem.predict.listeners import Listener
-from nnunet_lowmem.predict.outcomes import RunReport
+from nnunet_lowmem.predict.outcomes import CaseReport, RunReport
 from nnunet_lowmem.predict.setup import Setup
 from nnunet_lowmem.report.memory_chart import Limits, MemoryStory, memory_chart, stage_colour
 from nnunet_lowmem.report.slices import colour, labelled_volume, overlays
@@ -49,10 +49,13 @@ _WIDE, _NARROW = (10.4, 3.7), (3.9, 3.6)
 
 @dataclass
 class CasePictures:
-    """The slices of one case, by title and file, the labels that take most of them, and how many more there are."""
+    """The slices of one case, by title and file, the labels that take most of them, and how many more there are.
+
+    A label is its value and its name; its volume is that of the whole label map, which is known once the case is done.
+    """
 
     pictures: list[tuple[str, Path]] = field(default_factory=list)
-    legend: list[tuple[str, str]] = field(default_factory=list)
+    legend: list[tuple[int, str]] = field(default_factory=list)
     further: int = 0
 
 
@@ -126,7 +129,7 @@ class HtmlReport(Listener):
             kept.pictures.append((overlay.title, path))
             counts += overlay.counts
         shown = [value for value, _ in counts.most_common(_SHOWN_LABELS)]
-        kept.legend = [(names.get(value, f"label {value}"), colour(value)) for value in shown]
+        kept.legend = [(value, names.get(value, f"label {value}")) for value in shown]
         kept.further = max(0, len(counts) - _SHOWN_LABELS)
 
     def _now_s(self) -> float:
@@ -140,11 +143,16 @@ class HtmlReport(Listener):
     def _write(self, ended_by: str) -> None:
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters |= {"gib": format_gib, "duration": duration, "colour": stage_colour}
+        environment.filters |= {"ml": millilitres, "label_colour": colour}
         environment.filters["jpeg"] = lambda path: _data_uri(path.read_bytes(), "image/jpeg")
         template = environment.from_string((files("nnunet_lowmem") / "data" / "report.html").read_text("utf-8"))
         with atomic_output(self._target / REPORT_FILE) as path, path.open("wb") as file:
             for piece in template.generate(self._content(ended_by)):
                 file.write(piece.encode("utf-8", "backslashreplace"))
+
+    def _shown(self, case: CaseReport) -> tuple[CaseReport, CasePictures, dict[int, float | None]]:
+        volumes = {label.value: label.ml for label in case.labels}
+        return case, self._pictures.get(case.output or "", CasePictures()), volumes
 
     def _workers(self) -> str:
         turns = self._report.turns
@@ -155,9 +163,10 @@ class HtmlReport(Listener):
         charts = [_data_uri(memory_chart(self._story, *size), "image/svg+xml") for size in sizes]
         return {
             "run": self._report,
-            "cases": [(case, self._pictures.get(case.output or "", CasePictures())) for case in self._report.done],
+            "cases": [self._shown(case) for case in self._report.done],
             "failed": [(case, self._plans.get(case.case)) for case in self._report.failed],
             "peak": max(self._report.done, key=lambda case: case.peak_bytes, default=None),
+            "shown_labels": _SHOWN_LABELS,
             "longest_s": max((sum(case.seconds.values()) for case in self._report.done), default=0.0),
             "charts": charts,
             "workers": self._workers(),
@@ -197,6 +206,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.{digits}f} s"
     seconds = round(seconds)
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def millilitres(ml: float) -> str:
+    """Return a volume as text, without its unit: ``< 0.01``, ``3.14``, ``4,321.0``."""
+    return "< 0.01" if ml < 0.01 else f"{ml:.2f}" if ml < 9.995 else f"{ml:,.1f}"
 
 
 def _data_uri(content: bytes, kind: str) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,20 +16,22 @@ import pytest
 import SimpleITK
 from factory import ModelSpec
 from images import broken
+from images import read as read_image
 from oracle import make_predictor, outputs
 from PIL import Image
 
 from nnunet_lowmem import LowMemPredictor
 from nnunet_lowmem.commands import cli
 from nnunet_lowmem.errors import CasesFailedError
+from nnunet_lowmem.predict.outcomes import CaseReport, LabelVolume, RunReport
 from nnunet_lowmem.report.memory_chart import Limits, MemoryStory, memory_chart
-from nnunet_lowmem.report.page import REPORT_FILE, duration
-from nnunet_lowmem.report.slices import LONGEST_PIXELS
+from nnunet_lowmem.report.page import REPORT_FILE, HtmlReport, duration, millilitres
+from nnunet_lowmem.report.slices import LONGEST_PIXELS, colour
 from nnunet_lowmem.types import Place
 
 HOSTILE = "<script>alert(1)<b onload='x'>&{{ 7 * 7 }}"
 HOSTILE_LABEL = '"></style></p><script src=http://example.org/x.js></script>'
-VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
+VOID = {"col", "meta", "img", "source", "br", "link", "input", "hr"}
 
 
 class Node:
@@ -133,7 +136,7 @@ def test_numbers_are_those_of_the_run(run):
         assert {s.attributes["data-stage"]: s.value for s in times.all("span") if "data-stage" in s.attributes} == (
             case.seconds
         )
-        plan = article.one("details")
+        plan = article.one("details", **{"class": "plan"})
         sizes = [row.value for row in plan.one("tbody").all("tr")]
         assert sizes == [allocation.size_bytes for allocation in case.plan.allocations]
         assert case.plan.placement.in_words() in plan.text
@@ -160,7 +163,8 @@ def test_strangers_names_stay_text(run):
     assert not page.all("script")
     assert not page.all("b", onload="x")
     assert page.one("article", data_case=HOSTILE).one("h3").text == HOSTILE
-    assert any(HOSTILE_LABEL in item.text for item in page.all("li"))
+    for place in ("li", "td"):
+        assert any(HOSTILE_LABEL in item.text for item in page.all(place))
     for node in page.all():
         assert not any(name.startswith("on") for name in node.attributes)
     assert "49" not in page.one("article", data_case=HOSTILE).one("h3").text
@@ -206,6 +210,82 @@ def test_three_slices_for_each_case(run):
             assert max(shown.size) == LONGEST_PIXELS
             assert np.asarray(shown).std(axis=(0, 1)).max() > 10, "there is something to see"
         assert len(pictures) == 3
+
+
+def rows_of(table: Node) -> list[list[str]]:
+    return [[cell.text for cell in row.all("td")] for row in table.one("tbody").all("tr")]
+
+
+def test_labels_are_told_with_the_volumes_that_the_file_has(run):
+    predictor, _, page = run
+    assert len(page.all("details", **{"class": "labels"})) == len(predictor.run_report.done), "none of what failed"
+    for case in predictor.run_report.done:
+        written = read_image(case.output)
+        values, voxels = np.unique(SimpleITK.GetArrayFromImage(written), return_counts=True)
+        voxel_ml = np.prod(written.GetSpacing()) / 1000
+        names = {1: HOSTILE_LABEL, 2: "b", 3: "c", 4: "d"}
+        told = {
+            int(v): [names[v], f"{n:,}", millilitres(n * voxel_ml)] for v, n in zip(values, voxels, strict=True) if v
+        }
+        article = page.one("article", data_case=case.case)
+        table = article.one("details", **{"class": "labels"})
+        assert rows_of(table.one("table")) == [[str(value), *row] for value, row in told.items()]
+        assert f"{len(told)} label" in table.one("summary").text
+        assert table.one("summary").text.endswith(f", {millilitres(voxels[values > 0].sum() * voxel_ml)} ml")
+        legend = [item.text for item in article.one("ul", **{"class": "legend"}).all("li")]
+        assert legend
+        assert set(legend) <= {f"{name} {ml} ml" for name, _, ml in told.values()}
+
+
+def page_of(case: CaseReport, labels: list[LabelVolume], folder: Path) -> Node:
+    """The page of a case that a worker elsewhere has done: its labels come with its report, and no picture."""
+    with HtmlReport(folder, folder, {}, RunReport(done=[replace(case, labels=tuple(labels))])):
+        pass
+    return read(folder)
+
+
+def test_many_labels_wait_to_be_opened_in_order_and_as_text(run, tmp_path):
+    hostile = "<img src=x onerror=alert(1)>"
+    labels = [LabelVolume(value, f"{hostile}{value}", 10**value, value / 200) for value in (7, 13, *range(1, 7), 900)]
+    labels += [LabelVolume(value, f"{hostile}{value}", 1_234_567, 4321.04) for value in range(20, 25)]
+    page = page_of(run[0].run_report.done[0], labels, tmp_path)
+    details = page.one("details", **{"class": "labels"})
+    assert "open" not in details.attributes
+    tables = details.all("table")
+    assert len(tables) == 2
+    rows = [row for table in tables for row in rows_of(table)]
+    assert [int(value) for value, *_ in rows] == sorted(label.value for label in labels)
+    assert rows[0] == ["1", f"{hostile}1", "10", "< 0.01"]
+    assert ["24", f"{hostile}24", "1,234,567", "4,321.0"] in rows
+    assert not details.all("img")
+    swatches = [cell.attributes["style"] for table in tables for cell in table.all("i")]
+    assert swatches == [f"background:{colour(int(value))}" for value, *_ in rows]
+    # both tables are one to the eye
+    first, second = ([col.attributes for col in table.all("col")] for table in tables)
+    assert first == second
+
+
+def test_few_labels_are_open_and_what_has_no_spacing_has_no_volume(run, tmp_path):
+    labels = [LabelVolume(2, "b", 1000, None), LabelVolume(1, "a", 5, None)]
+    details = page_of(run[0].run_report.done[0], labels, tmp_path).one("details", **{"class": "labels"})
+    assert "open" in details.attributes
+    assert details.one("summary").text == "2 labels"
+    assert rows_of(details.one("table")) == [["1", "a", "5"], ["2", "b", "1,000"]]
+    assert [head.text for head in details.all("th")] == ["value", "label", "voxels"]
+
+
+def test_case_without_labels_has_no_table(run, tmp_path):
+    page = page_of(run[0].run_report.done[0], [], tmp_path)
+    assert page.one("article")
+    assert not page.all("details", **{"class": "labels"})
+
+
+@pytest.mark.parametrize(
+    "ml, text",
+    [(0, "< 0.01"), (0.0099, "< 0.01"), (0.01, "0.01"), (3.14159, "3.14"), (9.996, "10.0"), (4321.04, "4,321.0")],
+)
+def test_volumes_in_words(ml, text):
+    assert millilitres(ml) == text
 
 
 def test_chart_shows_curve_projection_budget_and_stages(run):
@@ -283,7 +363,10 @@ def test_other_kinds_of_models(models, images, tmp_path, spec, image, ending, sl
     cases = [images(image, ending)]
     predictor = make_predictor(LowMemPredictor, models(spec, cases[0]), (0,), report=True)
     predictor.predict_from_files(cases, [str(tmp_path / "case")])
-    assert len(read(tmp_path).one("article").all("img")) == slices
+    article = read(tmp_path).one("article")
+    assert len(article.all("img")) == slices
+    has_ml = "ml" in [head.text for head in article.one("details", **{"class": "labels"}).all("th")]
+    assert has_ml == any(" ml" in item.text for item in article.all("li")) == (spec is not PICTURES)
     assert "no slices" not in caplog.text
 
 
