@@ -113,7 +113,7 @@ def _machine(options: argparse.Namespace) -> Iterator[Finding]:
 
         yield from devices.findings()
     except Exception as error:  # whatever a broken torch or numba raises
-        advice = "in a fresh environment: python -m venv new && new/bin/pip install FOLDER_OF_THIS_PACKAGE"
+        advice = "in a fresh environment: python -m venv new && new/bin/pip install THIS_REPOSITORY"
         if limit := limit_of_memory(error):
             advice = f"raise the limit{limit}"
         yield Finding("torch and numba", Verdict.FAILS, f"cannot be loaded: {type(error).__name__}: {error}", advice)

@@ -166,7 +166,7 @@ def _switch(environ: Mapping[str, str]) -> Iterator[Finding]:
         if not is_known:
             yield Finding(about, Verdict.FAILS, f"there is no predictor {shown(name)!r}", f"export {about}=lowmem")
         elif not has_hook:
-            advice = "pip install FOLDER_OF_THIS_PACKAGE again into this environment, or: nnunet-lowmem run -- COMMAND"
+            advice = "pip install THIS_REPOSITORY again into this environment, or: nnunet-lowmem run -- COMMAND"
             yield Finding(about, Verdict.MIND, "is set, but the start-up hook is not installed here", advice)
         else:
             yield Finding(about, Verdict.FINE, f"{shown(name)}: nnU-Net's predictor is replaced in every program here")

@@ -180,7 +180,7 @@ TROUBLES: tuple[Trouble, ...] = (
         r"compiled using NumPy 1|_ARRAY_API not found|numpy\.dtype size changed|ImportError: |ModuleNotFoundError: "
         r"|DLL load failed",
         "A package is missing, or was built for another version of one beside it.",
-        "In a fresh environment: python -m venv new && new/bin/pip install FOLDER_OF_THIS_PACKAGE; then see: nnunet-lowmem "
+        "In a fresh environment: python -m venv new && new/bin/pip install THIS_REPOSITORY; then see: nnunet-lowmem "
         "doctor",
     ),
     row(

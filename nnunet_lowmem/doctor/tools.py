@@ -53,7 +53,9 @@ TOOLS = (
         "3D Slicer",
         "",
         ("3d slicer", "slicer.app", "slicer.org", "pythonslicer", "slicertotalsegmentator", "slicer-5", "slicer 5"),
-        Command("PythonSlicer -m pip install FOLDER_OF_THIS_PACKAGE; then start it with: nnUNet_predictor=lowmem Slicer", False),
+        Command(
+            "PythonSlicer -m pip install THIS_REPOSITORY; then start it with: nnUNet_predictor=lowmem Slicer", False
+        ),
     ),
     Tool(
         "TotalSegmentator",
