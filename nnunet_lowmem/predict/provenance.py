@@ -27,11 +27,11 @@ from nnunet_lowmem.system.clock import StageClock
 from nnunet_lowmem.types import Place
 
 _PACKAGES = ("nnunet-lowmem", "nnunetv2", "torch", "numpy", "SimpleITK", "nibabel")
-# what cannot be written down
-# on which options labels depend
+# options on which labels depend
 _OF_LABELS = (*OF_VOLUMES, "bbox", "accept_nan", "fast", "output_grid", "probabilities_dtype")
 # larger files are not read once more
 _CHECKED_BYTES = 2**32
+# options that cannot be written down
 _NOT_TOLD = ("client", "on_plan", "on_case", "on_progress")
 #: What nnU-Net's reader of pictures gives as the spacing of an axis that they do not have.
 _NO_SPACING = 999.0
@@ -41,12 +41,15 @@ _MM3_PER_ML = 1000.0
 def label_volumes(voxels: Mapping[int, int], setup: Setup, properties: Mapping[str, Any]) -> tuple[LabelVolume, ...]:
     """Return the labels of a map with their names and volumes; `voxels` of each label that is there."""
     names: dict[int, str] = {}
-    with suppress(Exception):  # of somebody's own kind of labels
+    spacing: list[float] = []
+    # of somebody's own kind of labels or reader: what cannot be told must not cost the case
+    with suppress(Exception):
         names = model_files.label_names(setup.dataset_json)
-    spacing = [float(step) for step in properties.get("spacing", ())]
+    with suppress(Exception):
+        spacing = [float(step) for step in properties["spacing"]]
     voxel_ml = None
     if len(spacing) == 3 and _NO_SPACING not in spacing:
-        voxel_ml = spacing[0] * spacing[1] * spacing[2] / _MM3_PER_ML
+        voxel_ml = math.prod(spacing) / _MM3_PER_ML
     return tuple(
         LabelVolume(
             label, names.get(label, f"label {label}"), count, None if voxel_ml is None else round(count * voxel_ml, 6)
@@ -138,7 +141,7 @@ class Made:
     properties : dict
         nnU-Net's, of what is written.
     inputs : list
-        `states` of the files that are read, when the case began.
+        `states` of the files that are read, before they were.
     """
 
     setup: Setup
