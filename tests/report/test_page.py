@@ -31,7 +31,7 @@ from nnunet_lowmem.types import Place
 
 HOSTILE = "<script>alert(1)<b onload='x'>&{{ 7 * 7 }}"
 HOSTILE_LABEL = '"></style></p><script src=http://example.org/x.js></script>'
-VOID = {"col", "meta", "img", "source", "br", "link", "input", "hr"}
+VOID = {"col", "meta", "img", "source", "br", "wbr", "link", "input", "hr"}
 
 
 class Node:
@@ -252,7 +252,6 @@ def test_many_labels_wait_to_be_opened_in_order_and_as_text(run, tmp_path):
     details = page.one("details", **{"class": "labels"})
     assert "open" not in details.attributes
     tables = details.all("table")
-    assert len(tables) == 2
     rows = [row for table in tables for row in rows_of(table)]
     assert [int(value) for value, *_ in rows] == sorted(label.value for label in labels)
     assert rows[0] == ["1", f"{hostile}1", "10", "< 0.01"]
@@ -260,9 +259,8 @@ def test_many_labels_wait_to_be_opened_in_order_and_as_text(run, tmp_path):
     assert not details.all("img")
     swatches = [cell.attributes["style"] for table in tables for cell in table.all("i")]
     assert swatches == [f"background:{colour(int(value))}" for value, *_ in rows]
-    # both tables are one to the eye
     first, second = ([col.attributes for col in table.all("col")] for table in tables)
-    assert first == second
+    assert first == second, "both are one to the eye"
 
 
 def test_few_labels_are_open_and_what_has_no_spacing_has_no_volume(run, tmp_path):
