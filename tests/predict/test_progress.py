@@ -118,11 +118,12 @@ def test_an_error_of_a_stage_is_none_of_its_listeners():
 
 
 def test_library_prints_nothing_and_logs(model, images, tmp_path, capfd, caplog):
-    caplog.set_level(logging.INFO, "nnunet_lowmem")
+    caplog.set_level(logging.DEBUG, "nnunet_lowmem")
     files = images("head")
     make_predictor(LowMemPredictor, model, (0,)).predict_from_files([files], outputs([files], tmp_path))
     assert capfd.readouterr() == ("", "")
-    assert "There are 1 cases in the source folder" in caplog.text, "what nnU-Net prints"
+    levels = {record.levelno for record in caplog.records if "There are 1 cases in the source" in record.getMessage()}
+    assert levels == {logging.DEBUG}, "what nnU-Net prints is for who debugs"
     assert all(record.name.startswith("nnunet_lowmem.") for record in caplog.records)
 
 
