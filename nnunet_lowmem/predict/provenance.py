@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nnunet_lowmem.budget.plan import Plan
 from nnunet_lowmem.network import choices
-from nnunet_lowmem.nnunet import model_files
+from nnunet_lowmem.nnunet import frames, model_files
 from nnunet_lowmem.nnunet.installed import version_of
 from nnunet_lowmem.options import OF_VOLUMES, OPTIONS, Arithmetic, Options
 from nnunet_lowmem.predict.jobs import Files, Job
@@ -182,6 +183,7 @@ class Made:
         return {
             "shape": [int(shape[axis]) for axis in backward],
             "spacing_mm": [float(step) for step in self.properties["spacing"]],
+            "place": [np.asarray(part).tolist() for part in frames.place_of(self.properties)],
             "network_spacing_mm": [float(step) for step in self.setup.configuration_manager.spacing],
         }
 

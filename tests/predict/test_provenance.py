@@ -79,6 +79,7 @@ def test_labels_are_counted_as_they_are_in_the_file(made):
     image = SimpleITK.ReadImage(str(made / NAME))
     labels, voxel_ml = SimpleITK.GetArrayFromImage(image), np.prod(image.GetSpacing()) / 1000
     assert record["geometry"]["shape"] == list(labels.shape)
+    assert record["geometry"]["place"] == [list(image.GetOrigin()), list(image.GetDirection())]
     assert record["geometry"]["spacing_mm"] == pytest.approx(image.GetSpacing()[::-1])
     values, voxels = np.unique(labels[labels > 0], return_counts=True)
     assert [label["value"] for label in record["labels"]] == values.tolist()
