@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from nnunet_lowmem.predict.verification import verify
+    from nnunet_lowmem.predict.verification import Verdict, verify
 
     path = Path(options.path)
     found = verify(path)
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     for note in found.notes:
         console.print(note, soft_wrap=True)
     if not found.is_as_written:
-        others = sum(file.verdict.value != "as written" for file in found.files)
+        others = sum(file.verdict is not Verdict.AS_WRITTEN for file in found.files)
         console.print(f"{others} of {len(found.files)} files are not known to be what was written", soft_wrap=True)
     return 0 if found.is_as_written else 1
 

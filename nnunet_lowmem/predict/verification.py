@@ -177,9 +177,5 @@ def _unrecorded(names: Sequence[str], by_name: Mapping[str, Sequence[dict[str, A
     records = [record for found in by_name.values() for record in found]
     inputs = [record["inputs"] for record in records if isinstance(record.get("inputs"), list)]
     read = {entry[0] for found in inputs for entry in found if isinstance(entry, list) and entry}
-    endings = tuple({ending for name in by_name if (ending := ending_of(name) or _picture_ending(name))})
+    endings = tuple({ending for name in by_name if (ending := ending_of(name) or ending_of(name, PICTURES))})
     return [name for name in names if name.endswith(endings) and name not in by_name and name not in read]
-
-
-def _picture_ending(name: str) -> str:
-    return ending_of(name, PICTURES)
